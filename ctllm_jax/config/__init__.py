@@ -1,0 +1,1 @@
+"""The schema of every command, and the loader. No jax here."""

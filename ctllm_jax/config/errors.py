@@ -1,0 +1,5 @@
+"""What a user can mend, told without a traceback."""
+
+
+class UserError(ValueError):
+    """Wrong input at the user's boundary. The message names the field or file, the value, and what is needed; exit status 2."""

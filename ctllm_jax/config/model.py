@@ -1,0 +1,73 @@
+"""What the model is (`model`), and how it is computed (`compute`)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from ctllm_jax.config.base import Section, key
+
+Implementation = Literal["auto", "pallas", "cudnn", "xla"]
+Remat = Literal["none", "ffn", "attention", "block"]
+
+
+class ModelConfig(Section):
+    """The architecture: a Llama decoder. Defaults are those of CT-LLM where the paper's size does not matter."""
+
+    vocab_size: int = key(..., "ids the tokenizer can give, its added special ids included", ge=2)
+    vocab_multiple: int = key(128, "the embedding's rows are padded to a multiple of this", ge=1)
+    hidden_size: int = key(..., "width of the residual stream (D)", ge=1)
+    num_layers: int = key(..., "decoder blocks (L)", ge=1)
+    num_heads: int = key(..., "query heads (N)", ge=1)
+    num_kv_heads: int = key(..., "key and value heads (K); divides num_heads", ge=1)
+    head_dim: int = key(128, "size of one head (H); even, for RoPE", ge=2)
+    ffn_size: int = key(..., "width of the SwiGLU feed-forward (F)", ge=1)
+    tie_embeddings: bool = key(False, "use the embedding as the output head")
+    rope_theta: float = key(10_000.0, "base of the rotary frequencies", gt=0)
+    norm_eps: float = key(1e-5, "epsilon of RMSNorm", gt=0)
+    qkv_bias: bool = key(False, "bias on the query, key and value projections (Qwen2)")
+    sliding_window: int | None = key(None, "a token sees this many tokens, itself included (Mistral); null: all", ge=1)
+    init_std: float = key(0.02, "standard deviation of the initial weights", gt=0)
+    context_length: int = key(4096, "longest sequence the model is meant for", ge=1)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates its two halves")
+        return self
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding (V)."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+class ComputeConfig(Section):
+    """How the model is computed: numerics, memory and kernels. Only `dtype` changes what a run means."""
+
+    dtype: Literal["float32", "bfloat16"] = key("bfloat16", "type of activations and matmul inputs; parameters, softmax and logits stay float32")
+    attention: Implementation = key("auto", "implementation of attention", changeable=True)
+    swiglu: Implementation = key("auto", "implementation of the gate, up and activation", changeable=True)
+    scan_layers: bool = key(True, "one compiled block scanned over the layers (short compile) instead of L copies (faster step)", changeable=True)
+    remat: Remat = key("block", "what the backward pass computes again: none; ffn (the FFN's wide activations); attention (all but attention's inputs and output); block (everything but each block's input)", changeable=True)
+    loss_chunk: int = key(4096, "tokens whose logits are held at once, on each device", ge=1, changeable=True)
+
+
+class MeshConfig(Section):
+    """Devices along each mesh axis; one of them may be -1: all devices that the others leave."""
+
+    data: int = key(-1, "copies of the model, each with its own part of the batch", ge=-1, changeable=True)
+    fsdp: int = key(1, "parameters, gradients and optimizer state are split over this many, and so is the batch", ge=-1, changeable=True)
+    tensor: int = key(1, "heads, FFN and vocabulary are split over this many", ge=-1, changeable=True)
+
+    @model_validator(mode="after")
+    def _check(self):
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        if sum(size == -1 for size in sizes.values()) > 1:
+            raise ValueError("at most one of data, fsdp and tensor may be -1 (all remaining devices)")
+        if 0 in sizes.values():
+            raise ValueError("an axis has at least one device; 0 given")
+        return self

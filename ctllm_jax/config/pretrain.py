@@ -1,0 +1,147 @@
+"""`launch.py pretrain`: one run, from its data to its checkpoints."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from ctllm_jax.config.base import Section, key, section
+from ctllm_jax.config.data import DataConfig
+from ctllm_jax.config.model import ComputeConfig, MeshConfig, ModelConfig
+
+
+class RunConfig(Section):
+    """Where a run lives. A bare value is its directory."""
+
+    shorthand = "dir"
+
+    dir: str = key("", "run directory; an existing run there is resumed. Empty: runs/ and the config's name", changeable=True)
+
+
+class BatchConfig(Section):
+    """The global batch, which no change of devices alters."""
+
+    tokens: int = key(..., "tokens of one optimizer step, over all devices", ge=1)
+    sequence_length: int = key(4096, "tokens of a row (S)", ge=2)
+    rows_per_device: int | None = key(None, "most rows a device computes at once; the rest is accumulated. null: no accumulation", ge=1, changeable=True)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.tokens % self.sequence_length:
+            raise ValueError(f"tokens={self.tokens} must be a multiple of sequence_length={self.sequence_length}")
+        return self
+
+    @property
+    def rows(self) -> int:
+        """Rows of the global batch (B)."""
+        return self.tokens // self.sequence_length
+
+
+class ParameterRule(Section):
+    """What differs for the parameters whose path a pattern matches. The first rule that matches counts."""
+
+    pattern: str = key(..., "regular expression, searched in a parameter's path, such as blocks/gate")
+    lr_multiplier: float = key(1.0, "factor on the learning rate; 0 freezes", ge=0)
+    weight_decay: bool | None = key(None, "whether weight decay applies; null: only to parameters of two or more dims")
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: float = key(..., "peak learning rate", gt=0)
+    schedule: Literal["cosine", "wsd", "constant"] = key("cosine", "after warm-up: cosine to min_lr; wsd: stay, then fall linearly to min_lr over decay_steps; constant")
+    warmup_steps: int = key(0, "steps of linear warm-up from 0", ge=0)
+    decay_steps: int | None = key(None, "wsd: steps of the last, falling part; null: a tenth of the run", ge=1)
+    min_lr: float = key(0.0, "learning rate at the end of cosine and wsd", ge=0)
+    b1: float = key(0.9, "decay of the first moment", ge=0, lt=1)
+    b2: float = key(0.95, "decay of the second moment", ge=0, lt=1)
+    eps: float = key(1e-8, "added to the root of the second moment", gt=0)
+    weight_decay: float = key(0.1, "decoupled weight decay, times the learning rate", ge=0)
+    clip_norm: float | None = key(1.0, "gradients are scaled down to this global norm; null: never", gt=0)
+    rules: list[ParameterRule] = key([], "exceptions by parameter path; printed with what each one hit")
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.schedule != "constant" and self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(f"decay_steps is only read with schedule=wsd; schedule={self.schedule}")
+        return self
+
+
+class LossConfig(Section):
+    """The loss of pretraining: cross-entropy, and what is added to it."""
+
+    z_loss: float = key(0.0, "weight of the squared log-normaliser (PaLM uses 1e-4)", ge=0)
+
+
+class EvaluationConfig(Section):
+    """Held-out loss and bits per byte, per source, inside the training loop."""
+
+    every: int = key(0, "steps between evaluations; 0: never, not even at the end", ge=0, changeable=True)
+    split: str = key("validation", "split of each training source that is held out", changeable=True)
+    max_tokens: int = key(1_000_000, "tokens evaluated of each source, from its first", ge=1, changeable=True)
+    rows_per_device: int = key(8, "rows of an evaluation batch on each device", ge=1, changeable=True)
+
+
+class SampleConfig(Section):
+    """Text that the model writes as it learns."""
+
+    every: int = key(0, "steps between samples; 0: never, not even at the end", ge=0, changeable=True)
+    prompts: list[str] = key(["今天", "中国"], "what the samples go on from", changeable=True)
+    max_tokens: int = key(64, "tokens of a sample", ge=1, changeable=True)
+    temperature: float = key(0.8, "0: the likeliest token each time", ge=0, changeable=True)
+    top_k: int | None = key(None, "draw from this many likeliest tokens", ge=1, changeable=True)
+    top_p: float = key(0.95, "draw from the likeliest tokens that together have this probability", gt=0, le=1, changeable=True)
+
+
+class CheckpointConfig(Section):
+    """What is kept. A resumable step holds the optimizer too; a milestone holds weights alone."""
+
+    every: int = key(1000, "steps between resumable checkpoints; the last step always has one", ge=1, changeable=True)
+    keep_last: int = key(3, "newest resumable checkpoints kept", ge=1, changeable=True)
+    keep_every: int | None = key(None, "also keep each resumable checkpoint whose step is a multiple of this", ge=1, changeable=True)
+    milestones: list[float] = key([], "billions of trained tokens at which the weights are kept for good", changeable=True)
+    milestone_optimizer: bool = key(False, "keep the optimizer's state with milestones too", changeable=True)
+
+
+class LogConfig(Section):
+    """What is shown and where the numbers go. metrics.jsonl is always written."""
+
+    every: int = key(10, "steps between metrics", ge=1, changeable=True)
+    tensorboard: bool = key(False, "also write TensorBoard events (extra: tb)", changeable=True)
+    wandb_project: str | None = key(None, "also log to this project of Weights & Biases (extra: wandb)", changeable=True)
+    report: bool = key(True, "write report.html at the end", changeable=True)
+
+
+class PretrainConfig(Section):
+    """A pretraining run."""
+
+    run: RunConfig = section(RunConfig, "where the run lives", changeable=True)
+    seed: int = key(42, "seed of the weights, the data order and the samples", ge=0)
+    steps: int = key(..., "optimizer steps", ge=1, changeable=True)
+    init: str | None = key(None, "MODEL whose weights the run starts from: a run directory, or RUN@STEP; null: random", changeable=True)
+    model: ModelConfig = key(..., "the architecture")
+    compute: ComputeConfig = section(ComputeConfig, "how the model is computed")
+    mesh: MeshConfig = section(MeshConfig, "devices along each axis")
+    batch: BatchConfig = key(..., "the global batch")
+    data: DataConfig = key(..., "the training data")
+    loss: LossConfig = section(LossConfig, "the loss")
+    optimizer: OptimizerConfig = key(..., "optimizer and schedule")
+    evaluation: EvaluationConfig = section(EvaluationConfig, "held-out loss in the loop")
+    sample: SampleConfig = section(SampleConfig, "samples in the loop")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "what is kept")
+    log: LogConfig = section(LogConfig, "what is shown")
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.batch.sequence_length > self.model.context_length:
+            raise ValueError(f"batch.sequence_length={self.batch.sequence_length} is above model.context_length={self.model.context_length}")
+        if self.optimizer.warmup_steps >= self.steps and self.optimizer.schedule != "constant":
+            raise ValueError(f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves no step of {self.steps} for schedule={self.optimizer.schedule}")
+        return self
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens trained after `step` steps."""
+        return step * self.batch.tokens

@@ -1,0 +1,1 @@
+"""The dataset directory: the format on disk. No jax here."""

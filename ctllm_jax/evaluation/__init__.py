@@ -1,0 +1,1 @@
+"""Measuring a trained model: bits per byte, and the baselines to hold it against."""

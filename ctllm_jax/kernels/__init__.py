@@ -1,0 +1,1 @@
+"""Attention and SwiGLU, one public function each."""

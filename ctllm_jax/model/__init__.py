@@ -1,0 +1,1 @@
+"""The decoder: Flax Linen modules over one table of parameters."""

@@ -1,0 +1,1 @@
+"""The train step, the optimizer, checkpoints and the loop that every stage shares."""
