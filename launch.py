@@ -1,0 +1,6 @@
+"""The one way in: `python launch.py COMMAND [ACTION] [TARGET ...] [key=value ...]`; `--help` lists the commands."""
+
+from ctllm_jax.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
