@@ -1,1 +1,158 @@
-"""The command line: one file a command, imported only when it is called."""
+"""The command line: `launch.py COMMAND [ACTION] [TARGET …] [key=value …]`.
+
+A command is a module of this package with `SCHEMA` (its keys), `USAGE`, and `run(context) -> int`. Nothing but the
+standard library is imported before the command is known, and jax only by the command itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COMMANDS = {
+    "quickstart": "from nothing to a Chinese model that writes, in minutes on a laptop",
+    "tokenizer": "train a SentencePiece tokenizer on text",
+    "prepare": "text to a dataset directory: deduplicated, split, tokenised, packed",
+    "data": "look at a dataset (inspect), check its sums (verify)",
+    "pretrain": "train a model from a config, or go on with a run",
+    "generate": "text from a trained model",
+    "checkpoint": "list the checkpoints of a run (ls)",
+    "report": "one HTML page of one run, or of several compared",
+}
+_OVERRIDE = re.compile(r"[A-Za-z_][\w\-]*(\.[\w\-]+)*=")
+
+
+@dataclass
+class Context:
+    """What a command is given."""
+
+    command: str
+    console: Console
+    action: str | None = None
+    targets: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+    dry_run: bool = False
+    config: Any = None
+
+    @property
+    def command_line(self) -> str:
+        """The command as a user would type it again."""
+        import shlex
+
+        words = [self.command, self.action, *self.targets, *self.overrides]
+        return "python launch.py " + shlex.join(word for word in words if word)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    command = arguments.pop(0)
+    if command == "--version":
+        from ctllm_jax import __version__
+
+        print(__version__)
+        return 0
+    if command not in COMMANDS:
+        return _complain(f"unknown command {command}{_nearest(command, COMMANDS)}")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    module = importlib.import_module(f"ctllm_jax.cli.{command}")
+    from ctllm_jax.config.errors import UserError
+
+    try:
+        return _run(module, command, arguments)
+    except UserError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(module, command: str, arguments: list[str]) -> int:
+    from ctllm_jax.config.errors import UserError
+
+    options = [word for word in arguments if word.startswith("--")]
+    overrides = [word for word in arguments if _OVERRIDE.match(word)]
+    words = [word for word in arguments if word not in options and word not in overrides]
+    known = {"--help", "--print-config", "--dry-run"}
+    for option in options:
+        if option not in known:
+            hint = f"; keys are written without dashes: {option[2:]}" if "=" in option else ""
+            raise UserError(f"unknown option {option}: there are {', '.join(sorted(known))}{hint}")
+    if "--help" in options or "-h" in words:
+        print(_describe(module, command))
+        return 0
+    actions = getattr(module, "ACTIONS", {})
+    action = None
+    if actions:
+        if not words or words[0] not in actions:
+            given = f"{words[0]} is none: " if words else ""
+            raise UserError(f"{command} needs an action; {given}there are {', '.join(actions)}")
+        action = words.pop(0)
+    schema = actions[action] if actions else module.SCHEMA
+    from ctllm_jax.config import load
+
+    takes_config = getattr(module, "TAKES_CONFIG", False)
+    target = words.pop(0) if takes_config and words else getattr(module, "DEFAULT_CONFIG", None)
+    if takes_config and words:
+        raise UserError(f"{command} takes one config; {' '.join(words)} is left over (a key is written key=value)")
+    if takes_config and target is None:
+        raise UserError(f"{command} needs a config, such as {module.EXAMPLE}")
+    config = load.load(schema, target=target, overrides=overrides)
+    if "--print-config" in options:
+        print(load.to_yaml(config), end="")
+        return 0
+    from rich.console import Console
+
+    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    context = Context(command, console, action=action, targets=[target] if takes_config else words,
+                      overrides=overrides, dry_run="--dry-run" in options, config=config)
+    return module.run(context)
+
+
+def _complain(message: str) -> int:
+    red, plain = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{red}error:{plain} {message}", file=sys.stderr)
+    return 2
+
+
+def _nearest(word: str, known) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else f": there are {', '.join(known)}"
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
+    return (f"{__doc__.splitlines()[0]}\n\ncommands:\n{rows}\n\n"
+            "  COMMAND --help          every key of a command: type, default, range, meaning\n"
+            "  COMMAND … --print-config  the resolved config\n"
+            "  COMMAND … --dry-run       what would happen: steps, tokens, memory, disk, hours\n\n"
+            "start here: python launch.py quickstart")
+
+
+def _describe(module, command: str) -> str:
+    from ctllm_jax.config.help import describe_keys
+
+    parts = [f"{command}: {COMMANDS[command]}\n\n{module.USAGE.strip()}"]
+    actions = getattr(module, "ACTIONS", None)
+    if actions:
+        parts += [f"keys of {command} {action}:\n{describe_keys(schema)}" for action, schema in actions.items()]
+    else:
+        parts.append(f"keys:\n{describe_keys(module.SCHEMA)}")
+    return "\n\n".join(parts)

@@ -1,0 +1,237 @@
+"""`launch.py pretrain CONFIG [key=value …]`: wires evaluation, samples, checkpoints and the report into the loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ctllm_jax.config.pretrain import PretrainConfig, RunConfig
+
+if TYPE_CHECKING:
+    from ctllm_jax.cli import Context
+    from ctllm_jax.training.pretrain import Run
+
+SCHEMA = PretrainConfig
+TAKES_CONFIG = True
+EXAMPLE = "configs/quickstart/pretrain.yaml"
+USAGE = """
+usage: python launch.py pretrain CONFIG [key=value …] [--dry-run | --print-config]
+
+CONFIG is a file, or the name of one that comes with the package. The same command again goes on where the run stopped:
+  python launch.py pretrain configs/quickstart/pretrain.yaml optimizer.lr=2e-3 run.dir=runs/try
+  python launch.py pretrain configs/small/150m.yaml data=DIR --dry-run
+  python launch.py pretrain configs/ct_llm_2b/pretrain.yaml data=synthetic steps=30
+"""
+
+
+def run(context: Context) -> int:
+    """Train, or with --dry-run say what that would take."""
+    config = with_run_dir(context.config, context.targets[0])
+    if context.dry_run:
+        return dry_run(config, context.console)
+    train(config, context.console)
+    return 0
+
+
+def with_run_dir(config: PretrainConfig, target: str) -> PretrainConfig:
+    """The config with a run directory: its own, or runs/ and the config's name."""
+    if config.run.dir:
+        return config
+    name = target.removesuffix(".yaml").removeprefix("./").removeprefix("configs/").replace("/", "-").strip("-.")
+    return config.model_copy(update={"run": RunConfig(dir=f"runs/{name}")})
+
+
+def dry_run(config: PretrainConfig, console: Any) -> int:
+    """Print what a run will take; the data is opened where it can be."""
+    from ctllm_jax.config.errors import UserError
+    from ctllm_jax.data.pretrain import open_training_data
+    from ctllm_jax.preflight import plan
+    from ctllm_jax.training.console import print_rows
+
+    warnings, epochs, tokens = [], None, None
+    try:
+        data = open_training_data(config.data, sequence_length=config.batch.sequence_length, rows=config.batch.rows,
+                                  seed=config.seed, vocab_size=config.model.vocab_size)
+        epochs, tokens = data.epochs(config.steps), data.tokens_per_source(config.steps)
+    except UserError as error:
+        warnings.append(f"epochs per source are not known: {error}")
+    import jax
+
+    devices = jax.devices()
+    kind = None if devices[0].platform == "cpu" else devices[0].device_kind
+    rows, more = plan.describe(config, directory=Path(config.run.dir), epochs=epochs, tokens_per_source=tokens,
+                               device_kind=kind, devices=len(devices))
+    print_rows(console, rows, title=f"plan of {config.run.dir} (nothing was started)")
+    for warning in warnings + more:
+        console.print(f"[yellow]warning:[/] {warning}")
+    return 0
+
+
+def train(config: PretrainConfig, console: Any, *, next_command: bool = True) -> dict[str, Any]:
+    """A whole run; returns its last evaluation per source (empty without one)."""
+    from ctllm_jax.cluster import distributed
+
+    distributed.initialize()
+    import jax
+
+    from ctllm_jax.training.console import TrainingConsole, print_rows
+    from ctllm_jax.training.metrics import MetricsWriter
+    from ctllm_jax.training.pretrain import describe_run, make_record, prepare_run
+
+    directory = Path(config.run.dir)
+    first = jax.process_index() == 0
+    stage = (lambda text: console.print(f"[dim]{text} …[/]")) if first else (lambda text: None)
+    run = prepare_run(config, directory=directory, stage=stage)
+    start = describe_run(run)
+    if first:
+        print_rows(console, banner_rows(run, start), title=f"pretrain {directory}")
+        print_treatments(run, console)
+    make = make_record(run)
+    results: dict[str, Any] = {}
+    with (MetricsWriter(directory, tensorboard=config.log.tensorboard, wandb_project=config.log.wandb_project,
+                        config=start["config"], steps=config.steps) as writer,
+          TrainingConsole(console if first else None, total_steps=config.steps) as shown):
+        writer.event("start", **start)
+
+        def record(step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
+            values = make(step, metrics, timing)
+            writer.event("train", **values)
+            shown.train(values)
+
+        hooks = make_hooks(run, writer, shown, results)
+        try:
+            run.train(record=record, hooks=hooks)
+        except KeyboardInterrupt:
+            writer.event("end", step=int(run.last_step), reason="interrupted")
+            raise
+        except BaseException:
+            writer.event("end", step=int(run.last_step), reason="failed")
+            raise
+        writer.event("end", step=config.steps, reason="done")
+    if first:
+        finish(run, console, next_command=next_command)
+    return results
+
+
+def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any]) -> list[Any]:
+    """Checkpoints, held-out evaluation and samples, each at its own interval and at the last step."""
+    import time
+
+    config, last = run.config, run.config.steps
+    hooks = []
+
+    def save(step: int, state: Any) -> None:
+        began = time.perf_counter()
+        if run.checkpointer.save(state, step=step, last=step == last):
+            writer.event("checkpoint", step=step, seconds=time.perf_counter() - began)
+
+    hooks.append(save)
+    evaluate = make_evaluation(run) if config.evaluation.every else None
+    if evaluate is not None:
+        def evaluation_hook(step: int, state: Any) -> None:
+            if step % config.evaluation.every == 0 or step == last:
+                sources = evaluate(state.params)
+                values = {"step": step, "tokens": config.tokens_at(step), "sources": sources}
+                results.update(sources)
+                writer.event("evaluation", **values)
+                shown.evaluation(values)
+
+        hooks.append(evaluation_hook)
+    sample = make_sampler(run) if config.sample.every and run.data.tokenizer_path is not None else None
+    if sample is not None:
+        def sample_hook(step: int, state: Any) -> None:
+            if step % config.sample.every == 0 or step == last:
+                for prompt, text in sample(state.params, step):
+                    values = {"step": step, "prompt": prompt, "text": text}
+                    writer.event("sample", **values)
+                    shown.sample(values)
+
+        hooks.append(sample_hook)
+    return hooks
+
+
+def make_evaluation(run: Run) -> Any:
+    """`params -> {source: figures}` on the held-out split of each source; None where there is none."""
+    from functools import partial
+
+    from ctllm_jax import sharding
+    from ctllm_jax.data.pretrain import open_held_out_data
+    from ctllm_jax.evaluation.bits_per_byte import evaluate_sources, make_evaluation_step
+    from ctllm_jax.training.pretrain import make_loss_fn, place_batch
+
+    config = run.config
+    rows = config.evaluation.rows_per_device * sharding.axis_size(run.mesh, sharding.BATCH_AXES)
+    sources = open_held_out_data(config.data, split=config.evaluation.split, rows=rows,
+                                 sequence_length=config.batch.sequence_length, max_tokens=config.evaluation.max_tokens,
+                                 vocab_size=config.model.vocab_size)
+    if not sources:
+        return None
+    loss_fn = make_loss_fn(config, run.decoder.clone(remat="none"), mesh=run.mesh, token_bytes=run.data.token_bytes,
+                           z_loss=0.0, padded=config.data.isolate_documents)
+    step = make_evaluation_step(loss_fn, out_sharding=sharding.replicated(run.mesh))
+    local = sharding.local_rows(run.mesh, rows)
+    place_global = partial(place_batch, sharding=sharding.batch_sharding(run.mesh), rows=rows)
+
+    def place(batch: Any) -> Any:
+        return place_global(type(batch)(*(part if part is None else part[local] for part in batch)))
+
+    return lambda params: evaluate_sources(step, params, sources, place=place)
+
+
+def make_sampler(run: Run) -> Any:
+    """`(params, step) -> [(prompt, text)]` with the prompts of the config."""
+    from ctllm_jax.data.tokenizer import load_tokenizer
+    from ctllm_jax.inference.generate import generate
+    from ctllm_jax.inference.model import decode_completion, encode_prompts
+    from ctllm_jax.training.pretrain import unconstrained
+
+    config = run.config.sample
+    tokenizer = load_tokenizer(run.data.tokenizer_path)
+    prompts = encode_prompts(tokenizer, config.prompts, prefix_id=run.prefix_id, stop_id=run.data.eod_id)
+    decoder = run.decoder.clone(remat="none", constrain=unconstrained)
+
+    def sample(params: Any, step: int) -> list[tuple[str, str]]:
+        new = generate(decoder, params, prompts, max_tokens=config.max_tokens, seed=run.config.seed + step,
+                       temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, stop_id=run.data.eod_id)
+        texts = [decode_completion(tokenizer, prompt, ids) for prompt, ids in zip(prompts, new, strict=True)]
+        return list(zip(config.prompts, texts, strict=True))
+
+    return sample
+
+
+def banner_rows(run: Run, start: dict[str, Any]) -> list[tuple[str, str]]:
+    """What stands at the head of a run."""
+    config = run.config
+    how = {"resume": f"resuming at step {run.start:,}", "init": f"from the weights of {config.init}",
+           "scratch": "from scratch"}[run.how]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in start["mesh"].items())
+    flops = start["flops_per_token"]
+    rows = [("start", how), ("devices", f"{start['devices']}, mesh {mesh}"),
+            ("ops", ", ".join(f"{op}: {name}" for op, name in start["implementations"].items())),
+            ("model", f"{start['parameters']:,} parameters, {flops['causal'] / 1e6:,.1f} MFLOPs a token causal, {flops['full'] / 1e6:,.1f} full"),
+            ("batch", f"{config.batch.tokens:,} tokens a step = {config.batch.rows} rows of {config.batch.sequence_length:,}:"
+                      f" {run.micro_rows} rows a device at once, {run.accumulation} accumulated"),
+            ("run", f"{config.steps:,} steps, {config.tokens_at(config.steps):,} tokens; compiled in {run.compile_seconds:.1f} s")]
+    for source, tokens in start["tokens_per_source"].items():
+        rows.append((f"source {source}", f"{tokens:,} tokens, {start['epochs'][source]:.2f} epochs"))
+    return rows
+
+
+def print_treatments(run: Run, console: Any) -> None:
+    """The table of what the optimizer's rules hit."""
+    from ctllm_jax.training.console import print_rows
+    from ctllm_jax.training.optimizer import describe_rules
+
+    rows = [(f"lr {lr}, decay {decay}", f"{paths}  [{rule}]")
+            for paths, lr, decay, rule in describe_rules(run.config.optimizer, run.state.params)]
+    print_rows(console, rows, title="optimizer")
+
+
+def finish(run: Run, console: Any, *, next_command: bool) -> None:
+    """The report, and what to type next."""
+    if run.config.log.report:
+        from ctllm_jax.report.page import write_report
+
+        console.print(f"report: {write_report([run.directory], run.directory / 'report.html')}")
+    if next_command and run.data.tokenizer_path is not None:
+        console.print(f"next: python launch.py generate {run.directory} prompt={run.config.sample.prompts[0]}")

@@ -1,0 +1,287 @@
+"""A config from its file, the files it extends, and the command line.
+
+Files are YAML, merged by OmegaConf (`extends: other.yaml`, or a list; later wins; interpolation works in files). What
+stands on the command line comes last, typed by the schema and never by YAML. All errors are reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from ctllm_jax.config.base import Section
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.types import is_section, keys_of, named_sections, parse, without_none
+
+COMMAND_LINE = "command line"
+
+
+@dataclass
+class Loaded:
+    """Raw values of a config, and where each dotted key came from (`file:line`, or the command line)."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+
+    def origin(self, path: str) -> str:
+        """Where a key was set, or the nearest key above it."""
+        while path:
+            if path in self.origins:
+                return self.origins[path]
+            path = path.rpartition(".")[0]
+        return ""
+
+
+class ConfigError(UserError):
+    """All that is wrong with a config, one line each."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        head = f"{len(self.problems)} problems in the config:\n  " if len(self.problems) > 1 else ""
+        super().__init__(head + "\n  ".join(self.problems))
+
+
+def config_root() -> Path:
+    """The folder of the configs that come with the package: in a checkout beside it, in an installation inside it."""
+    package = Path(__file__).resolve().parent.parent
+    beside = package.parent / "configs"
+    return beside if (package.parent / "setup.cfg").exists() and beside.is_dir() else package / "configs"
+
+
+def find_config(target: str) -> Path:
+    """The file of a config: a path, or the name of one that comes with the package (`configs/` and `.yaml` optional)."""
+    name = target.removeprefix("configs/")
+    root = config_root()
+    for path in (Path(target), Path(target + ".yaml"), root / name, root / (name + ".yaml")):
+        if path.is_file():
+            return path
+    known = sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
+    near = difflib.get_close_matches(name.removesuffix(".yaml"), known, n=3, cutoff=0.4)
+    raise UserError(f"no config {target}: no such file, and none of that name comes with the package"
+                    f" ({'did you mean ' + ' or '.join(near) if near else 'there are ' + ', '.join(known)}?)")
+
+
+def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> Loaded:
+    """A config file merged over the files that it extends."""
+    path = path.resolve()
+    if path in seen:
+        raise UserError(f"{path}: extends itself through {' -> '.join(str(p) for p in seen)}")
+    shown = _shown(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text)
+        own = OmegaConf.create(text) if root is not None else OmegaConf.create({})
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{shown}: not a readable YAML file: {error}") from None
+    if not OmegaConf.is_dict(own):
+        raise UserError(f"{shown}: a config is a mapping of keys to values; found {type(OmegaConf.to_container(own)).__name__}")
+    parents = own.pop("extends", None) or []
+    loaded = Loaded()
+    merged = OmegaConf.create({})
+    for parent in [parents] if isinstance(parents, str) else parents:
+        parent_path = path.parent / parent
+        if not parent_path.is_file():
+            raise UserError(f"{shown}: extends {parent}, and there is no {parent_path}")
+        base = read_file(parent_path, seen=(*seen, path))
+        merged = OmegaConf.merge(merged, base.values)
+        loaded.origins.update(base.origins)
+    loaded.origins.update({key: f"{shown}:{line}" for key, line in _lines(root)})
+    try:
+        loaded.values = OmegaConf.to_container(OmegaConf.merge(merged, own), resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{shown}: {str(error).splitlines()[0]}") from None
+    return loaded
+
+
+def load(schema: type[Section], *, target: str | Path | None = None, overrides: Sequence[str] = ()) -> Section:
+    """The validated config of a command.
+
+    Args:
+      schema: the section that describes it.
+      target: path or name of a config file; None starts from the defaults.
+      overrides: `key=value` each, from the command line.
+
+    Raises:
+      ConfigError: everything that is wrong, each with key, value, origin and the nearest valid key.
+    """
+    loaded = read_file(find_config(str(target))) if target is not None else Loaded()
+    problems = []
+    _expand_shorthands(schema, loaded.values)
+    for override in overrides:
+        path, _, text = override.partition("=")
+        try:
+            _assign(schema, loaded, path, text)
+        except ValueError as error:
+            problems.append(f"{path}={_short(text)} ({COMMAND_LINE}): {error}")
+    try:
+        config = schema.model_validate(loaded.values)
+    except ValidationError as error:
+        problems += [_explain(schema, loaded, detail) for detail in error.errors(include_url=False)]
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def to_yaml(config: Section) -> str:
+    """A config, resolved, as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), allow_unicode=True, sort_keys=False, width=100)
+
+
+def changeable_paths(schema: type[Section]) -> set[str]:
+    """Dotted keys in which a resumed run may differ from its beginning; a section's mark covers its keys."""
+    from ctllm_jax.config.types import mark
+
+    return {path for path, info in keys_of(schema) if mark(info, "changeable")}
+
+
+def _shown(path: Path) -> str:
+    """A path as a user would write it: relative to the working directory where it lies below."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            path = f"{prefix}{name.value}"
+            yield path, name.start_mark.line + 1
+            yield from _lines(value, f"{path}.")
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield f"{prefix}{index}", value.start_mark.line + 1
+            yield from _lines(value, f"{prefix}{index}.")
+
+
+def _shorthand(schema: type[Section], value: Any) -> dict[str, Any] | None:
+    """What a bare value for a whole section stands for, or None if it stands for nothing."""
+    if isinstance(value, str) and hasattr(schema, "from_shorthand"):
+        return schema.from_shorthand(value)
+    if isinstance(value, str) and schema.shorthand:
+        return {schema.shorthand: value}
+    return None
+
+
+def _expand_shorthands(schema: type[Section], values: dict[str, Any]) -> None:
+    """Bare values for whole sections, in place; a named section set to null is taken out."""
+    for name, info in schema.model_fields.items():
+        annotation, _ = without_none(info.annotation)
+        value = values.get(name)
+        if is_section(annotation):
+            expanded = _shorthand(annotation, value)
+            if expanded is not None:
+                value = values[name] = expanded
+            if isinstance(value, dict):
+                _expand_shorthands(annotation, value)
+        elif (inner := named_sections(annotation)) is not None and isinstance(value, dict):
+            for entry in [entry for entry, given in value.items() if given is None]:
+                del value[entry]
+            for entry, given in value.items():
+                value[entry] = _shorthand(inner, given) or given
+                if isinstance(value[entry], dict):
+                    _expand_shorthands(inner, value[entry])
+
+
+def _assign(schema: type[Section], loaded: Loaded, path: str, text: str) -> None:
+    """Put one `path=text` of the command line into the values."""
+    values, section, walked = loaded.values, schema, []
+    parts = path.split(".")
+    for index, part in enumerate(parts):
+        last = index == len(parts) - 1
+        if part not in section.model_fields:
+            raise ValueError(_unknown(schema, path))
+        info = section.model_fields[part]
+        annotation, _ = without_none(info.annotation)
+        walked.append(part)
+        if last:
+            value = None
+            if is_section(annotation) and (value := _shorthand(annotation, text)) is not None:
+                values[part] = {**(values.get(part) or {}), **value}
+            else:
+                values[part] = parse(text, info)
+            loaded.origins[path] = COMMAND_LINE
+            return
+        if is_section(annotation):
+            values = _descend(values, part)
+            section = annotation
+        elif (inner := named_sections(annotation)) is not None:
+            name = parts[index + 1]
+            values = _descend(values, part)
+            rest = parts[index + 2:]
+            if not rest:
+                values[name] = None if text == "null" else _shorthand(inner, text) or parse(text, info)
+                if values[name] is None:
+                    del values[name]
+                loaded.origins[path] = COMMAND_LINE
+                return
+            _assign_named(schema, inner, loaded, _descend(values, name), path, ".".join(rest), text)
+            return
+        else:
+            raise ValueError(f"{'.'.join(walked)} has no keys of its own")
+
+
+def _assign_named(schema, inner, loaded, values, path, rest, text) -> None:
+    below = Loaded(values, {})
+    try:
+        _assign(inner, below, rest, text)
+    except ValueError as error:
+        raise ValueError(_unknown(schema, path) if "unknown key" in str(error) else str(error)) from None
+    loaded.origins[path] = COMMAND_LINE
+
+
+def _descend(values: dict[str, Any], name: str) -> dict[str, Any]:
+    if not isinstance(values.get(name), dict):
+        values[name] = {}
+    return values[name]
+
+
+def _unknown(schema: type[Section], path: str) -> str:
+    return "unknown key" + _nearest(schema, path)
+
+
+def _nearest(schema: type[Section], path: str) -> str:
+    known = [known for known, _ in keys_of(schema)]
+    parent, _, leaf = path.rpartition(".")
+    siblings = [known_path for known_path in known if known_path.rpartition(".")[0] == parent]
+    near = difflib.get_close_matches(leaf, [sibling.rpartition(".")[2] for sibling in siblings], n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {parent + '.' if parent else ''}{near[0]}?"
+    same_leaf = [known_path for known_path in known if known_path.rpartition(".")[2] == leaf]
+    near = same_leaf[:1] or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else "; --help lists the keys"
+
+
+def _explain(schema: type[Section], loaded: Loaded, detail: dict[str, Any]) -> str:
+    """One of pydantic's errors as a line: key, value, origin, what is needed."""
+    path = ".".join(str(part) for part in detail["loc"])
+    kind, context = detail["type"], detail.get("ctx", {})
+    origin = loaded.origin(path)
+    where = f" ({origin})" if origin else ""
+    if kind == "missing":
+        return f"{path}: must be given{where}"
+    if kind == "extra_forbidden":
+        return f"{path}{where}: unknown key{_nearest(schema, path)}"
+    if kind == "value_error":
+        return f"{path or 'config'}{where}: {context['error']}"
+    shown = f"{path}={_short(detail['input'])}{where}"
+    bounds = {"greater_than_equal": ("ge", ">="), "greater_than": ("gt", ">"), "less_than_equal": ("le", "<="),
+              "less_than": ("lt", "<")}
+    if kind in bounds:
+        name, sign = bounds[kind]
+        return f"{shown}: must be {sign} {context[name]}"
+    hint = "; a text that looks like a number needs quotes in YAML" if kind == "string_type" and not isinstance(detail["input"], (dict, list)) else ""
+    return f"{shown}: {detail['msg'][0].lower()}{detail['msg'][1:]}{hint}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,143 @@
+"""Text of the command line to values, and values to help: both led by the schema's annotations."""
+
+from __future__ import annotations
+
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from ctllm_jax.config.base import Section
+
+
+def is_section(annotation: Any) -> bool:
+    """Whether an annotation is a section."""
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def without_none(annotation: Any) -> tuple[Any, bool]:
+    """`(X, True)` of `X | None`, else `(annotation, False)`."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        rest = [arm for arm in typing.get_args(annotation) if arm is not type(None)]
+        if len(rest) == 1 and len(typing.get_args(annotation)) == 2:
+            return rest[0], True
+    return annotation, False
+
+
+def named_sections(annotation: Any) -> type[Section] | None:
+    """The section of a `dict[str, Section]`, else None."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is dict and len(arguments) == 2 and is_section(arguments[1]):
+        return arguments[1]
+    return None
+
+
+def keys_of(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key below a section, dotted; a named section's keys come with `NAME` in the path."""
+    for name, field in schema.model_fields.items():
+        path = prefix + name
+        yield path, field
+        annotation, _ = without_none(field.annotation)
+        inner = annotation if is_section(annotation) else named_sections(annotation)
+        if inner is not None:
+            yield from keys_of(inner, f"{path}." if is_section(annotation) else f"{path}.NAME.")
+
+
+def describe_type(annotation: Any) -> str:
+    """An annotation in words that a user knows: `int`, `a|b|c`, `list of text`."""
+    annotation, optional = without_none(annotation)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        words = "|".join(str(choice) for choice in arguments)
+    elif origin is list:
+        words = "list of " + describe_type(arguments[0])
+    elif origin is dict:
+        words = "NAME: " + describe_type(arguments[1])
+    elif is_section(annotation):
+        words = "section"
+    else:
+        words = {int: "int", float: "float", bool: "true|false", str: "text"}.get(annotation, str(annotation))
+    return words + ("|null" if optional else "")
+
+
+def describe_range(field: FieldInfo) -> str:
+    """A key's bounds: `>= 1, < 2`, or empty."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    parts = [f"{sign} {getattr(mark, name):g}" for mark in field.metadata for name, sign in signs.items()
+             if getattr(mark, name, None) is not None]
+    return ", ".join(parts)
+
+
+def describe_default(field: FieldInfo) -> str:
+    """A key's default, or `required`."""
+    if field.is_required():
+        return "required"
+    value = field.default if field.default is not PydanticUndefined else field.default_factory()
+    if isinstance(value, Section):
+        return ""
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, (list, dict)) else str(value)
+
+
+def mark(field: FieldInfo, name: str) -> bool:
+    """Whether a key carries a mark: `changeable`, `text`."""
+    return bool((field.json_schema_extra or {}).get(name))
+
+
+def parse(text: str, field: FieldInfo) -> Any:
+    """The value of a key from the text after `=`.
+
+    A text key takes it byte for byte (with the mark `text` also `@FILE`, `-` for standard input, `@@…` for a literal @).
+    Numbers, switches and choices are read by type. Lists are YAML, or words between commas.
+
+    Raises:
+      ValueError: the text is not of the key's type; the message says what is needed.
+    """
+    annotation, optional = without_none(field.annotation)
+    if optional and text == "null":
+        return None
+    if annotation is str:
+        return _read_text(text) if mark(field, "text") else text
+    if typing.get_origin(annotation) in (list, dict) or is_section(annotation):
+        return _parse_structure(text, annotation)
+    try:
+        return TypeAdapter(annotation).validate_python(_number(text) if annotation in (int, float) else text)
+    except ValidationError:
+        raise ValueError(f"needs {describe_type(field.annotation)}") from None
+
+
+def _number(text: str) -> str:
+    return text.replace("_", "")
+
+
+def _read_text(text: str) -> str:
+    if text == "-":
+        return sys.stdin.buffer.read().decode("utf-8")
+    if text.startswith("@@"):
+        return text[1:]
+    if text.startswith("@"):
+        try:
+            return Path(text[1:]).read_bytes().decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read {text[1:]}: {error}; a text that begins with @ is written @@…") from None
+    return text
+
+
+def _parse_structure(text: str, annotation: Any) -> Any:
+    import yaml
+
+    is_list = typing.get_origin(annotation) is list
+    if is_list and not text.lstrip().startswith("["):
+        return text.split(",") if text else []
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, list if is_list else dict):
+        raise ValueError(f"needs {describe_type(annotation)}, in YAML's inline form such as {'[a, b]' if is_list else '{key: value}'}")
+    return value

@@ -1,0 +1,87 @@
+"""A MODEL as commands take it: its weights, decoder and tokenizer, ready to be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import yaml
+
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.model import ModelConfig
+from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from ctllm_jax.inference.generate import generate
+from ctllm_jax.model.decoder import Decoder, init_params
+from ctllm_jax.training.checkpoint import find_checkpoint, load_params
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model.
+
+    Attributes:
+      prefix_id: id that preceded documents in training; None where none did.
+      stop_id: id that ends a document.
+    """
+
+    decoder: Decoder
+    params: Any
+    tokenizer: Tokenizer
+    prefix_id: int | None
+    stop_id: int | None
+    run_dir: Path
+    step: int
+
+    def complete(self, prompts: Sequence[str], **options: Any) -> list[str]:
+        """What the model writes behind each prompt; options as of `inference.generate.generate`."""
+        ids = encode_prompts(self.tokenizer, prompts, prefix_id=self.prefix_id, stop_id=self.stop_id)
+        new = generate(self.decoder, self.params, ids, stop_id=self.stop_id, **options)
+        return [decode_completion(self.tokenizer, prompt, tokens) for prompt, tokens in zip(ids, new, strict=True)]
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], *, prefix_id: int | None,
+                   stop_id: int | None) -> list[list[int]]:
+    """Ids of prompts as they would stand in training; an empty one starts behind the end of another document.
+
+    Raises:
+      UserError: an empty prompt, where no id begins a document.
+    """
+    rows = []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt)
+        prefix = prefix_id if ids else (stop_id if prefix_id is None else prefix_id)
+        if not ids and prefix is None:
+            raise UserError("prompt is empty, and this model has no id that begins a document: give at least one character")
+        rows.append(([] if prefix is None else [prefix]) + ids)
+    return rows
+
+
+def decode_completion(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text of new tokens behind a prompt: a character begun by the prompt's last bytes is not cut."""
+    before = tokenizer.decode(list(prompt))
+    text = tokenizer.decode([*prompt, *new])
+    return text[len(before):] if text.startswith(before) else tokenizer.decode(list(new))
+
+
+def load_model(model: str) -> Model:
+    """The MODEL of a run directory or RUN@STEP, in float32 on the first device.
+
+    Raises:
+      UserError: no such run, step or tokenizer.
+    """
+    run_dir, kept = find_checkpoint(model)
+    raw = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    config = ModelConfig(**raw["model"])
+    found = sorted(run_dir.glob("tokenizer.*"))
+    if not found:
+        raise UserError(f"{run_dir} has no tokenizer: it was trained on synthetic tokens, and has no text to write")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.eval_shape(partial(init_params, config), jax.random.key(0))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
+    return Model(Decoder(config, dtype=jnp.float32), load_params(kept, abstract), load_tokenizer(found[0]),
+                 kept.meta.get("prefix_id"), kept.meta.get("eod_id"), run_dir, kept.step)

@@ -1,0 +1,227 @@
+"""The decoder of CT-LLM: pre-RMSNorm, RoPE, grouped-query attention, SwiGLU (a Llama), as pure Linen modules.
+
+`Decoder(config).apply({"params": params}, tokens, segment_ids, positions)` gives the normed hidden states; the head is
+applied by the loss, which never holds all logits. Parameters are float32 and stacked over layers, whether the blocks
+are scanned or unrolled.
+
+Legend: B batch, S sequence, T cached sequence, D hidden, N query heads, K kv heads, H head dim, F FFN, V vocabulary,
+L layers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from ctllm_jax import kernels
+from ctllm_jax.kernels.attention import cached_attention
+from ctllm_jax.model.parameters import ONES, ZEROS, Parameter, block_parameters, decoder_parameters
+from ctllm_jax.model.rope import apply_rope, rope_angles
+
+SAVED_NAMES = ("query", "key", "value", "attention_output")
+"""What `remat="attention"` keeps of a block, beside its input: all that the backward pass of attention reads."""
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far: two [L, B, T, K, H] arrays, and each row's length [B], int32."""
+
+    key: jax.Array
+    value: jax.Array
+    length: jax.Array
+
+
+def make_cache(config: Any, *, rows: int, length: int, dtype: Any) -> Cache:
+    """An empty cache for `rows` rows of at most `length` tokens."""
+    shape = (config.num_layers, rows, length, config.num_kv_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((rows,), jnp.int32))
+
+
+def initializer(path: str, parameter: Parameter) -> Callable[[jax.Array], jax.Array]:
+    """`key -> array`, float32. Each path folds its own number into the key: no parameter depends on another's."""
+    def init(key: jax.Array) -> jax.Array:
+        if parameter.init in (ONES, ZEROS):
+            return jnp.full(parameter.shape, float(parameter.init == ONES), jnp.float32)
+        key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        return parameter.init * jax.random.normal(key, parameter.shape, jnp.float32)
+    return init
+
+
+def init_params(config: Any, key: jax.Array) -> dict[str, Any]:
+    """All parameters, float32: a pure function of the config and the key, to be jitted with the mesh's shardings."""
+    def build(table: dict[str, Any], prefix: str) -> dict[str, Any]:
+        return {name: build(entry, f"{prefix}{name}/") if isinstance(entry, dict) else initializer(prefix + name, entry)(key)
+                for name, entry in table.items()}
+    return build(decoder_parameters(config), "")
+
+
+def rms_norm(x: jax.Array, scale_D: jax.Array, *, eps: float) -> jax.Array:
+    """x / rms(x) · scale over the last dim, in float32, returned in x's dtype (arXiv 1910.07467)."""
+    x_f32 = x.astype(jnp.float32)
+    normed = x_f32 * jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
+    return (normed * jnp.expand_dims(scale_D, tuple(range(x.ndim - 1)))).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """One decoder block: x + attention(norm(x)), then + ffn(norm(.)).
+
+    Attributes:
+      config: the fields of ModelConfig.
+      attention: `(q_BSNH, k_BSKH, v_BSKH, *, segment_ids, sliding_window) -> [B, S, N, H]`, causal.
+      swiglu: `(x_BSD, gate_DF, up_DF) -> [B, S, F]`.
+      remat_ffn: compute the FFN's wide activations again in the backward pass.
+      prevent_cse: as of `jax.checkpoint`; False inside a scan.
+    """
+
+    config: Any
+    attention: Callable = kernels.attention
+    swiglu: Callable = kernels.swiglu
+    remat_ffn: bool = False
+    prevent_cse: bool = True
+
+    @nn.compact
+    def __call__(self, x_BSD, angles, segment_ids_BS=None, cache=None):
+        """Returns (x_BSD, the block's (key_BTKH, value_BTKH) with the new tokens written, or None without a cache)."""
+        config, dtype = self.config, x_BSD.dtype
+        weights = {name: self.param(name, initializer(name, parameter)).astype(dtype)
+                   for name, parameter in block_parameters(config).items()}
+        norm = partial(rms_norm, eps=config.norm_eps)
+
+        normed_BSD = norm(x_BSD, weights["attention_norm"])
+        q_BSNH = jnp.einsum("BSD,DNH->BSNH", normed_BSD, weights["query"])
+        k_BSKH = jnp.einsum("BSD,DKH->BSKH", normed_BSD, weights["key"])
+        v_BSKH = jnp.einsum("BSD,DKH->BSKH", normed_BSD, weights["value"])
+        if config.qkv_bias:
+            q_BSNH += weights["query_bias"][None, None]
+            k_BSKH += weights["key_bias"][None, None]
+            v_BSKH += weights["value_bias"][None, None]
+        q_BSNH = checkpoint_name(apply_rope(q_BSNH, angles), "query")
+        k_BSKH = checkpoint_name(apply_rope(k_BSKH, angles), "key")
+        v_BSKH = checkpoint_name(v_BSKH, "value")
+        if cache is None:
+            y_BSNH = self.attention(q_BSNH, k_BSKH, v_BSKH, segment_ids=segment_ids_BS,
+                                    sliding_window=config.sliding_window)
+        else:
+            y_BSNH, cache = self._attend_to_cache(q_BSNH, k_BSKH, v_BSKH, cache)
+        y_BSNH = checkpoint_name(y_BSNH, "attention_output")
+        x_BSD = x_BSD + jnp.einsum("BSNH,NHD->BSD", y_BSNH, weights["out"])
+
+        def ffn(x_BSD, scale_D, gate_DF, up_DF, down_FD):
+            return jnp.einsum("BSF,FD->BSD", self.swiglu(norm(x_BSD, scale_D), gate_DF, up_DF), down_FD)
+
+        if self.remat_ffn:
+            ffn = jax.checkpoint(ffn, prevent_cse=self.prevent_cse)
+        return x_BSD + ffn(x_BSD, *(weights[name] for name in ("ffn_norm", "gate", "up", "down"))), cache
+
+    def _attend_to_cache(self, q_BSNH, k_BSKH, v_BSKH, cache):
+        """Write the new tokens behind each row's length, and attend to everything up to oneself."""
+        key_BTKH, value_BTKH, length_B = cache
+        write = jax.vmap(lambda row_TKH, new_SKH, start: jax.lax.dynamic_update_slice(row_TKH, new_SKH, (start, 0, 0)))
+        key_BTKH = write(key_BTKH, k_BSKH.astype(key_BTKH.dtype), length_B)
+        value_BTKH = write(value_BTKH, v_BSKH.astype(value_BTKH.dtype), length_B)
+        slots_BS = length_B[:, None] + jnp.arange(q_BSNH.shape[1], dtype=jnp.int32)[None]
+        y_BSNH = cached_attention(q_BSNH, key_BTKH, value_BTKH, query_positions=slots_BS,
+                                  sliding_window=self.config.sliding_window)
+        return y_BSNH, (key_BTKH, value_BTKH)
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states.
+
+    Attributes:
+      config: the fields of ModelConfig.
+      dtype: of activations and matmul inputs; norms and softmax are float32 inside.
+      attention, swiglu: as of `Block`.
+      scan_layers: scan one compiled block over the layers, else unroll.
+      remat: "none", "ffn", "attention" or "block": what the backward pass computes again, least to most.
+      constrain: `(x_BSD) -> x_BSD`, puts the hidden states where the mesh wants them.
+    """
+
+    config: Any
+    dtype: Any = jnp.float32
+    attention: Callable = kernels.attention
+    swiglu: Callable = kernels.swiglu
+    scan_layers: bool = False
+    remat: str = "none"
+    constrain: Callable = lambda x_BSD: x_BSD
+
+    @nn.compact
+    def __call__(self, tokens_BS, segment_ids_BS=None, positions_BS=None, cache: Cache | None = None):
+        """Hidden states after the final norm.
+
+        Args:
+          tokens_BS: int32 ids.
+          segment_ids_BS: int32, 0 for padding; None: one document a row, no padding. With a cache it tells which of the
+            new tokens count (padding on the right is written, and overwritten by what comes next).
+          positions_BS: int32 positions for RoPE; None: 0 … S-1, or behind the cached ones.
+          cache: from `make_cache`, at most T - S tokens full; None outside of decoding.
+
+        Returns:
+          (hidden_BSD in `dtype`, the cache with the new tokens, or None).
+        """
+        config = self.config
+        table = decoder_parameters(config)
+        embedding_VD = self.param("embedding", initializer("embedding", table["embedding"]))
+        blocks = self.param("blocks", lambda key: {name: initializer(f"blocks/{name}", parameter)(key)
+                                                   for name, parameter in table["blocks"].items()})
+        final_norm_D = self.param("final_norm", initializer("final_norm", table["final_norm"]))
+        if "head" in table:
+            self.param("head", initializer("head", table["head"]))
+
+        if positions_BS is None:
+            start_B1 = jnp.zeros((1, 1), jnp.int32) if cache is None else cache.length[:, None]
+            positions_BS = start_B1 + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
+        angles = rope_angles(positions_BS, head_dim=config.head_dim, theta=config.rope_theta)
+        # Cast after the lookup: a cast table would be a second copy of the largest parameter.
+        x_BSD = self.constrain(jnp.take(embedding_VD, tokens_BS, axis=0).astype(self.dtype))
+
+        def apply_block(params, x_BSD, layer_cache):
+            x_BSD, layer_cache = self._block().apply({"params": params}, x_BSD, angles, segment_ids_BS, layer_cache)
+            return self.constrain(x_BSD), layer_cache
+
+        apply_block = self._rematerialised(apply_block)
+        layer_caches = None
+        if self.scan_layers:
+            def step(x_BSD, layer):
+                params, keys_values = layer
+                return apply_block(params, x_BSD, keys_values and (*keys_values, cache.length))
+            x_BSD, layer_caches = jax.lax.scan(step, x_BSD, (blocks, cache and (cache.key, cache.value)))
+        else:
+            # `split` and not an index: its transpose is one concatenation, where L indices would add L padded stacks.
+            slices = {name: jax.lax.split(stack, [1] * config.num_layers) for name, stack in blocks.items()}
+            outputs = []
+            for layer in range(config.num_layers):
+                params = {name: jnp.squeeze(parts[layer], 0) for name, parts in slices.items()}
+                layer_cache = cache and (cache.key[layer], cache.value[layer], cache.length)
+                x_BSD, layer_cache = apply_block(params, x_BSD, layer_cache)
+                outputs.append(layer_cache)
+            if cache is not None:
+                layer_caches = jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+        if cache is not None:
+            new_B = jnp.sum(segment_ids_BS > 0, axis=1) if segment_ids_BS is not None else tokens_BS.shape[1]
+            cache = Cache(*layer_caches, cache.length + jnp.asarray(new_B, jnp.int32))
+        return rms_norm(x_BSD, final_norm_D, eps=config.norm_eps), cache
+
+    def _block(self) -> Block:
+        return Block(self.config, self.attention, self.swiglu, remat_ffn=self.remat == "ffn",
+                     prevent_cse=not self.scan_layers, parent=None)
+
+    def _rematerialised(self, function: Callable) -> Callable:
+        """`function` under the remat ladder. A scan keeps XLA from merging the two computations by itself."""
+        policies = {"none": None, "ffn": None, "block": jax.checkpoint_policies.nothing_saveable,
+                    "attention": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)}
+        if self.remat not in policies:
+            raise ValueError(f"remat={self.remat!r}: must be one of {', '.join(policies)}")
+        policy = policies[self.remat]
+        return function if policy is None else jax.checkpoint(function, policy=policy, prevent_cse=not self.scan_layers)
+
+
+def head_weights(params: dict[str, Any]) -> jax.Array:
+    """The output head [D, V], float32: its own, or the embedding's transpose where it is tied."""
+    return params["head"] if "head" in params else params["embedding"].T

@@ -1,0 +1,31 @@
+"""Arithmetic of a training step, counted analytically: compilers count a scanned body once."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ctllm_jax.model.parameters import count_parameters
+
+
+class FlopsPerToken(NamedTuple):
+    """Floating-point operations of a forward and backward pass, per token; recomputation is not counted."""
+
+    causal: float
+    full: float
+
+
+def flops_per_token(config: Any, *, sequence_length: int) -> FlopsPerToken:
+    """FLOPs of one trained token: 6 for each matmul parameter, 12·N·H·S for each layer's attention (PaLM, appendix B).
+
+    `full` counts attention to all S tokens, `causal` half of that; with a sliding window both see at most the window.
+    The embedding lookup costs nothing; the head counts once, tied or not.
+    """
+    embedding = config.padded_vocab_size * config.hidden_size
+    norms = (2 * config.num_layers + 1) * config.hidden_size
+    biases = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim * config.num_layers * config.qkv_bias
+    matmul = count_parameters(config) - norms - biases - embedding * (0 if config.tie_embeddings else 1)
+    window = min(sequence_length, config.sliding_window or sequence_length)
+    attention = 12 * config.num_layers * config.num_heads * config.head_dim * window
+    causal_share = 1 - window / (2 * sequence_length)
+    causal_keys = attention * (causal_share if window < sequence_length else 0.5)
+    return FlopsPerToken(causal=6 * matmul + causal_keys, full=6 * matmul + attention)

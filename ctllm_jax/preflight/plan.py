@@ -1,0 +1,132 @@
+"""What a run will take, by arithmetic: steps, tokens, epochs, memory, disk, hours. No device is touched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from ctllm_jax.cluster.chips import CHIPS, Chip, find_chip
+from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.model.flops import flops_per_token
+from ctllm_jax.model.parameters import count_parameters
+
+MANY_EPOCHS = 4.0
+"""Repeated data is worth about as much as new data up to here (arXiv 2305.16264)."""
+EXPECTED_MFU = 0.4
+"""Share of the peak that the expected hours assume, of causal FLOPs."""
+OFFERS = (("H100", "NVIDIA H100", 1), ("8 x H100", "NVIDIA H100", 8), ("v5e-8", "TPU v5e", 8), ("v5e-256", "TPU v5e", 256),
+          ("v5p-64 (32 chips)", "TPU v5p", 32), ("v6e-256", "TPU v6e", 256))
+
+
+def hours(config: PretrainConfig, chip: Chip, count: int) -> float:
+    """Expected hours of a whole run on `count` chips at EXPECTED_MFU."""
+    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length).causal
+    return config.tokens_at(config.steps) * flops / (chip.peak_flops * count * EXPECTED_MFU) / 3600
+
+
+def checkpoint_bytes(config: PretrainConfig) -> dict[str, int]:
+    """Bytes of a resumable checkpoint and of a milestone: float32 weights, and two moments for the optimizer."""
+    weights = 4 * count_parameters(config.model)
+    return {"resumable": 3 * weights, "milestone": 3 * weights if config.checkpoint.milestone_optimizer else weights}
+
+
+def checkpoints_kept(config: PretrainConfig) -> dict[str, int]:
+    """How many checkpoints of each kind lie on disk at most; one more resumable while it is written."""
+    saved = -(-config.steps // config.checkpoint.every)
+    kept = min(saved, config.checkpoint.keep_last)
+    if config.checkpoint.keep_every:
+        kept = min(saved, kept + config.steps // config.checkpoint.keep_every)
+    trained = config.tokens_at(config.steps) / 1e9
+    milestones = sum(milestone <= trained for milestone in config.checkpoint.milestones)
+    return {"resumable": kept + (saved > kept), "milestone": milestones}
+
+
+def memory_bytes(config: PretrainConfig, *, devices: int, rows: int) -> dict[str, int]:
+    """Bytes on each device, estimated: `rows` rows computed at once, parameters split over mesh.fsdp and mesh.tensor.
+
+    Activations are counted by the remat rung, logits by loss_chunk; a compile for the device tells the real figure.
+    """
+    model, mesh = config.model, config.mesh
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    given = 1
+    for size in sizes.values():
+        given *= max(size, 1)
+    sizes = {axis: devices // given if size == -1 else size for axis, size in sizes.items()}
+    split = max(sizes["fsdp"] * sizes["tensor"], 1)
+    parameters = 4 * count_parameters(model) // split
+    item = 2 if config.compute.dtype == "bfloat16" else 4
+    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    width = {"block": model.hidden_size, "attention": model.hidden_size + heads,
+             "ffn": 4 * model.hidden_size + 2 * heads, "none": 5 * model.hidden_size + 2 * heads + 3 * model.ffn_size}
+    tokens = rows * config.batch.sequence_length
+    kept = tokens * width[config.compute.remat] * model.num_layers * item
+    working = tokens * (width["none"] * item)
+    logits = 2 * 4 * min(config.compute.loss_chunk, tokens) * model.padded_vocab_size // sizes["tensor"]
+    return {"parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters, "activations": kept + working,
+            "logits": logits}
+
+
+def free_disk(directory: Path) -> int:
+    """Bytes free where a directory lies or will lie."""
+    while not directory.exists():
+        directory = directory.parent
+    return shutil.disk_usage(directory).free
+
+
+def describe(config: PretrainConfig, *, directory: Path, epochs: Mapping[str, float] | None,
+             tokens_per_source: Mapping[str, int] | None, device_kind: str | None = None,
+             devices: int = 1) -> tuple[list[tuple[str, str]], list[str]]:
+    """The plan of a run: rows (what, how much), and warnings.
+
+    Args:
+      epochs, tokens_per_source: of the data, where it can be opened.
+      device_kind, devices: what memory and hours are estimated for; None: the usual offers.
+    """
+    tokens = config.tokens_at(config.steps)
+    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length)
+    parameters = count_parameters(config.model)
+    rows = [("steps", f"{config.steps:,} of {config.batch.tokens:,} tokens ({config.batch.rows} rows of {config.batch.sequence_length:,})"),
+            ("tokens", f"{tokens:,} ({tokens / parameters:.1f} a parameter)"),
+            ("parameters", f"{parameters:,}"),
+            ("FLOPs a token", f"{flops.causal / 1e9:,.3f} G causal, {flops.full / 1e9:,.3f} G full")]
+    warnings = []
+    for source, count in (tokens_per_source or {}).items():
+        passes = (epochs or {}).get(source, 0.0)
+        rows.append((f"source {source}", f"{count:,} tokens, {passes:.2f} epochs"))
+        if passes > MANY_EPOCHS:
+            warnings.append(f"source {source} is seen {passes:.1f} times: above {MANY_EPOCHS:g} epochs, repeating helps little")
+    memory = memory_bytes(config, devices=devices, rows=config.batch.rows_per_device or max(config.batch.rows // devices, 1))
+    shown = ", ".join(f"{name} {_gib(size)}" for name, size in memory.items())
+    rows.append((f"memory on each of {devices}", f"about {_gib(sum(memory.values()))} ({shown})"))
+    chip = find_chip(device_kind) if device_kind else None
+    if chip is not None and sum(memory.values()) > chip.memory_gib * 2**30:
+        warnings.append(f"about {_gib(sum(memory.values()))} a device, and a {chip.name} has {chip.memory_gib:g} GiB:"
+                        " lower batch.rows_per_device, raise mesh.fsdp, or choose a stronger compute.remat")
+    sizes, kept = checkpoint_bytes(config), checkpoints_kept(config)
+    need = sum(sizes[kind] * kept[kind] for kind in sizes)
+    parts = [f"{kept[kind]} {kind} x {_gib(sizes[kind])}" for kind in sizes if kept[kind]]
+    free = free_disk(directory)
+    rows.append(("checkpoints", f"{' + '.join(parts)} = {_gib(need)}; {_gib(free)} free at {directory}"))
+    if need > free:
+        warnings.append(f"checkpoints need {_gib(need)}, and {directory} has {_gib(free)} free:"
+                        " lower checkpoint.keep_last, or point run.dir elsewhere")
+    if chip is not None:
+        offers = [(f"{devices} x {chip.name}", chip, devices)]
+    else:
+        offers = [(name, CHIPS[kind], count) for name, kind, count in OFFERS]
+    rows.append((f"hours at {EXPECTED_MFU:.0%} MFU", ", ".join(f"{name}: {_hours(hours(config, chip, count))}"
+                                                             for name, chip, count in offers)))
+    if device_kind and chip is None:
+        rows.append(("hours here", f"unknown for {device_kind} ({os.cpu_count()} processors): the start of a run shows its ETA"))
+    return rows, warnings
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**27 else f"{size / 2**20:,.1f} MiB"
+
+
+def _hours(value: float) -> str:
+    return f"{value:,.1f} h" if value >= 0.1 else f"{value * 3600:,.0f} s"
+

@@ -1,0 +1,111 @@
+"""The mesh, and one table from the logical names of dims to mesh axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    "batch": BATCH_AXES,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ffn": "tensor",
+    "layers": None,
+    "head_dim": None,
+    "norm": None,
+    None: None,
+}
+"""Logical dim -> mesh axis (or axes, or None for a dim that every device holds whole)."""
+
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices.
+
+    Args:
+      sizes: devices along `data`, `fsdp` and `tensor`; one of them may be -1, the devices that the others leave.
+      devices: default `jax.devices()`, of all processes.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices; the message gives the numbers.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    given = math.prod(size for size in sizes.values() if size != -1)
+    shape = tuple(len(devices) // given if sizes[axis] == -1 else sizes[axis] for axis in AXES)
+    if math.prod(shape) != len(devices):
+        wanted = " x ".join(f"{axis} {sizes[axis]}" for axis in AXES)
+        raise ValueError(f"mesh {wanted} does not cover {len(devices)} devices exactly:"
+                         f" the product must be {len(devices)}, or one axis -1 and the others divide it")
+    if devices[0].platform == "cpu":
+        grid = np.asarray(devices).reshape(shape)
+        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def partition_spec(dims: Sequence[str | None]) -> PartitionSpec:
+    """The mesh axes of an array's dims.
+
+    Raises:
+      ValueError: an unknown dim, or two dims that want the same axis.
+    """
+    entries, used = [], []
+    for dim in dims:
+        if dim not in RULES:
+            raise ValueError(f"dim {dim!r} of {tuple(dims)} is not in the sharding rules: {', '.join(map(str, RULES))}")
+        axes = RULES[dim]
+        used += [axes] if isinstance(axes, str) else list(axes or ())
+        entries.append(axes)
+    if len(set(used)) < len(used):
+        raise ValueError(f"dims {tuple(dims)} want one mesh axis twice: {used}")
+    return PartitionSpec(*entries)
+
+
+def param_shardings(table: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """The sharding of every parameter of a table from `model.parameters`.
+
+    Raises:
+      ValueError: a dim that its mesh axes do not divide, with the parameter and the numbers.
+    """
+    def shard(entry: Any, path: str) -> Any:
+        if isinstance(entry, dict):
+            return {name: shard(inner, f"{path}/{name}" if path else name) for name, inner in entry.items()}
+        spec = partition_spec(entry.dims)
+        for dim, size, axes in zip(entry.dims, entry.shape, spec, strict=True):
+            parts = axis_size(mesh, axes)
+            if size % parts:
+                raise ValueError(f"parameter {path}: its {dim} of {size} cannot be split over mesh axis {axes} of {parts}")
+        return NamedSharding(mesh, spec)
+    return shard(table, "")
+
+
+def axis_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """Devices along one mesh axis, or along several."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch's arrays [B, S]: rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def local_rows(mesh: Mesh, rows: int) -> list[int]:
+    """The rows of a global batch [rows, …] that this process's devices hold, ascending."""
+    held = set()
+    for index in batch_sharding(mesh).addressable_devices_indices_map((rows,)).values():
+        held.update(range(*index[0].indices(rows)))
+    return sorted(held)

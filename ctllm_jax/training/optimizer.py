@@ -1,0 +1,105 @@
+"""AdamW from Optax, its schedule, and exceptions by parameter path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.pretrain import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How one parameter is trained, and the rule that says so (None: the defaults)."""
+
+    lr_multiplier: float
+    decayed: bool
+    rule: str | None
+
+
+def make_schedule(config: OptimizerConfig, *, steps: int) -> Callable[[jax.Array], jax.Array]:
+    """`step -> learning rate`, float32, where `step` counts the updates already made.
+
+    The first update has lr / warmup_steps, the update number `warmup_steps` the full lr, and the last one min_lr.
+    """
+    warmup = config.warmup_steps
+    rest = max(steps - warmup, 1)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(config.lr, rest, alpha=config.min_lr / config.lr)
+    elif config.schedule == "wsd":
+        falling = min(config.decay_steps or max(steps // 10, 1), rest)
+        after = optax.join_schedules(
+            [optax.constant_schedule(config.lr), optax.linear_schedule(config.lr, config.min_lr, falling)],
+            [rest - falling])
+    else:
+        after = optax.constant_schedule(config.lr)
+    joined = after
+    if warmup:
+        joined = optax.join_schedules([optax.linear_schedule(0.0, config.lr, warmup), after], [warmup])
+    return lambda step: jnp.asarray(joined(step + 1), jnp.float32)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A parameter's path in a pytree as rules see it: `blocks/query`."""
+    return "/".join(str(getattr(part, "key", getattr(part, "idx", getattr(part, "name", part)))) for part in path)
+
+
+def assign_rules(config: OptimizerConfig, params: Any) -> dict[str, Treatment]:
+    """How each parameter is treated, by path. `params` may be abstract.
+
+    By default weight decay applies to parameters of two or more dims; the stacking over layers counts for none.
+
+    Raises:
+      UserError: a rule that decides for no parameter.
+    """
+    treatments, used = {}, set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = path_name(path)
+        dims = leaf.ndim - name.startswith("blocks/")
+        decayed = dims >= 2 and not name.endswith("_bias")
+        treatment = Treatment(1.0, decayed, None)
+        for rule in config.rules:
+            if re.search(rule.pattern, name):
+                decay = decayed if rule.weight_decay is None else rule.weight_decay
+                treatment = Treatment(rule.lr_multiplier, decay, rule.pattern)
+                used.add(rule.pattern)
+                break
+        treatments[name] = treatment
+    for rule in config.rules:
+        if rule.pattern not in used:
+            raise UserError(f"optimizer.rules: pattern {rule.pattern!r} decides for no parameter (the first match counts);"
+                            f" the paths are {', '.join(treatments)}")
+    return treatments
+
+
+def make_optimizer(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
+    """AdamW without its learning rate: the update's direction, decayed and clipped (arXiv 1711.05101).
+
+    The step multiplies it by `-schedule(state.step)`, so that the one step counter of the state decides.
+    """
+    treatments = assign_rules(config, params)
+    decayed = jax.tree_util.tree_map_with_path(lambda path, _: treatments[path_name(path)].decayed, params)
+    factors = jax.tree_util.tree_map_with_path(lambda path, _: treatments[path_name(path)].lr_multiplier, params)
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else []
+    parts += [optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+              optax.add_decayed_weights(config.weight_decay, mask=decayed)]
+    if any(factor != 1.0 for factor in jax.tree.leaves(factors)):
+        parts.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, factor: u * factor, updates, factors)))
+    return optax.chain(*parts)
+
+
+def describe_rules(config: OptimizerConfig, params: Any) -> list[tuple[str, str, str, str]]:
+    """Rows (paths, learning rate, weight decay, rule) of what hit what, alike parameters in one row."""
+    groups: dict[Treatment, list[str]] = {}
+    for name, treatment in assign_rules(config, params).items():
+        groups.setdefault(treatment, []).append(name)
+    return [(", ".join(names), f"x {treatment.lr_multiplier:g}",
+             f"{config.weight_decay:g}" if treatment.decayed else "none", treatment.rule or "default")
+            for treatment, names in groups.items()]

@@ -1,0 +1,324 @@
+"""Pretraining: what it adds to the shared step and loop is its loss.
+
+`prepare_run` builds everything up to the first step from a config; `Run.train` goes through the loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ctllm_jax import kernels, sharding
+from ctllm_jax.cluster.chips import find_chip
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.load import changeable_paths, to_yaml
+from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.data.batch import Batch
+from ctllm_jax.data.pretrain import open_training_data
+from ctllm_jax.losses.cross_entropy import chunked_cross_entropy
+from ctllm_jax.model.decoder import Decoder, head_weights, init_params
+from ctllm_jax.model.flops import flops_per_token
+from ctllm_jax.model.parameters import count_parameters, decoder_parameters
+from ctllm_jax.training import checkpoint as checkpoints
+from ctllm_jax.training.loop import Hook, run_loop
+from ctllm_jax.training.optimizer import make_optimizer, make_schedule
+from ctllm_jax.training.state import State, init_state
+from ctllm_jax.training.step import make_train_step, plan_accumulation
+
+log = logging.getLogger(__name__)
+
+
+def make_decoder(config: PretrainConfig, mesh: jax.sharding.Mesh | None = None) -> Decoder:
+    """The decoder as the config computes it; on a mesh the hidden states are split over the batch axes."""
+    constrain = unconstrained
+    if mesh is not None:
+        constrain = partial(jax.lax.with_sharding_constraint,
+                            shardings=NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES)))
+    return Decoder(config.model, dtype=jnp.dtype(config.compute.dtype),
+                   attention=partial(kernels.attention, implementation=config.compute.attention),
+                   swiglu=partial(kernels.swiglu, implementation=config.compute.swiglu),
+                   scan_layers=config.compute.scan_layers, remat=config.compute.remat, constrain=constrain)
+
+
+def make_loss_fn(config: PretrainConfig, decoder: Decoder, *, mesh: jax.sharding.Mesh | None,
+                 token_bytes: np.ndarray | None, z_loss: float, padded: bool) -> Callable:
+    """`(params, frozen, batch) -> (nats, weight, {z_loss, bytes})`: next-token cross-entropy, summed.
+
+    Args:
+      token_bytes: UTF-8 bytes of each id, to count what a loss was paid for; None where there is no text.
+      padded: whether segment ids say anything; False lets attention skip the comparison.
+    """
+    table = None
+    if token_bytes is not None:
+        table = np.zeros(config.model.padded_vocab_size, np.float32)
+        table[:len(token_bytes)] = token_bytes
+
+    def loss_fn(params: Any, frozen: Any, batch: Batch):
+        segment_ids = batch.segment_ids if padded else None
+        hidden_BSD, _ = decoder.apply({"params": params}, batch.tokens, segment_ids, batch.positions)
+        loss, weight, sums = chunked_cross_entropy(
+            hidden_BSD, head_weights(params), batch.targets, batch.loss_weights, z_loss=z_loss,
+            chunk_size=config.compute.loss_chunk, vocab_size=config.model.vocab_size, mesh=mesh,
+            batch_axes=sharding.BATCH_AXES, tensor_axis="tensor")
+        if table is not None:
+            sums = {**sums, "bytes": jnp.sum(jnp.asarray(table)[batch.targets] * batch.loss_weights)}
+        return loss, weight, sums
+
+    return loss_fn
+
+
+@dataclass
+class Run:
+    """A run, ready for its first step."""
+
+    config: PretrainConfig
+    directory: Path
+    mesh: jax.sharding.Mesh
+    decoder: Decoder
+    data: Any
+    state: State
+    how: str
+    train_step: Callable
+    checkpointer: checkpoints.Checkpointer
+    micro_rows: int
+    accumulation: int
+    compile_seconds: float
+    start: int
+    last_step: int = 0
+
+    @property
+    def prefix_id(self) -> int | None:
+        """The id that preceded documents in training: the end of the one before, unless documents were isolated."""
+        return find_prefix_id(self.config, self.data.eod_id)
+
+    def batches(self) -> Iterator[Batch]:
+        """Global batches on the devices, from the state's data step on."""
+        config = self.config.batch
+        rows = sharding.local_rows(self.mesh, config.rows)
+        place = partial(place_batch, sharding=sharding.batch_sharding(self.mesh), rows=config.rows)
+        for batch in self.data.iterate(int(self.state.data_step), local_rows=rows):
+            yield place(batch)
+
+    def train(self, *, record: Callable, hooks: Sequence[Hook]) -> State:
+        """Go on to the last step; checkpoints are hooks of the run's own."""
+        def count(step: int, state: State) -> None:
+            self.last_step = step
+
+        self.last_step = self.start
+        batches = self.batches()
+        try:
+            self.state = run_loop(self.state, self.train_step, batches, start=self.start, stop=self.config.steps,
+                                  log_every=self.config.log.every, record=record, hooks=[*hooks, count])
+        finally:
+            batches.close()
+            self.checkpointer.close()
+        return self.state
+
+
+def place_batch(batch: Batch, *, sharding: NamedSharding, rows: int) -> Batch:
+    """This process's rows of a batch as part of the global arrays [rows, S]."""
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x), (rows, *x.shape[1:])), batch)
+
+
+def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str], None] = log.info) -> Run:
+    """Everything up to the first step: data, mesh, weights or checkpoint, compiled step.
+
+    Args:
+      directory: the run directory; made if absent, resumed if it holds a checkpoint.
+      stage: told what is being done.
+
+    Raises:
+      UserError: whatever in the config, data or checkpoint does not fit, before the model is compiled.
+    """
+    mesh = sharding.make_mesh(config.mesh.model_dump())
+    parts = sharding.axis_size(mesh, sharding.BATCH_AXES)
+    micro_rows, accumulation = plan_accumulation(config.batch.rows, devices=parts, rows_per_device=config.batch.rows_per_device)
+    data = open_training_data(config.data, sequence_length=config.batch.sequence_length, rows=config.batch.rows,
+                              seed=config.seed, vocab_size=config.model.vocab_size)
+    decoder = make_decoder(config, mesh)
+    shardings = sharding.param_shardings(decoder_parameters(config.model), mesh)
+    abstract_params = jax.eval_shape(partial(init_params, config.model), jax.random.key(0))
+    optimizer = make_optimizer(config.optimizer, abstract_params)
+
+    def init(key: jax.Array) -> State:
+        return init_state(init_params(config.model, key), optimizer)
+
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    state_shardings = _like_params(abstract, abstract_params, shardings, sharding.replicated(mesh))
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, state_shardings)
+
+    directory.mkdir(parents=True, exist_ok=True)
+    fingerprint = make_fingerprint(config, data.fingerprint)
+    checkpointer = checkpoints.Checkpointer(
+        directory, config.checkpoint, tokens_per_step=config.batch.tokens,
+        meta={"fingerprint": fingerprint, "eod_id": data.eod_id, "prefix_id": find_prefix_id(config, data.eod_id)})
+    newest = checkpointer.latest()
+    if newest is not None:
+        how = "resume"
+        checkpoints.compare_fingerprints(checkpointer.read_meta(newest)["fingerprint"], fingerprint, run_dir=directory)
+        if newest > config.steps:
+            raise UserError(f"steps={config.steps}: {directory} is at step {newest} already")
+        _warn_of_cpu_count(directory)
+        stage(f"resuming {directory} at step {newest}")
+        state = checkpointer.restore(abstract, step=newest)
+    else:
+        how = "init" if config.init else "scratch"
+        state = jax.jit(init, out_shardings=state_shardings)(jax.random.key(config.seed))
+        if config.init:
+            source, kept = checkpoints.find_checkpoint(config.init)
+            stage(f"taking the weights of {source} at step {kept.step}")
+            state = state.replace(params=checkpoints.load_params(kept, abstract.params))
+    _write_run_files(config, directory, data.tokenizer_path)
+
+    loss_fn = make_loss_fn(config, decoder, mesh=mesh, token_bytes=data.token_bytes, z_loss=config.loss.z_loss,
+                           padded=config.data.isolate_documents)
+    train_step = make_train_step(
+        loss_fn, optimizer, make_schedule(config.optimizer, steps=config.steps), accumulation=accumulation,
+        constrain_grads=partial(jax.lax.with_sharding_constraint, shardings=shardings))
+    batch_sharding = sharding.batch_sharding(mesh)
+    shape = (config.batch.rows, config.batch.sequence_length)
+    abstract_batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
+                             for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)))
+    stage("compiling the train step")
+    began = time.perf_counter()
+    compiled = jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh))
+                       ).lower(abstract, abstract_batch, None).compile()
+    return Run(config, directory, mesh, decoder, data, state, how, compiled, checkpointer, micro_rows, accumulation,
+               time.perf_counter() - began, start=int(state.step))
+
+
+def find_prefix_id(config: PretrainConfig, eod_id: int | None) -> int | None:
+    """The id that precedes a document in training, where attention can see it."""
+    return None if config.data.isolate_documents else eod_id
+
+
+def make_fingerprint(config: PretrainConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """What a resumed run must share with its beginning: data, and every key that is not marked changeable."""
+    changeable = changeable_paths(type(config))
+
+    def fixed(tree: Any, prefix: str = "") -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        return {name: fixed(entry, f"{prefix}{name}.") for name, entry in tree.items() if prefix + name not in changeable}
+
+    kept = fixed(config.model_dump(mode="json"))
+    # Paths may move; what the data is, its own fingerprint says.
+    kept["data"] = {name: entry for name, entry in kept["data"].items() if name not in ("sources", "tokenizer")}
+    return {"config": kept, "data": data}
+
+
+def describe_environment(config: PretrainConfig) -> dict[str, Any]:
+    """Versions, devices, processors, flags, and the implementation of every op."""
+    import importlib.metadata
+
+    versions = {}
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu", "ctllm_jax"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(), "versions": versions, "command": sys.argv,
+        "devices": [str(device.device_kind) for device in jax.devices()], "backend": jax.default_backend(),
+        "processes": jax.process_count(), "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "flags": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
+        "implementations": kernels.implementations(attention=config.compute.attention, swiglu=config.compute.swiglu),
+    }
+
+
+def describe_run(run: Run) -> dict[str, Any]:
+    """The start of a run, for the banner and for metrics.jsonl."""
+    config = run.config
+    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length)
+    devices = jax.devices()
+    return {
+        "how": run.how, "step": run.start, "steps": config.steps, "parameters": count_parameters(config.model),
+        "devices": f"{len(devices)} x {devices[0].device_kind}", "mesh": dict(run.mesh.shape),
+        "tokens_per_step": config.batch.tokens, "flops_per_token": flops._asdict(),
+        "implementations": describe_environment(config)["implementations"], "compile_seconds": run.compile_seconds,
+        "micro_rows": run.micro_rows, "accumulation": run.accumulation,
+        "tokens_per_source": run.data.tokens_per_source(config.steps), "epochs": run.data.epochs(config.steps),
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def make_record(run: Run) -> Callable[[int, dict[str, float], dict[str, float]], dict[str, Any]]:
+    """`(step, metrics, timing) -> the record of a "train" event` of metrics.jsonl."""
+    config = run.config
+    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length)
+    devices = jax.devices()
+    chip = find_chip(devices[0].device_kind)
+
+    def record(step: int, metrics: dict[str, float], timing: dict[str, float]) -> dict[str, Any]:
+        tokens_per_second = config.batch.tokens / timing["step_seconds"]
+        # The trained loss has the z-loss in it; what is shown, and paid in bits, is the cross-entropy alone.
+        z_loss = metrics.get("z_loss", 0.0) / max(metrics["weight"], 1.0)
+        loss = metrics["loss"] - z_loss
+        result = {"step": step, "tokens": config.tokens_at(step), "loss": loss}
+        if metrics.get("bytes"):
+            result["bits_per_byte"] = loss * metrics["weight"] / np.log(2) / metrics["bytes"]
+        result |= {"grad_norm": metrics["grad_norm"], "lr": metrics["lr"], "tokens_per_second": tokens_per_second, **timing,
+                   "eta_seconds": (config.steps - step) * timing["step_seconds"]}
+        if config.loss.z_loss:
+            result["z_loss"] = z_loss
+        if chip is not None:
+            peak = chip.peak_flops * len(devices)
+            result |= {"mfu_causal": flops.causal * tokens_per_second / peak, "mfu_full": flops.full * tokens_per_second / peak}
+        return result
+
+    return record
+
+
+def unconstrained(x: jax.Array) -> jax.Array:
+    """Hidden states left where they are: for batches that a mesh does not divide."""
+    return x
+
+
+def _like_params(tree: Any, params: Any, shardings: Any, otherwise: NamedSharding) -> Any:
+    """Shardings of a state: every subtree with the structure of the parameters is laid out like them."""
+    structure = jax.tree.structure(params)
+
+    def is_params(node: Any) -> bool:
+        return jax.tree.structure(node) == structure
+
+    return jax.tree.map(lambda node: shardings if is_params(node) else otherwise, tree, is_leaf=is_params)
+
+
+def _write_run_files(config: PretrainConfig, directory: Path, tokenizer: Path | None) -> None:
+    if jax.process_index() != 0:
+        return
+    (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (directory / "environment.json").write_text(json.dumps(describe_environment(config), indent=1), encoding="utf-8")
+    if tokenizer is not None:
+        target = directory / ("tokenizer" + tokenizer.suffix)
+        if not target.exists() or hashlib.sha256(target.read_bytes()).digest() != hashlib.sha256(tokenizer.read_bytes()).digest():
+            shutil.copyfile(tokenizer, target)
+
+
+def _warn_of_cpu_count(directory: Path) -> None:
+    """On the CPU backend another number of processors sums in another order: no longer bit for bit."""
+    try:
+        before = json.loads((directory / "environment.json").read_text())["cpu_count"]
+    except (OSError, KeyError, ValueError):
+        return
+    now = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if jax.default_backend() == "cpu" and before != now:
+        log.warning("%s was begun on %s processors and goes on on %s: the numbers will differ in the last bits",
+                    directory, before, now)

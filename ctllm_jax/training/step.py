@@ -1,0 +1,85 @@
+"""The train step that every stage shares. A stage differs in its loss function alone.
+
+Legend: B rows of the global batch, S sequence, A micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ctllm_jax.training.state import State
+
+LossFn = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+"""`(params, frozen, batch) -> (sum of loss, sum of weight, {name: sum})`: sums, so that micro-batches and devices add up."""
+
+
+def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: Callable, *,
+                    accumulation: int = 1, constrain_grads: Callable = lambda grads: grads) -> Callable:
+    """`train_step(state, batch, frozen) -> (state, metrics)`: a pure function, to be jitted with the state donated.
+
+    Args:
+      loss_fn: of the stage; only `params` is differentiated.
+      optimizer: gives the update's direction (`training.optimizer`).
+      schedule: `step -> learning rate`.
+      accumulation: micro-batches A; must divide the batch's rows.
+      constrain_grads: puts gradients where the parameters lie.
+
+    Metrics: `loss` (mean over the weights of the whole batch), `weight`, `grad_norm` (before clipping), `lr`, and each
+    sum of the loss function; float32 scalars.
+    """
+    def value_and_sums(params, frozen, batch):
+        loss, weight, sums = loss_fn(params, frozen, batch)
+        return loss, (weight, sums)
+
+    differentiate = jax.value_and_grad(value_and_sums, has_aux=True)
+
+    def micro_step(params, frozen, batch):
+        (loss, (weight, sums)), grads = differentiate(params, frozen, batch)
+        return constrain_grads(grads), {"loss": loss, "weight": weight, **sums}
+
+    def train_step(state: State, batch: Any, frozen: Any = None) -> tuple[State, dict[str, jax.Array]]:
+        if accumulation == 1:
+            grads, sums = micro_step(state.params, frozen, batch)
+        else:
+            def add(total, micro_batch):
+                return jax.tree.map(jnp.add, total, micro_step(state.params, frozen, micro_batch)), None
+            micro_batches = jax.tree.map(lambda x: split_rows(x, accumulation), batch)
+            shapes = jax.eval_shape(micro_step, state.params, frozen, jax.tree.map(lambda x: x[0], micro_batches))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            (grads, sums), _ = jax.lax.scan(add, (constrain_grads(zeros[0]), zeros[1]), micro_batches)
+        loss, weight = sums.pop("loss"), sums.pop("weight")
+        scale = 1.0 / jnp.maximum(weight, 1e-9)
+        grads = jax.tree.map(lambda grad: grad * scale, grads)
+        direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        lr = schedule(state.step)
+        params = jax.tree.map(lambda param, update: param - lr * update, state.params, direction)
+        metrics = {"loss": loss * scale, "weight": weight, "grad_norm": optax.global_norm(grads), "lr": lr, **sums}
+        return State(params, opt_state, state.step + 1, state.data_step + 1, state.bad_steps), metrics
+
+    return train_step
+
+
+def split_rows(x: jax.Array, accumulation: int) -> jax.Array:
+    """[B, …] -> [A, B/A, …]: micro-batch i has the rows i, i + A, …, so that each device keeps its own rows."""
+    rows = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:])
+    return jnp.moveaxis(rows, 1, 0)
+
+
+def plan_accumulation(rows: int, *, devices: int, rows_per_device: int | None) -> tuple[int, int]:
+    """(rows a device computes at once, micro-batches), for `rows` global rows over `devices` parts of the batch.
+
+    Raises:
+      ValueError: the rows cannot be split over the devices; the message gives the numbers.
+    """
+    if rows % devices:
+        raise ValueError(f"a batch of {rows} rows cannot be split over {devices} devices (mesh.data x mesh.fsdp):"
+                         f" batch.tokens / batch.sequence_length must be a multiple of {devices}")
+    per_device = rows // devices
+    most = min(rows_per_device or per_device, per_device)
+    micro = next(size for size in range(most, 0, -1) if per_device % size == 0)
+    return micro, per_device // micro
