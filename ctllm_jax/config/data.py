@@ -36,7 +36,7 @@ class DataConfig(Section):
     @classmethod
     def from_shorthand(cls, value: str) -> dict:
         """`synthetic`, or a path."""
-        return {"kind": "synthetic"} if value == "synthetic" else {"sources": {"data": {"path": value}}}
+        return {"kind": "synthetic"} if value == "synthetic" else {"kind": "mixture", "sources": {"data": {"path": value}}}
 
     @model_validator(mode="after")
     def _check(self):

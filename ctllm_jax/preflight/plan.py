@@ -90,7 +90,7 @@ def describe(config: PretrainConfig, *, directory: Path, epochs: Mapping[str, fl
     rows = [("steps", f"{config.steps:,} of {config.batch.tokens:,} tokens ({config.batch.rows} rows of {config.batch.sequence_length:,})"),
             ("tokens", f"{tokens:,} ({tokens / parameters:.1f} a parameter)"),
             ("parameters", f"{parameters:,}"),
-            ("FLOPs a token", f"{flops.causal / 1e9:,.3f} G causal, {flops.full / 1e9:,.3f} G full")]
+            ("FLOPs a token", f"{flops.causal / 1e6:,.1f} M causal, {flops.full / 1e6:,.1f} M full")]
     warnings = []
     for source, count in (tokens_per_source or {}).items():
         passes = (epochs or {}).get(source, 0.0)

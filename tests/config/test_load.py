@@ -1,0 +1,166 @@
+"""Configs: what arrives, from where, and what is said of what is wrong."""
+
+import pytest
+
+from ctllm_jax.config import load as loading
+from ctllm_jax.config.generate import GenerateConfig
+from ctllm_jax.config.help import describe_keys
+from ctllm_jax.config.load import ConfigError, changeable_paths, find_config, load
+from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.config.types import keys_of
+
+BASE = """
+steps: 10
+model: {vocab_size: 250, hidden_size: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, head_dim: 8, ffn_size: 96, context_length: 64}
+batch: {tokens: 512, sequence_length: 64}
+optimizer: {lr: 1e-2}
+data: synthetic
+"""
+
+
+@pytest.fixture
+def base(tmp_path):
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    return path
+
+
+@pytest.mark.parametrize("text", ["1998", "写一条: 好评 #1", "[你好 ${x}", "a=b", " 空格 ", "no", "null ", "2:1", "3e-4", "", "- x",
+                                  "{a: 1}", "'quoted'", "a\nb"])
+def test_text_arrives_byte_for_byte(text):
+    assert load(GenerateConfig, overrides=[f"prompt={text}"]).prompt == text
+
+
+def test_text_from_a_file_and_a_literal_at(tmp_path):
+    (tmp_path / "prompt.txt").write_text("从前：有 #1\n", encoding="utf-8")
+    assert load(GenerateConfig, overrides=[f"prompt=@{tmp_path / 'prompt.txt'}"]).prompt == "从前：有 #1\n"
+    assert load(GenerateConfig, overrides=["prompt=@@home"]).prompt == "@home"
+    with pytest.raises(ConfigError, match="cannot read nowhere.txt"):
+        load(GenerateConfig, overrides=["prompt=@nowhere.txt"])
+
+
+def test_text_from_standard_input(monkeypatch):
+    import io
+    import sys
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("你好\r\n".encode())))
+    assert load(GenerateConfig, overrides=["prompt=-"]).prompt == "你好\r\n"
+
+
+def test_values_are_typed_by_the_schema(base):
+    config = load(PretrainConfig, target=base, overrides=[
+        "steps=1_000", "optimizer.lr=3e-4", "compute.scan_layers=false", "optimizer.clip_norm=null",
+        "sample.prompts=[今天, '1998']", "checkpoint.milestones=0.5,1"])
+    assert config.steps == 1000 and config.optimizer.lr == 3e-4 and config.compute.scan_layers is False
+    assert config.optimizer.clip_norm is None
+    assert config.sample.prompts == ["今天", "1998"] and config.checkpoint.milestones == [0.5, 1.0]
+
+
+def test_all_errors_at_once_with_value_origin_and_nearest_key(base):
+    base.write_text(BASE.replace("lr: 1e-2", "lr: 1e-2, b1: 2.0") + "sead: 1\n")
+    with pytest.raises(ConfigError) as caught:
+        load(PretrainConfig, target=base, overrides=["optimizer.lrr=1", "optimizer.lr=fast", "steps=-1"])
+    problems = "\n".join(caught.value.problems)
+    assert len(caught.value.problems) == 5
+    assert "optimizer.lrr=1 (command line): unknown key; did you mean optimizer.lr?" in problems
+    assert "optimizer.lr=fast (command line): needs float" in problems
+    assert "steps=-1 (command line): must be >= 1" in problems
+    assert "optimizer.b1=2.0" in problems and "base.yaml:5): must be < 1" in problems
+    assert "sead" in problems and "base.yaml:7): unknown key; did you mean seed?" in problems
+
+
+def test_a_misspelled_name_in_the_middle_is_found(base):
+    with pytest.raises(ConfigError, match="did you mean data.sources.NAME.weight"):
+        load(PretrainConfig, target=base, overrides=["data.sources.zh.path=x", "data.sources.zh.weigth=2"])
+
+
+def test_shorthands(base):
+    synthetic = load(PretrainConfig, target=base)
+    assert synthetic.data.kind == "synthetic"
+    directory = load(PretrainConfig, target=base, overrides=["data=/some/dir", "data.isolate_documents=false", "run=runs/x"])
+    assert directory.data.kind == "mixture" and directory.data.sources["data"].path == "/some/dir"
+    assert directory.run.dir == "runs/x" and directory.data.isolate_documents is False
+
+
+def test_a_path_replaces_the_sources_of_the_file(tmp_path, base):
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: base.yaml\ndata: {kind: mixture, sources: {zh: {path: a}, en: b}}\n")
+    assert load(PretrainConfig, target=child).data.sources["en"].path == "b"
+    assert list(load(PretrainConfig, target=child, overrides=["data=c"]).data.sources) == ["data"]
+    assert list(load(PretrainConfig, target=child, overrides=["data.sources.zh=null"]).data.sources) == ["en"]
+    renamed = load(PretrainConfig, target=child, overrides=["data.sources.en=d", "data.sources.zh.weight=2"]).data.sources
+    assert renamed["en"].path == "d" and renamed["zh"].weight == 2
+
+
+def test_extends_merges_deeply_and_later_wins(tmp_path, base):
+    (tmp_path / "other.yaml").write_text("optimizer: {lr: 5e-3, b2: 0.99}\n")
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: [base.yaml, other.yaml]\noptimizer: {b2: 0.9}\nsteps: ${batch.tokens}\n")
+    config = load(PretrainConfig, target=child)
+    assert (config.optimizer.lr, config.optimizer.b2, config.steps) == (5e-3, 0.9, 512)
+
+
+def test_extends_itself(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(ValueError, match="extends itself"):
+        load(PretrainConfig, target=tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("a: [", "not a readable YAML file"), ("- 1\n- 2\n", "is a mapping of keys to values"), ("a: 1\na: 2\n", "duplicate"),
+    ("steps: ${nowhere}\n", "nowhere"), ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "base.yaml")])
+def test_broken_files_are_named(base, text, message):
+    base.write_text(text, encoding="latin-1" if not text.isascii() else "utf-8")
+    with pytest.raises(ValueError, match=message) as caught:
+        load(PretrainConfig, target=base)
+    assert "base.yaml" in str(caught.value)
+
+
+def test_checks_across_keys(base):
+    cases = {"batch.tokens=500": "multiple of sequence_length", "model.num_kv_heads=3": "must divide num_heads",
+             "model.context_length=32": "above model.context_length", "mesh.fsdp=-1": "at most one of",
+             "optimizer.min_lr=1": "above lr", "optimizer.warmup_steps=10": "leaves no step",
+             "optimizer.decay_steps=3": "only read with schedule=wsd", "model.head_dim=7": "must be even"}
+    for override, message in cases.items():
+        with pytest.raises(ConfigError, match=message):
+            load(PretrainConfig, target=base, overrides=[override])
+
+
+def test_a_text_that_yaml_reads_as_a_number_is_refused_with_a_hint(base):
+    base.write_text(BASE + "sample: {prompts: [1998]}\n")
+    with pytest.raises(ConfigError, match="needs quotes in YAML"):
+        load(PretrainConfig, target=base)
+
+
+def test_unknown_config_names_those_there_are():
+    with pytest.raises(ValueError, match="did you mean debug/pretrain"):
+        find_config("debug/pretrian")
+
+
+def test_every_key_says_what_it_means():
+    for schema in (PretrainConfig, GenerateConfig):
+        for path, info in keys_of(schema):
+            assert info.description, path
+
+
+def test_help_lists_every_key_with_type_range_and_default():
+    text = describe_keys(PretrainConfig)
+    for path, _ in keys_of(PretrainConfig):
+        assert path in text
+    assert "optimizer.b1 (float; >= 0, < 1; default 0.9)" in text
+    assert "compute.remat (none|ffn|attention|block; default block)" in text
+
+
+def test_what_a_resumed_run_may_change():
+    changeable = changeable_paths(PretrainConfig)
+    assert {"steps", "run.dir", "checkpoint.every", "mesh.fsdp", "compute.attention"} <= changeable
+    assert not {"seed", "batch.tokens", "model.hidden_size", "optimizer.lr", "data.mask_eod", "compute.dtype"} & changeable
+
+
+def test_round_trip_through_yaml(tmp_path, base):
+    config = load(PretrainConfig, target=base, overrides=["sample.prompts=[今天, 'no', '1998']"])
+    again = tmp_path / "again.yaml"
+    again.write_text(loading.to_yaml(config), encoding="utf-8")
+    assert load(PretrainConfig, target=again) == config

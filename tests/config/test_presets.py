@@ -1,0 +1,49 @@
+"""Every config that comes with the package loads, and its model has the stated size."""
+
+import re
+
+import pytest
+
+from ctllm_jax.config.load import config_root, load
+from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.model.flops import flops_per_token
+from ctllm_jax.model.parameters import count_parameters
+
+STATED = {"ct_llm_2b/pretrain": 2_134_509_568, "small/150m": 148_264_704, "small/400m": 399_561_728, "small/1b": 1_003_554_816,
+          "debug/pretrain": 41_120}
+PRETRAIN = [path for path in sorted(config_root().rglob("*.yaml")) if "optimizer:" in path.read_text() or "extends:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: str(path.relative_to(config_root()).with_suffix("")))
+def test_loads_with_the_stated_count(path):
+    config = load(PretrainConfig, target=path)
+    name = str(path.relative_to(config_root()).with_suffix(""))
+    count = count_parameters(config.model)
+    if name in STATED:
+        assert count == STATED[name]
+    stated = re.search(r"([\d,]{6,}) parameters", path.read_text())
+    assert stated, f"{name}: its head does not say how many parameters it has"
+    assert int(stated.group(1).replace(",", "")) == count
+
+
+def test_ct_llm_is_the_papers():
+    config = load(PretrainConfig, target="ct_llm_2b/pretrain")
+    model, optimizer = config.model, config.optimizer
+    assert (model.hidden_size, model.num_layers, model.ffn_size, model.num_heads, model.num_kv_heads, model.head_dim) == (2048, 32, 5504, 16, 16, 128)
+    assert (model.padded_vocab_size, model.tie_embeddings, model.norm_eps, model.rope_theta) == (125_824, False, 1e-5, 10_000)
+    assert (optimizer.lr, optimizer.min_lr, optimizer.warmup_steps, optimizer.b1, optimizer.b2, optimizer.eps,
+            optimizer.weight_decay, optimizer.clip_norm) == (2e-4, 2e-5, 2000, 0.9, 0.95, 1e-8, 0.1, 1.0)
+    assert config.tokens_at(config.steps) == pytest.approx(1254.68e9, rel=1e-4)
+    assert not config.data.isolate_documents and config.data.mask_eod and config.seed == 42
+    assert len(config.checkpoint.milestones) == 19
+    assert sum(source.weight for source in config.data.sources.values()) == pytest.approx(100)
+    tied = model.model_copy(update={"tie_embeddings": True})
+    assert count_parameters(tied) == 1_876_822_016
+
+
+def test_flops_of_ct_llm():
+    model = load(PretrainConfig, target="ct_llm_2b/pretrain").model
+    flops = flops_per_token(model, sequence_length=4096)
+    assert flops.causal / 1e9 == pytest.approx(12.87, abs=0.005) and flops.full / 1e9 == pytest.approx(14.48, abs=0.005)
+    windowed = flops_per_token(model.model_copy(update={"sliding_window": 1024}), sequence_length=4096)
+    assert windowed.full < flops.full and windowed.causal < windowed.full
