@@ -5,5 +5,6 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["ctllm_jax*", "data_prep*"]), "ctllm_jax.configs"],
     package_dir={"ctllm_jax.configs": "configs"},
-    package_data={"ctllm_jax": ["py.typed"], "data_prep": ["py.typed", "**/*"], "ctllm_jax.configs": ["**/*.yaml"]},
+    package_data={"": ["**/*"]},
+    exclude_package_data={"": ["**/__pycache__/*"]},
 )

@@ -1,9 +1,58 @@
-"""Eight virtual CPU devices, no silent rank promotion, and no warning that passes."""
+"""Eight virtual CPU devices, no silent rank promotion, no warning that passes, no hub; in CI, no skipped claim."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# An ahead-of-time compile for TPU looks for no metadata server, and does not mind another one at its side.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Tests that stand for a claim (equal to PyTorch, fits the chip, prepares data): one that CI skips proves nothing.
+NEVER_SKIPPED = {"parity", "aot", "prep"}
+
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).resolve().parent.parent
+
+
+class SkipGuard:
+    """Fails a session that skipped a test marked in NEVER_SKIPPED, or a whole file, or that ran no test."""
+
+    def __init__(self):
+        self.skipped: list[str] = []
+        self.executed = 0
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and not report.skipped:
+            self.executed += 1
+        if report.skipped and not hasattr(report, "wasxfail") and NEVER_SKIPPED & set(report.keywords):
+            self.skipped.append(report.nodeid)
+
+    def pytest_collectreport(self, report):
+        # A file skipped while it is imported has no tests yet, so no markers to look at.
+        if report.skipped:
+            self.skipped.append(report.nodeid)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session):
+        if session.exitstatus == pytest.ExitCode.OK and (self.skipped or not self.executed):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        for nodeid in self.skipped:
+            terminalreporter.write_line(f"SKIPPED, and may not be in CI: {nodeid}", red=True)
+
+
+def pytest_configure(config):
+    # The workers of pytest-xdist report to their controller, which counts.
+    if os.environ.get("CI") == "true" and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SkipGuard(), "skip-guard")

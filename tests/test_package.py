@@ -1,0 +1,151 @@
+"""What an installation holds: built as a user's pip builds it, and run where there is no checkout."""
+
+import ast
+import configparser
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# The name of a distribution where it is not the name of what is imported.
+DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "yaml": "pyyaml", "tensorflow_datasets": "tensorflow-datasets",
+                 "lm_eval": "lm-eval", "tensorboardX": "tensorboardx", "jaxlib": "jax",
+                 "pydantic_core": "pydantic"}
+
+
+def run(*command, cwd, **environment) -> subprocess.CompletedProcess:
+    """A command that must succeed."""
+    result = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, timeout=300,
+                            env={**os.environ, **environment})
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of this checkout, by way of its source distribution."""
+    source = tmp_path_factory.mktemp("source") / "ctllm"
+    kept_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "data_cache")
+    shutil.copytree(REPOSITORY, source, ignore=kept_out)
+    target = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", target, source, cwd=target)
+    (found,) = target.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """A folder that the wheel is installed into."""
+    target = tmp_path_factory.mktemp("installed")
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target, wheel,
+        cwd=target)
+    return target
+
+
+def test_the_wheel_holds_every_file_and_config(wheel):
+    wanted = {str(path.relative_to(REPOSITORY)) for folder in ("ctllm_jax", "data_prep")
+              for path in (REPOSITORY / folder).rglob("*") if path.is_file() and path.parent.name != "__pycache__"}
+    wanted |= {f"ctllm_jax/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / "configs").rglob("*.yaml")}
+    assert {"ctllm_jax/py.typed", "data_prep/py.typed"} <= wanted
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert wanted <= names, sorted(wanted - names)
+    assert not [name for name in names if name.endswith(".pyc")]
+    alien = {name for name in names if not name.startswith(("ctllm_jax/", "data_prep/", "ctllm_jax-"))}
+    assert not alien, "nothing else lands in a user's site-packages"
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_an_installation_runs_outside_the_checkout(installed, tmp_path):
+    shown = run(installed / "bin" / "ctllm", "--help", cwd=tmp_path, PYTHONPATH=str(installed)).stdout
+    assert "pretrain" in shown and "quickstart" in shown
+    where = run(sys.executable, "-c", "import ctllm_jax; print(ctllm_jax.__file__)", cwd=tmp_path,
+                PYTHONPATH=str(installed)).stdout
+    assert where.startswith(str(installed)), "the checkout was tried, not the installation"
+
+
+def test_an_installation_finds_its_configs(installed, tmp_path):
+    config = next(path for path in sorted((REPOSITORY / "configs" / "debug").glob("*.yaml")))
+    name = str(config.relative_to(REPOSITORY / "configs").with_suffix(""))
+    program = f"from ctllm_jax.config.load import find_config; print(find_config({name!r}))"
+    found = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(installed)).stdout.strip()
+    assert Path(found) == installed / "ctllm_jax" / "configs" / f"{name}.yaml"
+
+
+def test_help_is_quick_because_it_imports_little():
+    program = ("import runpy, sys\nbefore = set(sys.modules)\nsys.argv = ['launch.py', '--help']\n"
+               "try:\n    runpy.run_path('launch.py', run_name='__main__')\nexcept SystemExit as end:\n"
+               "    assert not end.code\nprint(*sorted(set(sys.modules) - before))")
+    shown = run(sys.executable, "-c", program, cwd=REPOSITORY).stdout
+    assert "pretrain" in shown
+    modules = shown.splitlines()[-1].split()
+    ours = [name for name in modules if name.partition(".")[0] in ("ctllm_jax", "data_prep")]
+    foreign = [name for name in modules if name.partition(".")[0] not in {*sys.stdlib_module_names, "ctllm_jax"}]
+    assert ours == ["ctllm_jax", "ctllm_jax.cli"]
+    assert foreign == []
+
+
+def test_the_version_stands_in_one_place(wheel):
+    from ctllm_jax import __version__
+
+    assert wheel.name == f"ctllm_jax-{__version__}-py3-none-any.whl"
+    assert f"\nversion: {__version__}\n" in (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_whatever_is_imported_is_declared():
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg", encoding="utf-8")
+    requirements = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    declared = {re.match(r"[\w\-]+", line).group().lower() for lines in requirements
+                for line in lines.splitlines() if line.strip()}
+    undeclared = set()
+    for folder in ("ctllm_jax", "data_prep"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = ([alias.name for alias in node.names] if isinstance(node, ast.Import)
+                         else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])
+                for top in {name.partition(".")[0] for name in names} - {"ctllm_jax", "data_prep"}:
+                    if top not in sys.stdlib_module_names and DISTRIBUTIONS.get(top, top) not in declared:
+                        undeclared.add(f"{top} ({path.relative_to(REPOSITORY)})")
+    assert not undeclared, f"neither in install_requires nor in an extra of setup.cfg: {sorted(undeclared)}"
+
+
+@pytest.mark.parametrize("name", ["py311.txt", "py312.txt"])
+def test_constraints_pin_what_setup_asks_for(name):
+    from packaging.requirements import Requirement
+
+    pins = {}
+    for line in (REPOSITORY / "constraints" / name).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            pin = Requirement(line)
+            (exact,) = pin.specifier
+            assert exact.operator == "==" and pin.url is None, line
+            pins[pin.name] = exact.version
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg", encoding="utf-8")
+    extras = setup["options.extras_require"]
+    for group in [setup["options"]["install_requires"],
+                  *(extras[extra] for extra in ("dev", "prep", "eval", "parity", "tpu", "quickstart", "tb"))]:
+        for requirement in map(Requirement, filter(None, map(str.strip, group.splitlines()))):
+            pin = pins.get(requirement.name.lower())
+            assert pin and requirement.specifier.contains(pin), f"{requirement}, pinned {pin}: run constraints/update"
+    assert pins["jax"] == pins["jaxlib"]
+
+
+@pytest.mark.aot
+def test_libtpu_is_the_one_that_this_jax_was_built_with():
+    """A newer libtpu compiles too, but `as_text()` of a v5p program then fails (0.0.52 with jaxlib 0.10.2)."""
+    from packaging.requirements import Requirement
+
+    pytest.importorskip("libtpu")
+    wanted = [requirement for requirement in map(Requirement, importlib.metadata.requires("jax"))
+              if requirement.name == "libtpu" and requirement.marker.evaluate({"extra": "tpu"})]
+    assert wanted and wanted[0].specifier.contains(importlib.metadata.version("libtpu"))
