@@ -15,10 +15,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# The name of a distribution where it is not the name of what is imported.
-DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "yaml": "pyyaml", "tensorflow_datasets": "tensorflow-datasets",
-                 "lm_eval": "lm-eval", "tensorboardX": "tensorboardx", "jaxlib": "jax",
-                 "pydantic_core": "pydantic"}
+# The name of a distribution where it is not that of what is imported.
+DISTRIBUTIONS = {"jaxlib": "jax", "orbax": "orbax-checkpoint", "pydantic-core": "pydantic", "yaml": "pyyaml"}
 
 
 def run(*command, cwd, **environment) -> subprocess.CompletedProcess:
@@ -113,7 +111,9 @@ def test_whatever_is_imported_is_declared():
                 names = ([alias.name for alias in node.names] if isinstance(node, ast.Import)
                          else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])
                 for top in {name.partition(".")[0] for name in names} - {"ctllm_jax", "data_prep"}:
-                    if top not in sys.stdlib_module_names and DISTRIBUTIONS.get(top, top) not in declared:
+                    distribution = top.lower().replace("_", "-")
+                    distribution = DISTRIBUTIONS.get(distribution, distribution)
+                    if top not in sys.stdlib_module_names and distribution not in declared:
                         undeclared.add(f"{top} ({path.relative_to(REPOSITORY)})")
     assert not undeclared, f"neither in install_requires nor in an extra of setup.cfg: {sorted(undeclared)}"
 
