@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -109,3 +110,23 @@ def local_rows(mesh: Mesh, rows: int) -> list[int]:
     for index in batch_sharding(mesh).addressable_devices_indices_map((rows,)).values():
         held.update(range(*index[0].indices(rows)))
     return sorted(held)
+
+
+def embed_tokens(embedding_VD: jax.Array, tokens_BS: jax.Array, *, mesh: Mesh, dtype: Any) -> jax.Array:
+    """Rows of an embedding that is split over tensor (vocabulary) and fsdp (width), for a batch split over BATCH_AXES.
+
+    Left to the partitioner this gathers the whole table, or all activations. Here each device looks the tokens of its
+    fsdp group up in its own part, and one all-to-all turns widths into rows; the gradient goes the same way back.
+
+    Returns [B, S, D] in `dtype`.
+    """
+    def lookup(part_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
+        tokens_BS = jax.lax.all_gather(tokens_BS, "fsdp", axis=0, tiled=True)
+        rows_BS = tokens_BS - jax.lax.axis_index("tensor") * part_VD.shape[0]
+        mine_BS = (rows_BS >= 0) & (rows_BS < part_VD.shape[0])
+        x_BSD = jnp.take(part_VD, jnp.where(mine_BS, rows_BS, 0), axis=0).astype(dtype)
+        x_BSD = jax.lax.psum(jnp.where(mine_BS[:, :, None], x_BSD, 0), "tensor")
+        return jax.lax.all_to_all(x_BSD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+
+    return jax.shard_map(lookup, mesh=mesh, in_specs=(PartitionSpec("tensor", "fsdp"), PartitionSpec(BATCH_AXES)),
+                         out_specs=PartitionSpec(BATCH_AXES))(embedding_VD, tokens_BS)

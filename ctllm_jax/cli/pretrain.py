@@ -183,12 +183,12 @@ def make_sampler(run: Run) -> Any:
     from ctllm_jax.data.tokenizer import load_tokenizer
     from ctllm_jax.inference.generate import generate
     from ctllm_jax.inference.model import decode_completion, encode_prompts
-    from ctllm_jax.training.pretrain import unconstrained
+    from ctllm_jax.training.pretrain import make_decoder
 
     config = run.config.sample
     tokenizer = load_tokenizer(run.data.tokenizer_path)
     prompts = encode_prompts(tokenizer, config.prompts, prefix_id=run.prefix_id, stop_id=run.data.eod_id)
-    decoder = run.decoder.clone(remat="none", constrain=unconstrained)
+    decoder = make_decoder(run.config).clone(remat="none")
 
     def sample(params: Any, step: int) -> list[tuple[str, str]]:
         new = generate(decoder, params, prompts, max_tokens=config.max_tokens, seed=run.config.seed + step,

@@ -141,6 +141,7 @@ class Decoder(nn.Module):
       scan_layers: scan one compiled block over the layers, else unroll.
       remat: "none", "ffn", "attention" or "block": what the backward pass computes again, least to most.
       constrain: `(x_BSD) -> x_BSD`, puts the hidden states where the mesh wants them.
+      embed: `(embedding_VD, tokens_BS) -> [B, S, D]`, for an embedding that is split over a mesh; None: a plain lookup.
     """
 
     config: Any
@@ -150,6 +151,7 @@ class Decoder(nn.Module):
     scan_layers: bool = False
     remat: str = "none"
     constrain: Callable = lambda x_BSD: x_BSD
+    embed: Callable | None = None
 
     @nn.compact
     def __call__(self, tokens_BS, segment_ids_BS=None, positions_BS=None, cache: Cache | None = None):
@@ -179,7 +181,8 @@ class Decoder(nn.Module):
             positions_BS = start_B1 + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
         angles = rope_angles(positions_BS, head_dim=config.head_dim, theta=config.rope_theta)
         # Cast after the lookup: a cast table would be a second copy of the largest parameter.
-        x_BSD = self.constrain(jnp.take(embedding_VD, tokens_BS, axis=0).astype(self.dtype))
+        embed = self.embed or partial(jnp.take, axis=0)
+        x_BSD = self.constrain(embed(embedding_VD, tokens_BS).astype(self.dtype))
 
         def apply_block(params, x_BSD, layer_cache):
             x_BSD, layer_cache = self._block().apply({"params": params}, x_BSD, angles, segment_ids_BS, layer_cache)

@@ -45,15 +45,17 @@ log = logging.getLogger(__name__)
 
 
 def make_decoder(config: PretrainConfig, mesh: jax.sharding.Mesh | None = None) -> Decoder:
-    """The decoder as the config computes it; on a mesh the hidden states are split over the batch axes."""
-    constrain = unconstrained
-    if mesh is not None:
-        constrain = partial(jax.lax.with_sharding_constraint,
-                            shardings=NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES)))
-    return Decoder(config.model, dtype=jnp.dtype(config.compute.dtype),
-                   attention=partial(kernels.attention, implementation=config.compute.attention),
-                   swiglu=partial(kernels.swiglu, implementation=config.compute.swiglu),
-                   scan_layers=config.compute.scan_layers, remat=config.compute.remat, constrain=constrain)
+    """The decoder as the config computes it; with a mesh for batches that its batch axes divide, without for any."""
+    decoder = Decoder(config.model, dtype=jnp.dtype(config.compute.dtype),
+                      attention=partial(kernels.attention, implementation=config.compute.attention),
+                      swiglu=partial(kernels.swiglu, implementation=config.compute.swiglu),
+                      scan_layers=config.compute.scan_layers, remat=config.compute.remat)
+    if mesh is None or mesh.size == 1:
+        return decoder
+    constrain = partial(jax.lax.with_sharding_constraint,
+                        shardings=NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES)))
+    return decoder.clone(constrain=constrain,
+                         embed=partial(sharding.embed_tokens, mesh=mesh, dtype=jnp.dtype(config.compute.dtype)))
 
 
 def make_loss_fn(config: PretrainConfig, decoder: Decoder, *, mesh: jax.sharding.Mesh | None,
@@ -284,11 +286,6 @@ def make_record(run: Run) -> Callable[[int, dict[str, float], dict[str, float]],
         return result
 
     return record
-
-
-def unconstrained(x: jax.Array) -> jax.Array:
-    """Hidden states left where they are: for batches that a mesh does not divide."""
-    return x
 
 
 def _like_params(tree: Any, params: Any, shardings: Any, otherwise: NamedSharding) -> Any:
