@@ -55,6 +55,7 @@ class TokenizerTrainConfig(Section):
     character_coverage: float = key(0.9995, "share of characters that get a piece; the rest falls back to bytes", gt=0.9, le=1)
     max_sentences: int = key(2_000_000, "at most this many lines are sampled for training", ge=1)
     seed: int = key(42, "seed of that sampling")
+    max_bad: int = key(0, "bad records (malformed JSON, invalid UTF-8, no text) put aside before the command fails", ge=0)
 
 
 class PrepareConfig(Section):
@@ -85,3 +86,7 @@ class InspectConfig(Section):
     text_field: str = key("text", "field of a record that holds the text")
     isolate_documents: bool = key(True, "show segment ids and positions as with isolation")
     mask_eod: bool = key(True, "show loss weights as with EOD masking")
+
+
+class VerifyConfig(Section):
+    """`launch.py data verify`: it has no keys."""

@@ -1,0 +1,175 @@
+"""Text to ids and back: SentencePiece models and tokenizer.json files behind one interface. No jax here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from ctllm_jax.config.errors import UserError
+
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space as this character
+_ROLES = {  # a tokenizer.json does not say which of its special tokens plays which role: the names in use do
+    "bos": ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>"),
+    "eos": ("</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>"),
+    "pad": ("<pad>", "<|PAD|>", "[PAD]", "<|pad|>"),
+    "unk": ("<unk>", "[UNK]"),
+}
+
+
+class Tokenizer(ABC):
+    """What all tokenizers share. `vocab_size` counts ids; a role that the tokenizer lacks has the id None."""
+
+    def __init__(self, path: Path, content: bytes):
+        self.path = path
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.vocab_size = 0
+        self.bos_id: int | None = None
+        self.eos_id: int | None = None
+        self.pad_id: int | None = None
+        self.unk_id: int | None = None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. No special ids are added, and text that looks like a special token is just text."""
+        return self.encode_batch([text])[0]
+
+    @abstractmethod
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids. Control ids, and ids that the tokenizer does not have, stand for nothing."""
+
+    @abstractmethod
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for, int32 [vocab_size]; 0 for control ids.
+
+        Over the ids of a text they sum to the length of the text in UTF-8, if the tokenizer loses nothing and, as
+        SentencePiece's dummy prefix does, adds nothing.
+        """
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece .model, as it is: its own normalization, dummy prefix and byte fallback."""
+
+    def __init__(self, path: Path, content: bytes):
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+        super().__init__(path, content)
+        try:
+            self._processor = SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise UserError(f"{path} is not a SentencePiece model: {error}") from None
+        processor = self._processor
+        self.vocab_size = processor.vocab_size()
+        roles = (processor.bos_id(), processor.eos_id(), processor.pad_id(), processor.unk_id())
+        self.bos_id, self.eos_id, self.pad_id, self.unk_id = (None if role < 0 else role for role in roles)
+        spec = sentencepiece_model_pb2.ModelProto.FromString(content)
+        adds_nothing = not spec.normalizer_spec.add_dummy_prefix and not spec.normalizer_spec.remove_extra_whitespaces
+        # Ids of the UTF-8 bytes of the character that stands for a space: encoded as itself it would come back as one.
+        self._space_ids: list[int] | None = None
+        if spec.trainer_spec.byte_fallback and adds_nothing:
+            self._space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text."""
+        encoded = self._processor.encode(texts)
+        for index, text in enumerate(texts):
+            if self._space_ids is not None and _SPACE in text:
+                parts = self._processor.encode(text.split(_SPACE))
+                encoded[index] = list(parts[0])
+                for part in parts[1:]:
+                    encoded[index] += self._space_ids + part
+        return encoded
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids."""
+        return self._processor.decode([int(token) for token in ids if 0 <= token < self.vocab_size])
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of each id, int32 [vocab_size]."""
+        processor = self._processor
+
+        def length(token: int) -> int:
+            if processor.is_control(token) or processor.is_unknown(token):
+                return 0
+            if processor.is_byte(token):
+                return 1
+            return len(processor.id_to_piece(token).replace(_SPACE, " ").encode())
+
+        return np.asarray([length(token) for token in range(self.vocab_size)], np.int32)
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json, read by Hugging Face's `tokenizers`."""
+
+    def __init__(self, path: Path, content: bytes):
+        try:
+            from tokenizers import Tokenizer as Backend
+        except ImportError:
+            raise UserError(f"{path} needs the package tokenizers: pip install 'ctllm-jax[prep]'") from None
+        super().__init__(path, content)
+        try:
+            self._spec = json.loads(content)
+            self._backend = Backend.from_str(content.decode())
+        # The backend raises a bare Exception for anything that it cannot read.
+        except Exception as error:
+            raise UserError(f"{path} is not a tokenizer.json: {error}") from None
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._backend.encode_special_tokens = True
+        ids = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values()) + 1
+
+        def role(name: str) -> int | None:
+            return next((ids[token] for token in _ROLES[name] if token in ids), None)
+
+        self.bos_id, self.eos_id, self.pad_id, self.unk_id = (role(name) for name in _ROLES)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids."""
+        return self._backend.decode([int(token) for token in ids if 0 <= token < self.vocab_size])
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of each id, int32 [vocab_size]."""
+        model = self._spec["model"]
+        added = {token["content"]: token["special"] for token in self._spec.get("added_tokens", ())}
+        # In the byte-level alphabet every character of a piece is one byte.
+        byte_level = '"ByteLevel"' in json.dumps([self._spec.get("pre_tokenizer"), self._spec.get("decoder")])
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for piece, token in self._backend.get_vocab(with_added_tokens=True).items():
+            if piece in added:
+                lengths[token] = 0 if added[piece] else len(piece.encode())
+            elif byte_level:
+                lengths[token] = len(piece)
+            elif model.get("byte_fallback") and len(piece) == 6 and piece.startswith("<0x"):
+                lengths[token] = 1
+            else:
+                lengths[token] = len(piece.replace(_SPACE, " ").encode())
+        return lengths
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """The tokenizer in a SentencePiece .model or a tokenizer.json. UserError where it is missing or neither."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
+        if not found:
+            raise UserError(f"tokenizer {path} is a folder without tokenizer.model or tokenizer.json")
+        path = found[0]
+    if path.suffix not in (".model", ".json"):
+        raise UserError(f"tokenizer {path} must end in .model (SentencePiece) or .json (tokenizer.json)")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"tokenizer {path} does not exist") from None
+    return (SentencePieceTokenizer if path.suffix == ".model" else JsonTokenizer)(path, content)

@@ -1,0 +1,143 @@
+"""The manifest of a dataset directory: what is in it, in numbers and checksums."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ctllm_jax.config.errors import UserError
+
+FORMAT = 1
+FILE = "manifest.json"
+_TOTALS = ("tokens", "documents", "text_bytes", "records")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One ArrayRecord file: one stream of tokens. `size` is in bytes, `sha256` is of the whole file."""
+
+    file: str
+    records: int
+    tokens: int
+    documents: int
+    text_bytes: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of a split. Totals are sums over them; `text_bytes` counts the UTF-8 of the documents."""
+
+    shards: tuple[Shard, ...]
+
+    def total(self, field: str) -> int:
+        """Sum of `tokens`, `documents`, `text_bytes`, `records` or `size` over the shards."""
+        return sum(getattr(shard, field) for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """The tokenizer's copy inside the directory, its hash, and its number of ids."""
+
+    file: str
+    sha256: str
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a reader needs to know of a dataset before it opens a shard.
+
+    `record_tokens` is R; `dtype` of the tokens is uint16 or uint32; `eod_id` ends every document; `config_sha256` is
+    the hash of the options that the dataset was made with.
+    """
+
+    name: str
+    record_tokens: int
+    dtype: str
+    eod_id: int
+    tokenizer: TokenizerIdentity
+    config_sha256: str
+    created_by: str
+    splits: dict[str, Split]
+
+    @property
+    def id_count(self) -> int:
+        """Ids that may occur: a model needs at least this vocabulary."""
+        return max(self.tokenizer.vocab_size, self.eod_id + 1)
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        values = {"format": FORMAT, **{field: getattr(self, field) for field in (
+            "name", "record_tokens", "dtype", "eod_id")},
+            "tokenizer": dataclasses.asdict(self.tokenizer),
+            "config_sha256": self.config_sha256, "created_by": self.created_by,
+            "splits": {name: {**{field: split.total(field) for field in _TOTALS},
+                              "shards": [dataclasses.asdict(shard) for shard in split.shards]}
+                       for name, split in self.splits.items()}}
+        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+
+
+def read_manifest(directory: Path | str) -> Manifest:
+    """The manifest of a dataset directory. UserError where it is missing, damaged, or contradicts itself."""
+    path = Path(directory) / FILE
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{directory} is not a dataset directory: it has no {FILE}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    return _parse(values, path)
+
+
+def manifest_sha256(directory: Path | str) -> str:
+    """Hash of manifest.json: it holds the hash of every shard, so it stands for the whole dataset."""
+    return hashlib.sha256((Path(directory) / FILE).read_bytes()).hexdigest()
+
+
+def _parse(values: Any, path: Path) -> Manifest:
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path}: format={found!r}, this version reads format {FORMAT}")
+    try:
+        splits = {name: Split(tuple(Shard(**shard) for shard in split["shards"]))
+                  for name, split in values["splits"].items()}
+        manifest = Manifest(
+            **{field: values[field] for field in ("name", "record_tokens", "dtype", "eod_id", "config_sha256",
+                                                  "created_by")},
+            tokenizer=TokenizerIdentity(**values["tokenizer"]), splits=splits)
+        stated = {(name, field): split[field] for name, split in values["splits"].items() for field in _TOTALS}
+    except KeyError as error:
+        raise UserError(f"{path}: {error.args[0]} is missing") from None
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    _check(manifest, stated, path)
+    return manifest
+
+
+def _check(manifest: Manifest, stated: dict[tuple[str, str], int], path: Path) -> None:
+    if manifest.dtype not in ("uint16", "uint32"):
+        raise UserError(f"{path}: dtype={manifest.dtype!r} must be uint16 or uint32")
+    for field, value in (("record_tokens", manifest.record_tokens), ("tokenizer.vocab_size",
+                                                                     manifest.tokenizer.vocab_size)):
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{path}: {field}={value!r} must be a positive integer")
+    if not isinstance(manifest.eod_id, int) or not 0 <= manifest.eod_id <= np.iinfo(manifest.dtype).max:
+        raise UserError(f"{path}: eod_id={manifest.eod_id!r} must be an id that {manifest.dtype} can hold")
+    for (name, field), value in stated.items():
+        total = manifest.splits[name].total(field)
+        if total != value:
+            raise UserError(f"{path}: split {name} states {field}={value}, its shards sum to {total}")
+    for name, split in manifest.splits.items():
+        for shard in split.shards:
+            expected = -(-shard.tokens // manifest.record_tokens)
+            if shard.records != expected or shard.tokens < 1:
+                raise UserError(f"{path}: {shard.file} of split {name} states {shard.records} records for "
+                                f"{shard.tokens} tokens, which make {expected} of {manifest.record_tokens}")

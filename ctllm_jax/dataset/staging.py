@@ -1,0 +1,59 @@
+"""A directory that is there whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Hold the lock of `directory`, which need not exist; other processes of this host wait for it."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    path = directory.parent / f".{directory.name}.lock"
+    while True:
+        with open(path, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # The holder before us removes the file: a lock on a removed file excludes nobody.
+            if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+@contextlib.contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A temporary directory beside `directory`, renamed to it when the block ends well and removed when it does not.
+
+    Hold `exclusive(directory)` around it: what a killed process left behind is removed at the start.
+    """
+    for left in list(directory.parent.iterdir()) if directory.parent.exists() else []:
+        if left.name.startswith(f"{directory.name}.tmp-"):
+            shutil.rmtree(left)
+    temporary = directory.parent / f"{directory.name}.tmp-{os.getpid()}"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            _flush(path)
+        _flush(temporary)
+        temporary.rename(directory)
+        _flush(directory.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

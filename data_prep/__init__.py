@@ -1,0 +1,1 @@
+"""Raw text to tokenized shards. No jax here."""

@@ -1,0 +1,207 @@
+"""Text in: files to documents, one at a time, in a fixed order, and what cannot be read put aside.
+
+JSON lines (.jsonl, also .gz and .zst) and Parquet hold a document a record, in the field `text_field`; a .txt file is
+one document. A folder stands for all such files below it, sorted by path.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from ctllm_jax.config.errors import UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
+_BOM = b"\xef\xbb\xbf"
+_SHOWN_BYTES = 2000
+logger = logging.getLogger(__name__)
+
+
+class Document(NamedTuple):
+    """A text, and where it stood: the line of a JSON lines file or the row of a Parquet file, from 1; 1 in a .txt."""
+
+    text: str
+    file: Path
+    line: int
+
+
+@dataclass
+class Quarantine:
+    """Where bad records are put aside, as JSON lines {file, line, reason, raw}; more than `max_bad` is a UserError."""
+
+    path: Path
+    max_bad: int
+    count: int = 0
+
+    def put(self, file: Path, line: int, reason: str, raw: bytes = b"") -> None:
+        """Put one record aside. `raw` is what stood there, of which the first 2,000 bytes are kept."""
+        self.count += 1
+        entry = {"file": str(file), "line": line, "reason": reason,
+                 "raw": raw[:_SHOWN_BYTES].decode("utf-8", errors="backslashreplace")}
+        with open(self.path, "a", encoding="utf-8") as out:
+            out.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        if self.count > self.max_bad:
+            raise UserError(f"{file}:{line}: {reason}. Bad records: {self.count}, allowed: max_bad={self.max_bad}; "
+                            f"they are listed in {self.path}")
+
+
+def find_files(inputs: Sequence[str]) -> list[Path]:
+    """The text files that `inputs` (files and folders) stand for, each once, in a fixed order."""
+    found: dict[Path, Path] = {}
+    for given in map(Path, inputs):
+        if given.is_dir():
+            below = sorted(path for path in given.rglob("*") if path.is_file() and not _is_hidden(path, given))
+            taken = [path for path in below if path.name.endswith(SUFFIXES)]
+            if not taken:
+                raise UserError(f"input {given}: no file in this folder ends in {', '.join(SUFFIXES)}")
+            if len(taken) < len(below):
+                logger.warning("%s: %d files of other kinds are left out", given, len(below) - len(taken))
+        elif not given.exists():
+            raise UserError(f"input {given} does not exist")
+        elif not given.name.endswith(SUFFIXES):
+            raise UserError(f"input {given} must end in one of {', '.join(SUFFIXES)}")
+        else:
+            taken = [given]
+        for path in taken:
+            found.setdefault(path.resolve(), path)
+    if not found:
+        raise UserError("input is empty: give at least one file or folder")
+    return list(found.values())
+
+
+def read_documents(files: Sequence[Path], *, text_field: str, quarantine: Quarantine,
+                   progress: Callable[[int], None] = lambda position: None) -> Iterator[Document]:
+    """All documents of `files`, in order. `progress` is told the bytes read, of the files as they lie on disk."""
+    before = 0
+    for file in files:
+        reader = _read_parquet if file.suffix == ".parquet" else _read_text if file.suffix == ".txt" else _read_lines
+        for line, text, position in reader(file, text_field, quarantine):
+            progress(before + position)
+            yield Document(text, file, line)
+        before += file.stat().st_size
+        progress(before)
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _checked_text(values: object, text_field: str) -> str:
+    """The text of a parsed record; ValueError says what is wrong with it."""
+    if not isinstance(values, dict):
+        raise ValueError(f"not a JSON object but {type(values).__name__}")
+    if text_field not in values:
+        raise ValueError(f"no field {text_field!r}; its fields are {', '.join(map(repr, list(values)[:8])) or 'none'}")
+    text = values[text_field]
+    if not isinstance(text, str):
+        raise ValueError(f"field {text_field!r} is not text but {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"field {text_field!r} holds half of a surrogate pair at character {error.start}") from None
+    return text
+
+
+def _read_lines(file: Path, text_field: str, quarantine: Quarantine) -> Iterator[tuple[int, str, int]]:
+    with open(file, "rb") as raw, _decompressed(file, raw) as stream:
+        line = 0
+        try:
+            for line, content in enumerate(stream, 1):
+                data = content.removeprefix(_BOM) if line == 1 else content
+                if not data.strip():
+                    continue
+                try:
+                    text = _checked_text(_parse(data), text_field)
+                except ValueError as error:
+                    quarantine.put(file, line, str(error), data)
+                    continue
+                yield line, text, raw.tell()
+        except _broken_stream_errors() as error:
+            quarantine.put(file, line + 1, f"the compressed data is damaged or ends early: {error}")
+
+
+def _parse(data: bytes) -> object:
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"invalid UTF-8 at byte {error.start} of the line") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"malformed JSON at character {error.pos}: {error.msg}") from None
+    except RecursionError:
+        raise ValueError("malformed JSON: nested too deeply") from None
+
+
+def _decompressed(file: Path, raw: BinaryIO) -> BinaryIO:
+    if file.suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if file.suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise UserError(f"{file} needs the package zstandard: pip install 'ctllm-jax[prep]'") from None
+        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
+        return io.BufferedReader(reader, buffer_size=2**20)
+    return io.BufferedReader(raw, buffer_size=2**20)
+
+
+def _broken_stream_errors() -> tuple[type[Exception], ...]:
+    import zlib
+
+    errors: list[type[Exception]] = [EOFError, gzip.BadGzipFile, zlib.error]
+    try:
+        import zstandard
+
+        errors.append(zstandard.ZstdError)
+    except ImportError:
+        pass
+    return tuple(errors)
+
+
+def _read_text(file: Path, text_field: str, quarantine: Quarantine) -> Iterator[tuple[int, str, int]]:
+    del text_field
+    data = file.read_bytes().removeprefix(_BOM)
+    try:
+        yield 1, data.decode("utf-8"), len(data)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        quarantine.put(file, line, f"invalid UTF-8 at byte {error.start} of the file", data[error.start:])
+
+
+def _read_parquet(file: Path, text_field: str, quarantine: Quarantine) -> Iterator[tuple[int, str, int]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{file} needs the package pyarrow: pip install 'ctllm-jax[prep]'") from None
+    size, row = file.stat().st_size, 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            if text_field not in table.schema_arrow.names:
+                names = ", ".join(map(repr, table.schema_arrow.names[:8]))
+                quarantine.put(file, 1, f"no column {text_field!r}; its columns are {names}")
+                return
+            count = max(1, table.metadata.num_rows)
+            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+                # Arrow does not check that a text column is UTF-8: each value is decoded here, so that one bad value
+                # costs one row.
+                column = batch.column(0)
+                if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+                    column = column.cast(pyarrow.large_binary())
+                for value in column.to_pylist():
+                    row += 1
+                    try:
+                        text = value.decode("utf-8") if isinstance(value, bytes) else value
+                        text = _checked_text({text_field: text}, text_field)
+                    except ValueError as error:
+                        reason = "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+                        quarantine.put(file, row, reason, value if isinstance(value, bytes) else b"")
+                        continue
+                    yield row, text, size * row // count
+    except (pyarrow.ArrowException, OSError) as error:
+        quarantine.put(file, row + 1, f"the Parquet file is damaged: {error}")
