@@ -1,0 +1,230 @@
+"""The page: one self-contained HTML file of one run, or of several beside each other.
+
+Nothing on it is fetched: charts are inline SVG, style and script stand in the page, and a content policy refuses
+everything else, so that text written by a model, or by whoever wrote its data, can do nothing there. Times are UTC.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from statistics import median
+
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.report import tables
+from ctllm_jax.report.charts import Chart, Level, Series, figure
+from ctllm_jax.report.readable import clock, compact, duration, finite, percent, visible
+from ctllm_jax.report.run import Run, labels, read_run
+
+_STYLE = Path(__file__).with_name("page.css")
+_SCRIPT = Path(__file__).with_name("page.js")
+_STATES = ("done", "interrupted", "failed", "unfinished", "empty")
+_LIMIT = 1e30
+_SMALL = 260
+
+
+def write_report(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
+    """Write the report of one or several run directories to `output`, and return its path.
+
+    The file is replaced at once or not at all. Raises UserError for a path that is no run directory, for one given
+    twice, and for an output that cannot be written.
+    """
+    directories = [Path(directory) for directory in run_dirs]
+    if not directories:
+        raise UserError("a report needs at least one run directory")
+    for index, directory in enumerate(directories):
+        if directory.resolve() in [other.resolve() for other in directories[:index]]:
+            raise UserError(f"{directory}: given twice; each run is compared once")
+    page = render([read_run(directory) for directory in directories])
+    output = Path(output)
+    if output.is_dir():
+        raise UserError(f"{output}: a directory; the report is a file, such as {output / 'report.html'}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=output.parent, prefix=".report-", delete=False) as file:
+            file.write(page.encode("utf-8"))
+            os.fchmod(file.fileno(), 0o644)
+        os.replace(file.name, output)
+    except OSError as error:
+        raise UserError(f"{output}: the report cannot be written ({error.strerror})") from error
+    return output
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page of these runs as HTML text."""
+    names = labels([run.directory for run in runs])
+    style, script = _STYLE.read_text(encoding="utf-8"), _SCRIPT.read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
+    title = escape(visible(" · ".join(names)))
+    heads = "".join(_head(run, name, index, len(runs) > 1)
+                    for index, (run, name) in enumerate(zip(runs, names, strict=True)))
+    body = [
+        f'<header><h1>{len(runs)} runs compared</h1><div class="heads">{heads}</div></header>' if len(runs) > 1
+        else f"<header>{heads}</header>",
+        tables.problems(runs, names),
+        "".join(_cards(run) for run in runs) if len(runs) == 1 else tables.overview(runs, names),
+        _charts(runs, names),
+        tables.evaluation(runs, names),
+        tables.config_differences(runs, names),
+        tables.samples(runs, names),
+        tables.stages(runs, names),
+        tables.events(runs, names),
+        tables.details(runs, names),
+    ]
+    return (f'<!doctype html>\n<html lang="en" data-x="steps" data-span="whole"><head><meta charset="utf-8">'
+            f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+            f"<title>{title}</title><style>{style}</style></head>\n<body><main>"
+            + "\n".join(part for part in body if part) + f"</main><script>{script}</script></body></html>\n")
+
+
+def _head(run: Run, name: str, index: int, several: bool) -> str:
+    state = run.state if run.state in _STATES else "unfinished"
+    words = {"done": "done", "unfinished": "no end recorded", "empty": "no numbers yet"}.get(state, run.state)
+    facts = []
+    if run.start:
+        how = {"init": "from given weights", "scratch": "from scratch"}.get(str(run.starts[0].get("how")), "")
+        times = len(run.starts) - 1
+        facts.append(how + (f", resumed {'once' if times == 1 else f'{times} times'}" if times else ""))
+        facts.append(str(run.start.get("devices", "")))
+        facts.append(f"started {clock(run.starts[0]['time'])}")
+    if run.last_time is not None:
+        facts.append(f"last entry {clock(run.last_time)} UTC")
+    swatch = f'<i class="swatch c{index % 8}"></i>' if several else ""
+    heading = "h2" if several else "h1"
+    return (f'<div class="head"><{heading}>{swatch}{escape(visible(name))}'
+            f'<span class="state {state}">{escape(visible(words))}</span></{heading}>'
+            f"<p>{escape(visible(' · '.join(fact for fact in facts if fact)))}</p></div>")
+
+
+def _cards(run: Run) -> str:
+    """The headline figures of a single run."""
+    cards = []
+    losses = _series(run, "loss", 0, run.train, lambda it: it.get("loss", ...))
+    known = [value for value in losses.values if value is not None]
+    if known:
+        final, lowest = losses.values[-1], min(known)
+        cards.append(("final loss", "not finite" if final is None else f"{final:.3f}",
+                      f"lowest {lowest:.3f} at step {losses.steps[losses.values.index(lowest)]:,}"))
+    for source, values in (run.evaluation[-1]["sources"] if run.evaluation else {}).items():
+        bits = finite(values.get("bits_per_byte"))
+        if bits is not None:
+            cards.append((f"bits per byte · {source}", f"{bits:.3f}", tables.against_baselines(run, source)))
+    if run.train:
+        tokens = run.tokens_at(run.train[-1])
+        steps = finite(run.start.get("steps"))
+        reached = f"step {run.step:,}" + (f" of {steps:,.0f}" if steps else "")
+        cards.append(("tokens", "–" if tokens is None else compact(tokens), reached))
+    if run.seconds:
+        cards.append(("time", duration(run.seconds), f"in {len(run.starts)} attempts" if len(run.starts) > 1 else
+                      "from start line to last entry"))
+    speed = typical(run, "tokens_per_second")
+    if speed is not None:
+        causal, full = typical(run, "mfu_causal"), typical(run, "mfu_full")
+        known_mfu = [f"{percent(value)} {how}" for value, how in ((causal, "causal"), (full, "full"))
+                     if value is not None]
+        cards.append(("tokens/s", compact(speed), "MFU " + ", ".join(known_mfu) if known_mfu else "median"))
+    parameters = finite(run.start.get("parameters"))
+    if parameters is not None:
+        cards.append(("parameters", compact(parameters), f"{parameters:,.0f}"))
+    if not cards:
+        return ""
+    items = "".join(f"<li><span>{escape(visible(label))}</span><b>{escape(value)}</b>"
+                    f"<small>{escape(visible(note))}</small></li>" for label, value, note in cards)
+    return f'<ul class="cards">{items}</ul>'
+
+
+def typical(run: Run, key: str) -> float | None:
+    """The median of a quantity over the run's training records, or None."""
+    values = [value for record in run.train if (value := finite(record.get(key))) is not None]
+    return median(values) if values else None
+
+
+def _series(run: Run, name: str, color: int, records: list[dict], read, dots: bool = False) -> Series:
+    """One line of `read(record)`, over the records that speak of it at all (`read` gives ... where not)."""
+    values = [read(record) for record in records]
+    if ... in values:
+        records = [record for record, value in zip(records, values, strict=True) if value is not ...]
+        values = [value for value in values if value is not ...]
+    values = [value if type(value) is float and -_LIMIT < value < _LIMIT else _within_limit(value) for value in values]
+    tokens = [run.tokens_at(record) for record in records]
+    return Series(name, color % 8, [record["step"] for record in records], None if None in tokens else tokens, values,
+                  dots)
+
+
+def _within_limit(value: object) -> float | None:
+    number = finite(value)
+    return None if number is None else min(max(number, -_LIMIT), _LIMIT)
+
+
+def _charts(runs: Sequence[Run], names: Sequence[str]) -> str:
+    if not any(run.train or run.evaluation for run in runs):
+        return ""
+    several = len(runs) > 1
+    restarts = [] if several else [(start["step"], runs[0].tokens_at({"step": start["step"]}))
+                                   for start in runs[0].starts[1:]]
+
+    def trained(title: str, key: str, **looks) -> Chart:
+        lines = [_series(run, name if several else "", index, run.train, lambda it: it.get(key, ...))
+                 for index, (run, name) in enumerate(zip(runs, names, strict=True))]
+        return Chart(title, lines, restarts=restarts, **looks)
+
+    charts = [trained("Training loss", "loss", note="nats per token", smooth=True), *_bits(runs, names, restarts)]
+    small = {"width": _SMALL, "height": 160}
+    charts.append(trained("Learning rate", "lr", kind="power", from_zero=True, **small))
+    charts.append(trained("Gradient norm", "grad_norm", note="before clipping", smooth=True, log=True, **small))
+    charts.append(trained("Throughput", "tokens_per_second", note="tokens/s", kind="compact", from_zero=True,
+                          smooth=True, **small))
+    charts.append(trained("Data wait", "data_wait", note="share of a step", kind="percent",
+                          from_zero=True, smooth=True, **small))
+    if any("z_loss" in record for run in runs for record in run.train[-1:]):
+        charts.append(trained("z-loss", "z_loss", smooth=True, **small))
+    large = [chart for chart in charts if chart.width > _SMALL]
+    rest = [chart for chart in charts if chart.width <= _SMALL]
+    return (f'<section id="charts">{_switches()}<div class="grid large">{"".join(map(figure, large))}</div>'
+            f'<div class="grid small">{"".join(map(figure, rest))}</div></section>')
+
+
+def _switches() -> str:
+    def switch(name: str, choices: dict[str, str]) -> str:
+        buttons = "".join(f'<button type="button" data-set="{name}" data-to="{value}">{words}</button>'
+                          for value, words in choices.items())
+        return f'<span class="switch">{buttons}</span>'
+
+    return ('<div class="switches"><h2>Training</h2>' + switch("x", {"steps": "steps", "tokens": "tokens"})
+            + switch("span", {"whole": "whole run", "late": "last 80%"}) + "</div>")
+
+
+def _bits(runs: Sequence[Run], names: Sequence[str], restarts: list) -> list[Chart]:
+    """Bits per byte: one chart of a single run with few sources, else one for each source and one for training."""
+    several = len(runs) > 1
+    sources = list(dict.fromkeys(source for run in runs for source in run.sources))
+    train = [_series(run, names[index] if several else "train", index, run.train,
+                     lambda it: it.get("bits_per_byte", ...)) for index, run in enumerate(runs)]
+
+    def held_out(run: Run, name: str, color: int, source: str) -> Series:
+        return _series(run, name, color, run.evaluation,
+                       lambda it: it["sources"].get(source, {}).get("bits_per_byte", ...), dots=True)
+
+    if not several and len(sources) <= 2:
+        lines = train + [held_out(runs[0], f"held out · {source}" if len(sources) > 1 else "held out", 1 + index,
+                                  source) for index, source in enumerate(sources)]
+        levels = [Level(f"{name} · {source}" if len(sources) > 1 else name, value,
+                        1 + index if len(sources) > 1 else None)
+                  for index, source in enumerate(sources) for name, value in tables.baselines_of(runs[0], source)]
+        return [Chart("Bits per byte", lines, levels=levels, restarts=restarts, smooth=True, note="lower is better")]
+    charts = [Chart("Bits per byte, training", train, restarts=restarts, smooth=True)]
+    for source in sources:
+        lines = [held_out(run, names[index] if several else "held out", index if several else 1, source)
+                 for index, run in enumerate(runs)]
+        pairs = dict.fromkeys(pair for run in runs for pair in tables.baselines_of(run, source))
+        charts.append(Chart(f"Bits per byte, held out · {source}", lines, restarts=restarts,
+                            levels=[Level(name, value) for name, value in pairs]))
+    return charts

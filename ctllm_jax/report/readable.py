@@ -1,0 +1,82 @@
+"""Numbers, times and text as people read them: on the page, and on the console."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+
+_SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+# What would move a cursor, ring a bell, hide text or reverse it: C0 and C1 but tab and newline, the bidirectional
+# controls, and lone surrogates, which no UTF-8 file can hold.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def compact(value: float) -> str:
+    """Three digits and a scale: 950, 12.3k, 4.56M, 2.13B, 1.25T."""
+    for scale, letter in _SCALES:
+        if abs(value) >= scale * 0.9995:
+            return f"{_three_digits(value / scale)}{letter}"
+    return f"{value:,.0f}" if value == int(value) else _three_digits(value)
+
+
+def trimmed(value: float) -> str:
+    """Like compact, without zeros that say nothing: 2k, 1.5k, 0.25."""
+    text = compact(value)
+    number = text.rstrip("TBMk")
+    return (number.rstrip("0").rstrip(".") if "." in number else number) + text[len(number):]
+
+
+def _three_digits(value: float) -> str:
+    size = abs(value)
+    if size >= 99.95:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if size >= 9.995 else f"{value:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """Two units: 0.8s, 41s, 3m12s, 2h05m, 3d04h."""
+    if seconds < 9.95:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    for size, unit, part, part_unit in ((86_400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // part:02d}{part_unit}"
+    return f"{whole}s"
+
+
+def clock(seconds: float) -> str:
+    """Unix seconds as a date and time in UTC, or a dash if no calendar has them."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+    except (OverflowError, OSError, ValueError):
+        return "–"
+
+
+def percent(share: float) -> str:
+    """A share of 1 as 41.2%."""
+    return f"{share * 100:.1f}%"
+
+
+def visible(text: str) -> str:
+    """The text with every character that steers a terminal or hides from the eye replaced by a visible one."""
+    return _CONTROL.sub(_picture, text)
+
+
+def _picture(match: re.Match) -> str:
+    code = ord(match.group())
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "␡" if code == 0x7F else "\ufffd"
+
+
+def finite(value: object) -> float | None:
+    """The value as a float, or None for what is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,282 @@
+"""The page's tables: headline figures of several runs, held-out bits per byte, samples, stages, events, config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+
+from ctllm_jax.report.readable import clock, compact, duration, finite, visible
+from ctllm_jax.report.run import Run, differences, flatten
+
+_SAMPLES_SHOWN = 6
+_EVENTS_SHOWN = 200
+
+
+def shown(value: object) -> str:
+    """Any text as HTML that shows it and does nothing else."""
+    return escape(visible(str(value)))
+
+
+def _section(title: str, content: str, note: str = "") -> str:
+    small = f" <small>{shown(note)}</small>" if note else ""
+    return f"<section><h2>{shown(title)}{small}</h2>{content}</section>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """A table of cells that are HTML already."""
+    top = "".join(f"<th>{cell}</th>" for cell in head)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _name(names: Sequence[str], index: int) -> str:
+    return f'<i class="swatch c{index % 8}"></i>{shown(names[index])}' if len(names) > 1 else shown(names[index])
+
+
+def problems(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """What could not be read, said before any number."""
+    said = [f"{_name(names, index) + ': ' if len(runs) > 1 else ''}{shown(problem)}"
+            for index, run in enumerate(runs) for problem in run.problems]
+    return f'<ul class="problems">{"".join(f"<li>{line}</li>" for line in said)}</ul>' if said else ""
+
+
+def baselines_of(run: Run, source: str) -> list[tuple[str, float]]:
+    """Name and bits per byte of every baseline measured on a source."""
+    found = []
+    for name, record in run.baselines.items():
+        bits = finite(record["sources"].get(source, {}).get("bits_per_byte"))
+        if bits is not None:
+            found.append((name, bits))
+    return found
+
+
+def against_baselines(run: Run, source: str) -> str:
+    """One line: the baselines of a source."""
+    known = baselines_of(run, source)
+    return " · ".join(f"{name} {bits:.3f}" for name, bits in known) if known else "held out"
+
+
+def overview(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """Headline figures of several runs, a row each."""
+    rows = []
+    for index, run in enumerate(runs):
+        last = run.train[-1] if run.train else {}
+        loss = finite(last.get("loss"))
+        speeds = sorted(value for record in run.train if (value := finite(record.get("tokens_per_second"))) is not None)
+        tokens = run.tokens_at(last) if last else None
+        parameters = finite(run.start.get("parameters"))
+        rows.append([
+            _name(names, index),
+            f"{loss:.3f}" if loss is not None else "not finite" if "loss" in last else "–",
+            f"{run.step:,}",
+            "–" if tokens is None else compact(tokens),
+            duration(run.seconds) if run.seconds else "–",
+            compact(speeds[len(speeds) // 2]) if speeds else "–",
+            "–" if parameters is None else compact(parameters),
+        ])
+    head = ["run", "final loss", "step", "tokens", "time", "tokens/s", "parameters"]
+    return _section("Runs", _table(head, rows, "figures"))
+
+
+def evaluation(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """Held-out bits per byte at each run's last evaluation, with the baselines below."""
+    sources = list(dict.fromkeys(source for run in runs for source in run.sources))
+    if not sources:
+        return ""
+    rows: list[tuple[str, dict[str, dict], str]] = []
+    for index, run in enumerate(runs):
+        if run.evaluation:
+            last = run.evaluation[-1]
+            label = _name(names, index) if len(runs) > 1 else "this run"
+            rows.append((f"{label} <small>step {last['step']:,}</small>", last["sources"], "model"))
+    rows += [(shown(name), found, "baseline") for name, found in _merged_baselines(runs)]
+    best, worst = {}, {}
+    for source in sources:
+        values = [bits for _, found, _ in rows if (bits := _bits(found, source)) is not None]
+        best[source], worst[source] = min(values, default=None), max(values, default=None)
+    cells = [[label, *(_measure(found, source, best[source], worst[source], kind) for source in sources)]
+             for label, found, kind in rows]
+    table = _table(["", *(shown(source) for source in sources)], cells, "bits")
+    return _section("Held-out text", table, "bits per byte, lower is better; the same bytes for every row")
+
+
+def _merged_baselines(runs: Sequence[Run]) -> list[tuple[str, dict[str, dict]]]:
+    """Baselines of all runs; those of one name are one row where they say the same of every source they share."""
+    merged: list[tuple[str, dict[str, dict]]] = []
+    for run in runs:
+        for name, record in run.baselines.items():
+            sources = record["sources"]
+            for other, found in merged:
+                if other == name and all(found.get(source, values) == values for source, values in sources.items()):
+                    found.update(sources)
+                    break
+            else:
+                merged.append((name, dict(sources)))
+    return merged
+
+
+def _bits(found: dict, source: str) -> float | None:
+    return finite(found.get(source, {}).get("bits_per_byte"))
+
+
+def _measure(found: dict, source: str, best: float | None, worst: float | None, kind: str) -> str:
+    values = found.get(source, {})
+    bits = _bits(found, source)
+    notes = []
+    loss, count, size = (finite(values.get(key)) for key in ("loss", "tokens", "bytes"))
+    if loss is not None:
+        notes.append(f"loss {loss:.3f}")
+    if count is not None:
+        notes.append(f"{compact(count)} tokens")
+    if size is not None:
+        notes.append(f"{compact(size)}B")
+    small = f"<small>{' · '.join(notes)}</small>" if notes else ""
+    if bits is None:
+        return f"–{small}"
+    width = 100 * bits / worst if worst and bits > 0 else 0
+    number = f"<b>{bits:.3f}</b>" if bits == best else f"{bits:.3f}"
+    return f'{number}<span class="bar {kind}" style="width:{width:.1f}%"></span>{small}'
+
+
+def config_differences(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """Config keys in which several runs differ."""
+    if len(runs) < 2:
+        return ""
+    rows = differences(list(runs))
+    if not rows:
+        return _section("Config", '<p class="none">The runs do not differ in any key.</p>')
+    cells = [[f"<code>{shown(key)}</code>", *("–" if value is None else f"<code>{shown(value)}</code>"
+                                              for value in values)] for key, values in rows]
+    head = ["key", *(_name(names, index) for index in range(len(runs)))]
+    return _section("Config", _table(head, cells, "config"), "keys that differ")
+
+
+def samples(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """What the model wrote at which step: a row a step, a column a prompt, the latest first."""
+    parts = []
+    for index, run in enumerate(runs):
+        if not run.sample:
+            continue
+        prompts = list(dict.fromkeys(str(record.get("prompt", "")) for record in run.sample))
+        steps: dict[int, list[dict]] = {}
+        for record in run.sample:
+            steps.setdefault(record["step"], []).append(record)
+        order = sorted(steps, reverse=True)
+        pick = {order[round(place * (len(order) - 1) / max(1, _SAMPLES_SHOWN - 1))] for place in range(_SAMPLES_SHOWN)}
+        rows = "".join(_sample_row(run, step, steps[step], prompts, "" if step in pick else ' class="extra"')
+                       for step in order)
+        rest = len(order) - len(pick)
+        more = (f'<button type="button" class="more" data-set="samples" data-to="all">show {rest} more steps</button>'
+                if rest > 0 else "")
+        title = f"<h3>{_name(names, index)}</h3>" if len(runs) > 1 else ""
+        parts.append(f'{title}<div class="samples">{rows}</div>{more}')
+    return _section("What it wrote", "".join(parts), "newest first; the prompt is highlighted") if parts else ""
+
+
+def _sample_row(run: Run, step: int, records: list[dict], prompts: list[str], extra: str) -> str:
+    tokens = run.tokens_at(records[0])
+    seen = f"<small>{compact(tokens)} tokens</small>" if tokens is not None else ""
+    texts = "".join(_sample(record) for record in
+                    sorted(records, key=lambda record: prompts.index(str(record.get("prompt", "")))))
+    return f'<div{extra}><p class="at-step"><b>step {step:,}</b>{seen}</p><div class="texts">{texts}</div></div>'
+
+
+def _sample(record: dict) -> str:
+    prompt, text = str(record.get("prompt", "")), str(record.get("text", ""))
+    return f'<p dir="auto"><mark>{shown(prompt)}</mark>{shown(text.removeprefix(prompt))}</p>'
+
+
+def stages(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """Where the seconds before and beside the steps went: one row a stage, attempts added up."""
+    totals: dict[str, dict[int, list[float]]] = {}
+    for index, run in enumerate(runs):
+        for record in run.stages:
+            seconds = finite(record.get("seconds"))
+            if seconds is not None:
+                totals.setdefault(str(record.get("name", "")), {}).setdefault(index, []).append(seconds)
+    if not totals:
+        return ""
+    rows = [[shown(stage), *(_seconds(by_run.get(index, [])) for index in range(len(runs)))]
+            for stage, by_run in totals.items()]
+    head = ["stage", *(_name(names, index) if len(runs) > 1 else "time" for index in range(len(runs)))]
+    return _section("Stages", _table(head, rows, "figures"), "seconds that were not steps")
+
+
+def _seconds(values: list[float]) -> str:
+    if not values:
+        return "–"
+    times = f" <small>{len(values)} times</small>" if len(values) > 1 else ""
+    return f"{duration(sum(values))}{times}"
+
+
+def events(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """Starts, warnings and ends in order; checkpoints between two of them are one line."""
+    parts = []
+    for index, run in enumerate(runs):
+        rows = _event_rows(run)
+        if not rows:
+            continue
+        title = f"<h3>{_name(names, index)}</h3>" if len(runs) > 1 else ""
+        more = len(rows) - _EVENTS_SHOWN
+        left_out = f'<p class="none">… and {more:,} more in metrics.jsonl.</p>' if more > 0 else ""
+        parts.append(title + _table(["time (UTC)", "step", "event", ""], rows[:_EVENTS_SHOWN], "events") + left_out)
+    return _section("Events", "".join(parts)) if parts else ""
+
+
+def _event_rows(run: Run) -> list[list[str]]:
+    rows, saved = [], []
+
+    def close() -> None:
+        if not saved:
+            return
+        seconds = [value for record in saved if (value := finite(record.get("seconds"))) is not None]
+        first, last = (shown(saved[place].get("step", "–")) for place in (0, -1))
+        told = (f"{len(saved)} saved" if len(saved) > 1 else "saved")
+        if seconds:
+            told += f", {duration(sum(seconds) / len(seconds))}" + (" on average" if len(seconds) > 1 else "")
+            told += f", {duration(max(seconds))} at most" if len(seconds) > 1 else ""
+        rows.append([clock(saved[-1]["time"]), first if first == last else f"{first} … {last}",
+                     '<span class="tag">checkpoint</span>', told])
+        saved.clear()
+
+    for record in run.events:
+        kind = record["event"]
+        if kind == "checkpoint":
+            saved.append(record)
+            continue
+        close()
+        words = {"start": _start_words, "warning": lambda it: shown(it.get("message", "")),
+                 "end": lambda it: shown(it.get("reason", ""))}[kind](record)
+        step = record.get("step")
+        rows.append([clock(record["time"]), "" if step is None else shown(step),
+                     f'<span class="tag {kind}">{kind}</span>', words])
+    close()
+    if run.superseded:
+        rows.append(["", "", "", f"{run.superseded:,} records of steps that were trained again are left out"])
+    return rows
+
+
+def _start_words(record: dict) -> str:
+    facts = [str(record[key]) for key in ("how", "devices") if key in record]
+    for key in ("mesh", "implementations"):
+        if isinstance(record.get(key), dict):
+            facts.append(", ".join(f"{name} {value}" for name, value in record[key].items()))
+    return shown(" · ".join(facts))
+
+
+def details(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """Resolved config and environment, folded."""
+    parts = []
+    for index, run in enumerate(runs):
+        label = f"{_name(names, index)} · " if len(runs) > 1 else ""
+        config = run.config_text or (json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else "")
+        if config:
+            parts.append(f"<details><summary>{label}config</summary><pre>{shown(config)}</pre></details>")
+        if run.environment:
+            rows = [[f"<code>{shown(key)}</code>", f"<code>{shown(value)}</code>"]
+                    for key, value in flatten(run.environment).items()]
+            parts.append(f"<details><summary>{label}environment</summary>{_table(['key', 'value'], rows, 'config')}"
+                         f"</details>")
+    return _section("Config and environment" if len(runs) == 1 else "Whole configs and environments",
+                    "".join(parts)) if parts else ""
