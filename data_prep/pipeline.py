@@ -12,7 +12,7 @@ from pathlib import Path
 from ctllm_jax.config.data import PrepareConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from ctllm_jax.dataset.manifest import Manifest, read_manifest
+from ctllm_jax.dataset.manifest import Manifest
 from ctllm_jax.dataset.staging import exclusive, staged
 from ctllm_jax.dataset.writer import finish, smallest_dtype
 from data_prep.pack import Tokenized, pack, tokenize

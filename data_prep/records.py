@@ -33,22 +33,31 @@ class Document(NamedTuple):
 
 @dataclass
 class Quarantine:
-    """Where bad records are put aside, as JSON lines {file, line, reason, raw}; more than `max_bad` is a UserError."""
+    """Where bad records are put aside, as JSON lines {file, line, reason, raw}; more than `max_bad` is a UserError.
 
-    path: Path
+    Without a path they are only counted.
+    """
+
+    path: Path | None
     max_bad: int
     count: int = 0
 
     def put(self, file: Path, line: int, reason: str, raw: bytes = b"") -> None:
         """Put one record aside. `raw` is what stood there, of which the first 2,000 bytes are kept."""
         self.count += 1
+        listed = ""
+        if self.path is not None:
+            self._append(file, line, reason, raw)
+            listed = f"; they are listed in {self.path}"
+        if self.count > self.max_bad:
+            raise UserError(f"{file}:{line}: {reason}. Bad records: {self.count}, allowed: max_bad={self.max_bad}"
+                            f"{listed}")
+
+    def _append(self, file: Path, line: int, reason: str, raw: bytes) -> None:
         entry = {"file": str(file), "line": line, "reason": reason,
                  "raw": raw[:_SHOWN_BYTES].decode("utf-8", errors="backslashreplace")}
         with open(self.path, "a", encoding="utf-8") as out:
             out.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        if self.count > self.max_bad:
-            raise UserError(f"{file}:{line}: {reason}. Bad records: {self.count}, allowed: max_bad={self.max_bad}; "
-                            f"they are listed in {self.path}")
 
 
 def find_files(inputs: Sequence[str]) -> list[Path]:

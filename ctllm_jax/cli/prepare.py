@@ -12,11 +12,13 @@ from ctllm_jax.config.data import PrepareConfig
 
 SCHEMA = PrepareConfig
 USAGE = """
+usage: python launch.py prepare input=TEXT tokenizer=TOKENIZER output=DIR [key=value …] [--dry-run]
+
 Reads text (.jsonl, .jsonl.gz, .jsonl.zst, .parquet: a document a record; .txt: a document a file; folders of these),
 drops exact copies, holds documents out for validation, shuffles, tokenizes and packs them into a dataset directory.
 
-  launch.py prepare input=corpus/ tokenizer=tokenizer.model output=data/corpus
-  launch.py prepare input='[a.jsonl,b.parquet]' text_field=content tokenizer=tokenizer.json output=data/ab max_bad=100
+  python launch.py prepare input=corpus/ tokenizer=tokenizer.model output=data/corpus
+  python launch.py prepare input='[a.jsonl,b.parquet]' text_field=content tokenizer=t.json output=data/ab max_bad=9
 
 What cannot be read is listed in OUTPUT/quarantine.jsonl (beside OUTPUT if the command fails).
 """
@@ -38,7 +40,8 @@ def run(context) -> int:
     with stage_bars(console) as report:
         summary = prepare(config, progress=report)
     manifest = summary.manifest
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=f"{config.output}", title_justify="left", title_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=config.output, title_justify="left",
+                  title_style="bold")
     for column in ("split", "documents", "tokens", "text MB", "bytes/token", "records", "shards"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for name, split in manifest.splits.items():

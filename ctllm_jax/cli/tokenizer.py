@@ -12,10 +12,12 @@ from ctllm_jax.config.data import TokenizerTrainConfig
 
 SCHEMA = TokenizerTrainConfig
 USAGE = """
+usage: python launch.py tokenizer input=TEXT output=FILE.model vocab_size=N [key=value …] [--dry-run]
+
 Trains SentencePiece BPE with the options of Baichuan2's tokenizer: byte fallback, digits one by one, identity
 normalization, white space kept, no dummy prefix; ids 0 unknown, 1 beginning, 2 end.
 
-  launch.py tokenizer input=corpus/ output=tokenizer.model vocab_size=8000
+  python launch.py tokenizer input=corpus/ output=tokenizer.model vocab_size=8000
 """
 
 
@@ -35,7 +37,8 @@ def run(context) -> int:
     with stage_bars(console) as report:
         tokenizer, compression = train_tokenizer(config, progress=lambda done, total: report("read", done, total))
     title = f"{config.output}: {tokenizer.vocab_size:,} pieces"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=title, title_justify="left", title_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=title, title_justify="left",
+                  title_style="bold")
     for column in ("language", "text MB", "tokens", "bytes/token"):
         table.add_column(column, justify="left" if column == "language" else "right")
     for language in LANGUAGES:

@@ -78,9 +78,11 @@ class PrepareConfig(Section):
 class InspectConfig(Section):
     """`launch.py data inspect`: rows as the model sees them."""
 
-    sequence_length: int | None = key(None, "length of a row; null: the dataset's own record length", ge=1)
+    sequence_length: int | None = key(None, "length of a row (S); null: the dataset's own record length, 256 for text", ge=1)
     rows: int = key(2, "rows to print", ge=1)
     start: int = key(0, "first row", ge=0)
+    show_tokens: int = key(400, "tokens printed of a row; 0: all", ge=0)
+    ids: bool = key(False, "a table of ids, one token a line, instead of running text")
     split: str = key("train", "split to read")
     tokenizer: str | None = key(None, "tokenizer for a file that is still text")
     text_field: str = key("text", "field of a record that holds the text")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ctllm_jax.config.data import DataConfig
-from ctllm_jax.data.batch import Batch, BatchSource
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.data.batch import Batch, BatchSource, checked_rows, padding_row, stack_rows
 from ctllm_jax.data.synthetic import SyntheticData
 
 
@@ -19,15 +24,143 @@ def open_training_data(config: DataConfig, *, sequence_length: int, rows: int, s
     if config.kind == "synthetic":
         return SyntheticData(sequence_length=sequence_length, rows=rows, seed=seed, vocab_size=vocab_size,
                              isolate_documents=config.isolate_documents, mask_eod=config.mask_eod)
-    raise NotImplementedError("data from files is not there yet")
+    return MixtureData(config, sequence_length=sequence_length, rows=rows, seed=seed, vocab_size=vocab_size)
 
 
 def open_held_out_data(config: DataConfig, *, split: str, sequence_length: int, rows: int, max_tokens: int,
                        vocab_size: int) -> dict[str, Iterable[Batch]]:
-    """For each source, batches [rows, S] of its held-out split, in order, from its first token.
+    """For each source, batches [rows, S] of its split `split`, in order from its first token.
 
-    Each can be iterated again and again. The last batch is filled up with rows of segment 0. Synthetic data has none.
+    Each can be iterated again and again, and has a length. The last batch is filled up with rows of segment 0. At most
+    `max_tokens` tokens are read of a source, but at least one row. Synthetic data has no sources.
     """
     if config.kind == "synthetic":
         return {}
-    raise NotImplementedError("data from files is not there yet")
+    from ctllm_jax.data.packing import PackedRows
+
+    opened = _open_sources(config, sequence_length=sequence_length, vocab_size=vocab_size)
+    held_out = {}
+    for name, dataset in opened.items():
+        packed = PackedRows(dataset.split(split), sequence_length, isolate_documents=config.isolate_documents,
+                            mask_eod=config.mask_eod)
+        held_out[name] = HeldOutData(packed, rows=rows, sequence_length=sequence_length,
+                                     count=min(len(packed), max(1, max_tokens // sequence_length)))
+    return held_out
+
+
+class HeldOutData:
+    """The first `count` rows of a split, in order, as batches [rows, S]."""
+
+    def __init__(self, packed: Sequence[Batch], *, rows: int, sequence_length: int, count: int):
+        self._packed = packed
+        self._rows = rows
+        self._padding = padding_row(sequence_length)
+        self._count = count
+
+    def __len__(self) -> int:
+        return -(-self._count // self._rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, self._count, self._rows):
+            rows = [self._packed[index] for index in range(start, min(start + self._rows, self._count))]
+            yield stack_rows(rows + [self._padding] * (self._rows - len(rows)))
+
+
+class MixtureData:
+    """Dataset directories mixed by weight, read by Grain. A `BatchSource`."""
+
+    def __init__(self, config: DataConfig, *, sequence_length: int, rows: int, seed: int, vocab_size: int):
+        from ctllm_jax.data.mixture import Mixture
+        from ctllm_jax.data.packing import PackedRows
+        from ctllm_jax.data.tokenizer import load_tokenizer
+        from ctllm_jax.dataset.manifest import manifest_sha256
+
+        opened = _open_sources(config, sequence_length=sequence_length, vocab_size=vocab_size)
+        packed = {name: PackedRows(dataset.split(config.sources[name].split), sequence_length,
+                                   isolate_documents=config.isolate_documents, mask_eod=config.mask_eod)
+                  for name, dataset in opened.items()}
+        weights = {name: config.sources[name].weight for name in opened}
+        self._config = config
+        self._sequence_length = sequence_length
+        self._rows = rows
+        self._mixture = Mixture(packed, weights, rows=rows, seed=seed)
+        first = next(iter(opened.values()))
+        manifest = first.manifest
+        self.tokenizer_path: Path | None = first.tokenizer_path
+        self.eod_id: int | None = manifest.eod_id
+        self.token_bytes: np.ndarray | None = np.zeros(vocab_size, np.int32)
+        self.token_bytes[:manifest.tokenizer.vocab_size] = load_tokenizer(first.tokenizer_path).token_bytes()
+        self.fingerprint: dict[str, Any] = {
+            "kind": "mixture", "seed": seed, "sequence_length": sequence_length, "rows": rows,
+            "isolate_documents": config.isolate_documents, "mask_eod": config.mask_eod,
+            "tokenizer_sha256": manifest.tokenizer.sha256, "eod_id": manifest.eod_id,
+            "order_sha256": self._mixture.order_sha256(),
+            "sources": {name: {"manifest_sha256": manifest_sha256(dataset.directory), "weight": weights[name],
+                               "split": config.sources[name].split} for name, dataset in opened.items()}}
+
+    def iterate(self, start_step: int, *, local_rows: Sequence[int]) -> Iterator[Batch]:
+        """Batches of these rows from data step `start_step` on, made ahead by threads or worker processes."""
+        import grain
+
+        local = checked_rows(local_rows, self._rows)
+        config = self._config
+        batches = self._mixture.batches(local_rows=local, start_step=start_step)
+        dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=config.threads,
+                                                            prefetch_buffer_size=max(config.threads, config.prefetch)))
+        if config.workers:
+            from absl import flags
+
+            # Grain reads absl flags in the workers; outside an absl program nobody has parsed them.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(
+                num_workers=config.workers, per_worker_buffer_size=-(-config.prefetch // config.workers)))
+
+        def closing() -> Iterator[Batch]:
+            iterator = iter(dataset)
+            try:
+                for batch in iterator:
+                    # A worker's arrays lie in memory that it shares and takes back: ours must outlive the iterator.
+                    yield Batch(*map(np.array, batch[:5])) if config.workers else batch
+            finally:
+                iterator.close()
+
+        return closing()
+
+    def tokens_per_source(self, steps: int) -> dict[str, int]:
+        """Tokens drawn from each source in the first `steps` steps, by arithmetic."""
+        return {name: count * self._sequence_length for name, count in self._mixture.rows_per_source(steps).items()}
+
+    def epochs(self, steps: int) -> dict[str, float]:
+        """How often each source has been seen through after `steps` steps."""
+        return {name: count / self._mixture.sizes[name] for name, count in self._mixture.rows_per_source(steps).items()}
+
+
+def _open_sources(config: DataConfig, *, sequence_length: int, vocab_size: int):
+    """The datasets of a config by name, checked against each other and the model."""
+    from ctllm_jax.data.sources import open_source
+    from ctllm_jax.data.tokenizer import load_tokenizer
+
+    opened = {name: open_source(name, source, config, sequence_length=sequence_length)
+              for name, source in config.sources.items()}
+    first_name, first = next(iter(opened.items()))
+    for name, dataset in opened.items():
+        manifest, wanted = dataset.manifest, first.manifest
+        if manifest.tokenizer.sha256 != wanted.tokenizer.sha256:
+            raise UserError(f"data.sources.{name} and data.sources.{first_name} were made with different tokenizers "
+                            f"(sha256 {manifest.tokenizer.sha256[:12]}… of {dataset.directory}, "
+                            f"{wanted.tokenizer.sha256[:12]}… of {first.directory}): prepare both with one")
+        if manifest.eod_id != wanted.eod_id:
+            raise UserError(f"data.sources.{name} ends documents with id {manifest.eod_id}, data.sources.{first_name} "
+                            f"with {wanted.eod_id}: prepare both with one eod_id")
+        if manifest.id_count > vocab_size:
+            raise UserError(f"data.sources.{name} has ids up to {manifest.id_count - 1} (tokenizer of "
+                            f"{manifest.tokenizer.vocab_size} pieces, eod_id {manifest.eod_id}): model.vocab_size="
+                            f"{vocab_size} must be at least {manifest.id_count}")
+        if load_tokenizer(dataset.tokenizer_path).sha256 != manifest.tokenizer.sha256:
+            raise UserError(f"{dataset.tokenizer_path} is not the tokenizer that the manifest beside it names: it was "
+                            "changed after the data was prepared")
+    if config.tokenizer is not None and load_tokenizer(config.tokenizer).sha256 != first.manifest.tokenizer.sha256:
+        raise UserError(f"data.tokenizer={config.tokenizer} is not the tokenizer that data.sources.{first_name} "
+                        f"({first.directory}) was made with: leave it out, or prepare the data with it")
+    return opened

@@ -42,6 +42,11 @@ class ShardReader:
         self.__dict__.update(state)
         self._lock = threading.Lock()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the file could be opened, and holds the number of records that it should."""
+        return self._reader is not None
+
     def record(self, index: int) -> Record:
         """Record `index`. DamagedShard where it cannot be read."""
         reader = self._open()

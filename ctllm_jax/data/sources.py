@@ -1,0 +1,118 @@
+"""A source of a config to a dataset directory: what is still text is tokenized and packed once, and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from ctllm_jax.config.data import DataConfig, PrepareConfig, SourceConfig
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.data.tokenizer import load_tokenizer
+from ctllm_jax.dataset.manifest import FILE
+from ctllm_jax.dataset.reader import Dataset
+
+_TFDS_FILE = "dataset_info.json"
+logger = logging.getLogger(__name__)
+
+
+def open_source(name: str, source: SourceConfig, config: DataConfig, *, sequence_length: int) -> Dataset:
+    """The dataset directory of a source.
+
+    Text files and TFDS directories with a text feature become one in `config.cache_dir`, as `prepare` makes it with
+    its defaults, named by a hash of content, tokenizer and options; one process of a host makes it while the others
+    wait. UserError where the source cannot be read.
+    """
+    path = Path(source.path)
+    if not path.exists():
+        remote = ": copy or mount it first" if "://" in source.path else ""
+        raise UserError(f"data.sources.{name}.path={source.path} does not exist{remote}")
+    if (path / FILE).exists():
+        return Dataset(path)
+    if config.tokenizer is None:
+        raise UserError(f"data.tokenizer must be given: data.sources.{name}.path={source.path} is still text (a "
+                        f"dataset directory has a {FILE})")
+    if (path / _TFDS_FILE).exists():
+        return _from_tfds(name, path, source, config, sequence_length)
+    return _from_files(path, source, config, sequence_length)
+
+
+def _from_files(path: Path, source: SourceConfig, config: DataConfig, sequence_length: int) -> Dataset:
+    from data_prep.pipeline import prepare
+    from data_prep.records import find_files
+
+    options = _options(path, find_files([source.path]), source, config, sequence_length)
+    return _made_once(options, lambda: prepare(options))
+
+
+def _from_tfds(name: str, path: Path, source: SourceConfig, config: DataConfig, sequence_length: int) -> Dataset:
+    import grain
+    import tensorflow_datasets as tfds
+
+    from data_prep.pipeline import prepare_documents
+    from data_prep.records import Document, Quarantine
+
+    builder = tfds.builder_from_directory(path)
+    if source.split not in builder.info.splits:
+        raise UserError(f"data.sources.{name}: {path} has no split {source.split!r}; its splits: "
+                        f"{', '.join(builder.info.splits) or 'none'}")
+    if source.text_field not in builder.info.features:
+        raise UserError(f"data.sources.{name}: {path} has no feature {source.text_field!r}; its features: "
+                        f"{', '.join(builder.info.features)}")
+    try:
+        records = builder.as_data_source(source.split)
+    except NotImplementedError as error:
+        raise UserError(f"data.sources.{name}: {path} cannot be read at random, which needs array_record files: "
+                        f"{error}") from None
+
+    def read(quarantine: Quarantine) -> Iterator[Document]:
+        texts = grain.MapDataset.source(records).map(lambda record: record[source.text_field])
+        for line, value in enumerate(texts.to_iter_dataset(grain.ReadOptions(config.threads, 64)), 1):
+            try:
+                yield Document(value.decode("utf-8") if isinstance(value, bytes) else str(value), path, line)
+            except UnicodeDecodeError as error:
+                quarantine.put(path, line, f"invalid UTF-8 at byte {error.start} of {source.text_field!r}", value)
+
+    files = [Path(file) for file in builder.info.splits[source.split].filepaths]
+    options = _options(path, files, source, config, sequence_length)
+    size = sum(file.stat().st_size for file in files)
+    return _made_once(options, lambda: prepare_documents(read, options, expected_bytes=size))
+
+
+def _options(path: Path, files: list[Path], source: SourceConfig, config: DataConfig,
+             sequence_length: int) -> PrepareConfig:
+    """How a source is prepared, and where: the directory is named by all that decides its bytes."""
+    from ctllm_jax import __version__
+
+    record_tokens = PrepareConfig.model_fields["record_tokens"].default
+    if sequence_length % record_tokens and record_tokens % sequence_length:
+        record_tokens = sequence_length
+    key = {"text": _content_sha256(files), "text_field": source.text_field, "record_tokens": record_tokens,
+           "tokenizer": load_tokenizer(config.tokenizer).sha256, "version": __version__}
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+    output = Path(config.cache_dir) / name
+    logger.info("%s, tokenized, is %s", path, output)
+    return PrepareConfig(input=[str(path)], output=str(output), tokenizer=config.tokenizer,
+                         text_field=source.text_field, record_tokens=record_tokens)
+
+
+def _made_once(options: PrepareConfig, make) -> Dataset:
+    output = Path(options.output)
+    if not output.exists():
+        try:
+            make()
+        except UserError:
+            # Another process was first while this one waited for the lock; any other complaint stands.
+            if not output.exists():
+                raise
+    return Dataset(output)
+
+
+def _content_sha256(files: list[Path]) -> str:
+    digests = []
+    for path in files:
+        with open(path, "rb") as file:
+            digests.append([path.suffix, hashlib.file_digest(file, "sha256").hexdigest()])
+    return hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest()
