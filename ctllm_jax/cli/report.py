@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.markup import escape
+from rich.text import Text
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.report import ReportConfig
 from ctllm_jax.report.page import write_report
 from ctllm_jax.report.run import read_run
 
-SUMMARY = "one HTML page of a run's numbers, or of several runs beside each other"
+if TYPE_CHECKING:
+    from ctllm_jax.cli import Context
+
+SCHEMA = ReportConfig
+USAGE = """
+usage: python launch.py report RUN [RUN2 …] [output=FILE]
+
+RUN is a run directory, whether its run is over or not:
+  python launch.py report runs/quickstart
+  python launch.py report runs/quickstart runs/try output=compare.html
+"""
 
 
-def run(context) -> int:
+def run(context: Context) -> int:
     """Write the page, and print where it is."""
     if not context.targets:
         raise UserError("report needs a run directory: launch.py report RUN [RUN2 ...]")
@@ -22,10 +34,10 @@ def run(context) -> int:
     if context.dry_run:
         for directory in directories:
             read_run(directory)
-        context.console.print(f"would write {escape(str(output))}", highlight=False, soft_wrap=True)
+        context.console.print(Text(f"would write {output}"), soft_wrap=True)
         return 0
     path = write_report(directories, output)
-    context.console.print(f"report: {escape(str(path))}", highlight=False, soft_wrap=True)
+    context.console.print(Text(f"report: {path}"), soft_wrap=True)
     return 0
 
 

@@ -73,6 +73,7 @@ def render(runs: Sequence[Run]) -> str:
         tables.evaluation(runs, names),
         tables.config_differences(runs, names),
         tables.samples(runs, names),
+        tables.data(runs, names),
         tables.stages(runs, names),
         tables.events(runs, names),
         tables.details(runs, names),
@@ -153,10 +154,12 @@ def _series(run: Run, name: str, color: int, records: list[dict], read, dots: bo
     if ... in values:
         records = [record for record, value in zip(records, values, strict=True) if value is not ...]
         values = [value for value in values if value is not ...]
+    if records is run.train:
+        steps, tokens = run.train_axes
+    else:
+        steps, tokens = [record["step"] for record in records], [run.tokens_at(record) for record in records]
     values = [value if type(value) is float and -_LIMIT < value < _LIMIT else _within_limit(value) for value in values]
-    tokens = [run.tokens_at(record) for record in records]
-    return Series(name, color % 8, [record["step"] for record in records], None if None in tokens else tokens, values,
-                  dots)
+    return Series(name, color % 8, steps, None if None in tokens else tokens, values, dots)
 
 
 def _within_limit(value: object) -> float | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from ctllm_jax.config.errors import UserError
@@ -70,6 +71,11 @@ class Run:
         """Names of the sources evaluated or measured by a baseline, in order of appearance."""
         records = [*self.evaluation[-1:], *self.evaluation[:1], *self.baselines.values()]
         return list(dict.fromkeys(name for record in records for name in record["sources"]))
+
+    @cached_property
+    def train_axes(self) -> tuple[list[int], list[float | None]]:
+        """Steps and tokens of the training records, which many curves share."""
+        return [record["step"] for record in self.train], [self.tokens_at(record) for record in self.train]
 
     def tokens_at(self, record: dict) -> float | None:
         """Tokens trained at a record: its own count, else its step times the tokens of a step."""

@@ -187,11 +187,30 @@ def _sample(record: dict) -> str:
     return f'<p dir="auto"><mark>{shown(prompt)}</mark>{shown(text.removeprefix(prompt))}</p>'
 
 
+def data(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """What a whole run takes of each source, as its start line counted it."""
+    rows = []
+    for index, run in enumerate(runs):
+        epochs = run.start.get("epochs")
+        for source, tokens in _mapping(run.start.get("tokens_per_source")).items():
+            count, times = finite(tokens), finite(_mapping(epochs).get(source))
+            rows.append([*([_name(names, index)] if len(runs) > 1 else []), shown(source),
+                         "–" if count is None else compact(count), "–" if times is None else f"{times:.2f}"])
+    head = [*(["run"] if len(runs) > 1 else []), "source", "tokens", "epochs"]
+    return _section("Data", _table(head, rows, "figures"), "what all steps take of each source") if rows else ""
+
+
+def _mapping(value: object) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
 def stages(runs: Sequence[Run], names: Sequence[str]) -> str:
     """Where the seconds before and beside the steps went: one row a stage, attempts added up."""
     totals: dict[str, dict[int, list[float]]] = {}
     for index, run in enumerate(runs):
-        for record in run.stages:
+        told = {record.get("name") for record in run.stages}
+        compiled = [{"name": "compile", "seconds": start.get("compile_seconds")} for start in run.starts]
+        for record in [*run.stages, *(compiled if "compile" not in told else [])]:
             seconds = finite(record.get("seconds"))
             if seconds is not None:
                 totals.setdefault(str(record.get("name", "")), {}).setdefault(index, []).append(seconds)

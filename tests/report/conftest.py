@@ -55,7 +55,9 @@ class RunWriter:
         """A start line, its stages, and at step 0 the baselines."""
         self.line("start", how=how, step=step, parameters=11_534_848, devices="2 x cpu",
                   mesh={"data": 2, "fsdp": 1, "tensor": 1}, tokens_per_step=TOKENS_PER_STEP, steps=self.steps,
-                  implementations={"attention": "xla", "swiglu": "xla"}, config=self.config)
+                  implementations={"attention": "xla", "swiglu": "xla"}, config=self.config,
+                  tokens_per_source={source: self.steps * TOKENS_PER_STEP for source in self.sources},
+                  epochs={source: 1.32 for source in self.sources})
         for name, seconds in (("data", 1.3), ("parameters", 2.1), ("compile", 41.7)):
             self.now += seconds
             self.line("stage", name=name, seconds=seconds)

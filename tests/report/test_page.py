@@ -68,7 +68,8 @@ def test_a_whole_run(finished, tmp_path):
                  "11,534,848",
                  "Training loss", "Bits per byte", "Learning rate", "Gradient norm", "Throughput", "Data wait",
                  "xz -9e 2.930", "3-gram 2.410", "compile", "1m23s", "not bit for bit", "resumed at step 1,000",
-                 "今天", "hidden_size", "implementations.attention", "resumed once"):
+                 "今天", "hidden_size", "implementations.attention", "resumed once",
+                 "what all steps take of each source", "1.32"):
         assert text in page.text, text
     assert html.count('class="restart"') == 24
     marks = [tag for tag, _ in page.elements].count("mark")
