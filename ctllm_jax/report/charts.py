@@ -226,9 +226,12 @@ def _drawing(chart: Chart, lines: list[_Line], axis: str, span: str, attributes:
     x = _Scale(left, right, _LEFT, chart.width - _RIGHT)
     shown = [value for line in lines for at, value in zip(line.over(axis), line.values, strict=True)
              if value is not None and at >= left]
-    y = _vertical(chart, shown or [value for line in lines for value in line.values if value is not None])
+    shown = shown or [value for line in lines for value in line.values if value is not None]
+    # The later part is looked at closely: a level far off would press its lines flat.
+    y = _vertical(chart, shown if span == "late" else [*shown, *(level.value for level in chart.levels)])
+    levels = [level for level in chart.levels if y.low <= level.value <= y.high]
     parts = [_grid(chart, x, y, axis), *_restarts(chart, x, axis)]
-    parts += [_level(chart, level, y, shift) for level, shift in _spread(chart.levels, y)]
+    parts += [_level(chart, level, y, shift) for level, shift in _spread(levels, y)]
     for line in lines:
         parts += _strokes(line, x, y, axis, chart)
     plot_height = chart.height - _TOP - _BOTTOM
@@ -239,7 +242,6 @@ def _drawing(chart: Chart, lines: list[_Line], axis: str, span: str, attributes:
 
 
 def _vertical(chart: Chart, values: list[float]) -> _Scale:
-    values = [*values, *(level.value for level in chart.levels)]
     top, bottom = _TOP, chart.height - _BOTTOM
     low, high = min(values), max(values)
     if high - low < 1e-9 * abs(high):

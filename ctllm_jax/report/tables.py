@@ -98,7 +98,7 @@ def evaluation(runs: Sequence[Run], names: Sequence[str]) -> str:
     cells = [[label, *(_measure(found, source, best[source], worst[source], kind) for source in sources)]
              for label, found, kind in rows]
     table = _table(["", *(shown(source) for source in sources)], cells, "bits")
-    return _section("Held-out text", table, "bits per byte, lower is better; the same bytes for every row")
+    return _section("Held-out text", table, "bits per byte, lower is better")
 
 
 def _merged_baselines(runs: Sequence[Run]) -> list[tuple[str, dict[str, dict]]]:

@@ -92,6 +92,12 @@ def test_levels_lie_inside_and_their_labels_do_not_overlap():
     assert len(lines) == 3 and min(lines) > 0
 
 
+def test_the_later_part_is_not_pressed_flat_by_a_level_far_off():
+    html = figure(Chart("bits", [series([9.0, *(2 - index / 100 for index in range(20))])], levels=[Level("xz", 5.0)]))
+    drawings = html.split("<svg")[1:]
+    assert ["xz 5.000" in drawing for drawing in drawings] == [True, False, True, False]
+
+
 def test_without_tokens_only_steps_are_drawn():
     html = figure(Chart("loss", [Series("a", 0, [1, 2], None, [1.0, 2.0])]))
     assert html.count("<svg") == 2 and html.count('data-x="any"') == 2 and "tokens" not in html
