@@ -58,7 +58,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
         lr = schedule(state.step)
         params = jax.tree.map(lambda param, update: param - lr * update, state.params, direction)
-        metrics = {"loss": loss * scale, "weight": weight, "grad_norm": optax.global_norm(grads), "lr": lr, **sums}
+        metrics = {"loss": loss * scale, "weight": weight, "grad_norm": optax.tree.norm(grads), "lr": lr, **sums}
         return State(params, opt_state, state.step + 1, state.data_step + 1, state.bad_steps), metrics
 
     return train_step

@@ -1,0 +1,167 @@
+"""Cross-entropy from hidden states and the head, a chunk of tokens at a time: [B, S, V] logits are never held.
+
+The loss is a sum, so its gradient is known up to one factor as soon as a chunk's logits are: when differentiated, the
+forward pass computes the gradients too, with three matmuls a chunk where recomputation would take four.
+
+Legend: B batch, S sequence, T tokens, C tokens of a chunk, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+MASKED = -1e30
+
+
+class _Setting(NamedTuple):
+    """What does not change from call to call; hashable, as custom_vjp wants it."""
+
+    z_loss: float
+    chunk_size: int
+    vocab_size: int
+    mesh: Mesh | None
+    batch_axes: tuple[str, ...]
+    fsdp_axis: str | None
+    tensor_axis: str | None
+
+
+def chunked_cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, weights_BS: jax.Array, *,
+                          z_loss: float = 0.0, chunk_size: int = 4096, vocab_size: int | None = None,
+                          mesh: Mesh | None = None, batch_axes: Sequence[str] = ("data", "fsdp"),
+                          fsdp_axis: str | None = "fsdp", tensor_axis: str | None = "tensor"
+                          ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Weighted sum of -log p(target), with z-loss (PaLM, arXiv 2204.02311).
+
+    Args:
+      hidden_BSD: float32 or bfloat16; the matmuls take its dtype and accumulate in float32.
+      head_DV: float32.
+      targets_BS: int32 in [0, vocab_size).
+      weights_BS: float32; not differentiated.
+      z_loss: factor on the squared log-normaliser, which is part of the loss.
+      chunk_size: tokens whose logits are held at once, on each device.
+      vocab_size: columns behind it are padding and get no probability; None: V.
+      mesh: hidden, targets and weights are split over `batch_axes` in dim 0, the head over `fsdp_axis` and
+        `tensor_axis`; None: one device. Inside another shard_map, call it without a mesh.
+
+    Returns:
+      (sum of loss, sum of weights, {"z_loss": its part of the sum, for looking at alone}), float32 scalars over the
+      whole batch. Reverse-mode differentiable in hidden and head; no forward mode.
+    """
+    setting = _Setting(float(z_loss), chunk_size, vocab_size or head_DV.shape[1],
+                       None if mesh is None or mesh.size == 1 else mesh, tuple(batch_axes), fsdp_axis, tensor_axis)
+    loss, weight, z_part = _loss(setting, hidden_BSD, head_DV, targets_BS, weights_BS)
+    return loss, weight, {"z_loss": jax.lax.stop_gradient(z_part)}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(setting, hidden_BSD, head_DV, targets_BS, weights_BS):
+    return _compute(setting, hidden_BSD, head_DV, targets_BS, weights_BS, with_grads=False)
+
+
+def _forward(setting, hidden_BSD, head_DV, targets_BS, weights_BS):
+    *sums, hidden_grad, head_grad = _compute(setting, hidden_BSD, head_DV, targets_BS, weights_BS, with_grads=True)
+    return tuple(sums), (hidden_grad, head_grad)
+
+
+def _backward(setting, residuals, cotangents):
+    hidden_grad_BSD, head_grad_DV = residuals
+    factor = cotangents[0]
+    return (hidden_grad_BSD * factor.astype(hidden_grad_BSD.dtype), head_grad_DV * factor, None, None)
+
+
+_loss.defvjp(_forward, _backward)
+
+
+def _compute(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, with_grads: bool):
+    """(loss, weight, z part) and, if wanted, the gradients of loss; on the mesh, or on one device."""
+    if setting.mesh is None:
+        return _local(setting, hidden_BSD, head_DV, targets_BS, weights_BS, with_grads=with_grads, sharded=False)
+    batch = PartitionSpec(setting.batch_axes)
+    head = PartitionSpec(setting.fsdp_axis, setting.tensor_axis)
+    scalar = PartitionSpec()
+    # check_vma is off because nothing is differentiated through this shard_map: the sums below are written out.
+    return jax.shard_map(
+        partial(_local, setting, with_grads=with_grads, sharded=True), mesh=setting.mesh,
+        in_specs=(batch, head, batch, batch), check_vma=False,
+        out_specs=(scalar,) * 3 + ((batch, head) if with_grads else ()))(hidden_BSD, head_DV, targets_BS, weights_BS)
+
+
+def _local(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, with_grads: bool, sharded: bool):
+    tensor_axis = setting.tensor_axis if sharded else None
+    fsdp_axis = setting.fsdp_axis if sharded else None
+    head_dtype, hidden_dim = head_DV.dtype, hidden_BSD.shape[-1]
+    head_DV = head_DV.astype(hidden_BSD.dtype)
+    if fsdp_axis:
+        # Once, outside the chunk loop, and in the matmul's dtype: half the bytes.
+        head_DV = jax.lax.all_gather(head_DV, fsdp_axis, axis=0, tiled=True)
+    tokens = targets_BS.size
+    chunks = -(-tokens // setting.chunk_size)
+    size = -(-tokens // chunks)
+    padding = chunks * size - tokens
+
+    def split(x, *rest):
+        return jnp.pad(x.reshape(tokens, *rest), [(0, padding)] + [(0, 0)] * len(rest)).reshape(chunks, size, *rest)
+
+    per_chunk = (split(hidden_BSD, hidden_dim), split(targets_BS), split(weights_BS.astype(jnp.float32)))
+    first = jax.lax.axis_index(tensor_axis) * head_DV.shape[1] if tensor_axis else 0
+
+    def step(carry, chunk):
+        sums, head_grad_DV = carry
+        new_sums, hidden_grad_CD, chunk_head_grad_DV = _chunk(
+            setting, *chunk, head_DV, first=first, tensor_axis=tensor_axis, with_grads=with_grads)
+        if with_grads:
+            head_grad_DV = head_grad_DV + chunk_head_grad_DV
+        return (sums + new_sums, head_grad_DV), hidden_grad_CD
+
+    start = (jnp.zeros(3, jnp.float32), jnp.zeros(head_DV.shape, jnp.float32) if with_grads else None)
+    if chunks == 1:
+        (sums, head_grad_DV), hidden_grad = step(start, jax.tree.map(lambda x: x[0], per_chunk))
+    else:
+        (sums, head_grad_DV), hidden_grad = jax.lax.scan(step, start, per_chunk)
+    if sharded:
+        sums = jax.lax.psum(sums, setting.batch_axes)
+    if not with_grads:
+        return sums[0], sums[1], sums[2]
+    hidden_grad_BSD = hidden_grad.reshape(chunks * size, hidden_dim)[:tokens].reshape(hidden_BSD.shape)
+    if sharded:
+        others = tuple(axis for axis in setting.batch_axes if axis != fsdp_axis)
+        head_grad_DV = jax.lax.psum(head_grad_DV, others) if others else head_grad_DV
+        if fsdp_axis:
+            head_grad_DV = jax.lax.psum_scatter(head_grad_DV, fsdp_axis, scatter_dimension=0, tiled=True)
+    return sums[0], sums[1], sums[2], hidden_grad_BSD, head_grad_DV.astype(head_dtype)
+
+
+def _chunk(setting: _Setting, hidden_CD, targets_C, weights_C, head_DV, *, first, tensor_axis, with_grads: bool):
+    """One chunk: its [loss, weight, z part], and the gradients of its loss (None where not wanted).
+
+    `first` is the id of this device's first column; sums over the vocabulary go over `tensor_axis`.
+    """
+    def over_vocab(reduce, x):
+        return reduce(x, tensor_axis) if tensor_axis else x
+
+    logits_CV = jnp.dot(hidden_CD, head_DV, preferred_element_type=jnp.float32)
+    columns_1V = first + jnp.arange(logits_CV.shape[1])[None]
+    if setting.vocab_size < head_DV.shape[1] * (jax.lax.axis_size(tensor_axis) if tensor_axis else 1):
+        logits_CV = jnp.where(columns_1V < setting.vocab_size, logits_CV, MASKED)
+    highest_C1 = over_vocab(jax.lax.pmax, jnp.max(logits_CV, axis=1, keepdims=True))
+    exps_CV = jnp.exp(logits_CV - highest_C1)
+    sums_C1 = over_vocab(jax.lax.psum, jnp.sum(exps_CV, axis=1, keepdims=True))
+    log_normalizer_C = (jnp.log(sums_C1) + highest_C1)[:, 0]
+    is_target_CV = columns_1V == targets_C[:, None]
+    target_C = over_vocab(jax.lax.psum, jnp.sum(jnp.where(is_target_CV, logits_CV, 0), axis=1))
+    z_C = setting.z_loss * jnp.square(log_normalizer_C)
+    sums = jnp.stack([jnp.sum(weights_C * (log_normalizer_C - target_C + z_C)), jnp.sum(weights_C), jnp.sum(weights_C * z_C)])
+    if not with_grads:
+        return sums, None, None
+    # d loss / d logits = w · (p · (1 + 2 z · log Z) - [column is the target])
+    slope_C1 = (weights_C * (1 + 2 * setting.z_loss * log_normalizer_C))[:, None] / sums_C1
+    logits_grad_CV = (exps_CV * slope_C1 - jnp.where(is_target_CV, weights_C[:, None], 0)).astype(hidden_CD.dtype)
+    hidden_grad_CD = jnp.dot(logits_grad_CV, head_DV.T, preferred_element_type=jnp.float32)
+    head_grad_DV = jnp.dot(hidden_CD.T, logits_grad_CV, preferred_element_type=jnp.float32)
+    return sums, over_vocab(jax.lax.psum, hidden_grad_CD).astype(hidden_CD.dtype), head_grad_DV
