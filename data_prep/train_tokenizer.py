@@ -14,7 +14,7 @@ from pathlib import Path
 from ctllm_jax.config.data import TokenizerTrainConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from data_prep.records import Document, Quarantine, find_files, read_documents
+from ctllm_jax.dataset.text import Document, Quarantine, find_files, read_documents
 
 # BPE with byte fallback, digits one by one, text as it is: identity normalization, white space kept, no dummy prefix.
 # Runs of spaces may become pieces, for code. Baichuan2's ids: unknown 0, beginning 1, end 2, no padding.

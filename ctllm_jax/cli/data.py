@@ -100,7 +100,7 @@ def _text_rows(path: Path, config: InspectConfig):
     """Rows of text files, in reading order: nothing is dropped, held out or shuffled."""
     from ctllm_jax.data.packing import pack_row
     from ctllm_jax.dataset.reader import Window
-    from data_prep.records import Quarantine, find_files, read_documents
+    from ctllm_jax.dataset.text import Quarantine, find_files, read_documents
 
     if config.tokenizer is None:
         raise UserError(f"tokenizer must be given: {path} is not a dataset directory, which would carry its own")

@@ -26,8 +26,8 @@ What cannot be read is listed in OUTPUT/quarantine.jsonl (beside OUTPUT if the c
 
 def run(context) -> int:
     """Prepare a dataset, and print what became of the documents."""
+    from ctllm_jax.dataset.text import find_files
     from data_prep.pipeline import prepare
-    from data_prep.records import find_files
 
     config, console = context.config, context.console
     if context.dry_run:

@@ -23,7 +23,7 @@ normalization, white space kept, no dummy prefix; ids 0 unknown, 1 beginning, 2 
 
 def run(context) -> int:
     """Train a tokenizer, and print how it compresses each language."""
-    from data_prep.records import find_files
+    from ctllm_jax.dataset.text import find_files
     from data_prep.train_tokenizer import LANGUAGES, train_tokenizer
 
     config, console = context.config, context.console

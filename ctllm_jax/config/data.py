@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from ctllm_jax.config.base import Section, key, section
+from ctllm_jax.config.base import Section, key
 
 
 class SourceConfig(Section):
@@ -14,9 +14,12 @@ class SourceConfig(Section):
 
     shorthand = "path"
 
-    path: str = key(..., "a dataset directory, any TFDS directory with a text feature, or text: .jsonl(.gz|.zst), .parquet, .txt, or a folder of these")
+    path: str = key(...,
+                    "a dataset directory, any TFDS directory with a text feature, or text: .jsonl(.gz|.zst), .parquet, "
+                    ".txt, or a folder of these")
     weight: float = key(1.0, "share of the mixture's tokens, relative to the other sources' weights", gt=0)
-    text_field: str = key("text", "field of a record that holds the text; only read where the path is not tokenised yet")
+    text_field: str = key("text",
+                          "field of a record that holds the text; only read where the path is not tokenized yet")
     split: str = key("train", "split of the dataset that is trained on")
 
 
@@ -25,8 +28,10 @@ class DataConfig(Section):
 
     kind: Literal["mixture", "synthetic"] = key("mixture", "synthetic: random tokens, no files needed")
     sources: dict[str, SourceConfig] = key({}, "name -> source; names appear in metrics and the report")
-    tokenizer: str | None = key(None, "tokenizer for sources that are still text (.model or tokenizer.json); dataset directories carry their own")
-    cache_dir: str = key("data_cache", "where sources that are still text are kept once tokenised", changeable=True)
+    tokenizer: str | None = key(None,
+                                "tokenizer for sources that are still text (.model or tokenizer.json); dataset "
+                                "directories carry their own")
+    cache_dir: str = key("data_cache", "where sources that are still text are kept once tokenized", changeable=True)
     isolate_documents: bool = key(True, "attention and positions stop at document ends; CT-LLM trained with this off")
     mask_eod: bool = key(True, "no loss where the input is the end of a document (Megatron's --eod-mask-loss)")
     workers: int = key(0, "loader processes; 0 loads with threads of the trainer", ge=0, changeable=True)
@@ -36,12 +41,15 @@ class DataConfig(Section):
     @classmethod
     def from_shorthand(cls, value: str) -> dict:
         """`synthetic`, or a path."""
-        return {"kind": "synthetic"} if value == "synthetic" else {"kind": "mixture", "sources": {"data": {"path": value}}}
+        if value == "synthetic":
+            return {"kind": "synthetic"}
+        return {"kind": "mixture", "sources": {"data": {"path": value}}}
 
     @model_validator(mode="after")
     def _check(self):
         if self.kind == "mixture" and not self.sources:
-            raise ValueError("kind=mixture needs at least one entry in sources; data=DIR gives one, data=synthetic needs none")
+            raise ValueError("kind=mixture needs at least one entry in sources; data=DIR gives one, data=synthetic "
+                             "needs none")
         return self
 
 
@@ -52,10 +60,12 @@ class TokenizerTrainConfig(Section):
     output: str = key(..., "path of the model to write, ending in .model")
     vocab_size: int = key(..., "pieces, the special and byte pieces included", ge=300)
     text_field: str = key("text", "field of a record that holds the text")
-    character_coverage: float = key(0.9995, "share of characters that get a piece; the rest falls back to bytes", gt=0.9, le=1)
+    character_coverage: float = key(0.9995,
+                                    "share of characters that get a piece; the rest falls back to bytes", gt=0.9, le=1)
     max_sentences: int = key(2_000_000, "at most this many lines are sampled for training", ge=1)
     seed: int = key(42, "seed of that sampling")
-    max_bad: int = key(0, "bad records (malformed JSON, invalid UTF-8, no text) put aside before the command fails", ge=0)
+    max_bad: int = key(0,
+                       "bad records (malformed JSON, invalid UTF-8, no text) put aside before the command fails", ge=0)
 
 
 class PrepareConfig(Section):
@@ -69,16 +79,19 @@ class PrepareConfig(Section):
     eod_id: int | None = key(None, "id that ends each document; null: the tokenizer's EOS", ge=0)
     record_tokens: int = key(4096, "tokens in a record (R); a training sequence divides or multiplies it", ge=16)
     shards: int = key(1, "shards of the training split", ge=1)
-    validation_fraction: float = key(0.01, "share of the documents held out, chosen by a hash of their text", ge=0, lt=1)
+    validation_fraction: float = key(0.01,
+                                     "share of the documents held out, chosen by a hash of their text", ge=0, lt=1)
     deduplicate: bool = key(True, "drop exact copies of a document before the split")
     seed: int = key(42, "seed of the document shuffle")
-    max_bad: int = key(0, "bad records (malformed JSON, invalid UTF-8, no text) put aside before the command fails", ge=0)
+    max_bad: int = key(0,
+                       "bad records (malformed JSON, invalid UTF-8, no text) put aside before the command fails", ge=0)
 
 
 class InspectConfig(Section):
     """`launch.py data inspect`: rows as the model sees them."""
 
-    sequence_length: int | None = key(None, "length of a row (S); null: the dataset's own record length, 256 for text", ge=1)
+    sequence_length: int | None = key(None,
+                                      "length of a row (S); null: the dataset's own record length, 256 for text", ge=1)
     rows: int = key(2, "rows to print", ge=1)
     start: int = key(0, "first row", ge=0)
     show_tokens: int = key(400, "tokens printed of a row; 0: all", ge=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from ctllm_jax.data.batch import Batch, stack_rows
 
+_ENDLESS = 2**62  # Grain does arithmetic on lengths, in part as floats: the largest int would overflow
 _PROBED_ROWS = (*range(64), *(10**9 + row for row in range(64)))
 
 
@@ -57,7 +57,7 @@ class LocalRows(grain.transforms.DatasetSelectionMap):
         self._start_step = start_step
 
     def __len__(self) -> int:
-        return sys.maxsize
+        return _ENDLESS
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         step, place = divmod(index, len(self._local_rows))

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from ctllm_jax.config.data import DataConfig, PrepareConfig, SourceConfig
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.data.tokenizer import load_tokenizer
+from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from ctllm_jax.dataset.build import build, build_from_files
 from ctllm_jax.dataset.manifest import FILE
 from ctllm_jax.dataset.reader import Dataset
+from ctllm_jax.dataset.text import Document, Quarantine, find_files
 
 _TFDS_FILE = "dataset_info.json"
 logger = logging.getLogger(__name__)
@@ -40,19 +42,14 @@ def open_source(name: str, source: SourceConfig, config: DataConfig, *, sequence
 
 
 def _from_files(path: Path, source: SourceConfig, config: DataConfig, sequence_length: int) -> Dataset:
-    from data_prep.pipeline import prepare
-    from data_prep.records import find_files
-
-    options = _options(path, find_files([source.path]), source, config, sequence_length)
-    return _made_once(options, lambda: prepare(options))
+    tokenizer = load_tokenizer(config.tokenizer)
+    options = _options(path, find_files([source.path]), source, config, tokenizer, sequence_length)
+    return _made_once(options, lambda: build_from_files(options, tokenizer))
 
 
 def _from_tfds(name: str, path: Path, source: SourceConfig, config: DataConfig, sequence_length: int) -> Dataset:
     import grain
     import tensorflow_datasets as tfds
-
-    from data_prep.pipeline import prepare_documents
-    from data_prep.records import Document, Quarantine
 
     builder = tfds.builder_from_directory(path)
     if source.split not in builder.info.splits:
@@ -76,13 +73,14 @@ def _from_tfds(name: str, path: Path, source: SourceConfig, config: DataConfig, 
                 quarantine.put(path, line, f"invalid UTF-8 at byte {error.start} of {source.text_field!r}", value)
 
     files = [Path(file) for file in builder.info.splits[source.split].filepaths]
-    options = _options(path, files, source, config, sequence_length)
+    tokenizer = load_tokenizer(config.tokenizer)
+    options = _options(path, files, source, config, tokenizer, sequence_length)
     size = sum(file.stat().st_size for file in files)
-    return _made_once(options, lambda: prepare_documents(read, options, expected_bytes=size))
+    return _made_once(options, lambda: build(read, options, tokenizer, expected_bytes=size))
 
 
 def _options(path: Path, files: list[Path], source: SourceConfig, config: DataConfig,
-             sequence_length: int) -> PrepareConfig:
+             tokenizer: Tokenizer, sequence_length: int) -> PrepareConfig:
     """How a source is prepared, and where: the directory is named by all that decides its bytes."""
     from ctllm_jax import __version__
 
@@ -90,7 +88,7 @@ def _options(path: Path, files: list[Path], source: SourceConfig, config: DataCo
     if sequence_length % record_tokens and record_tokens % sequence_length:
         record_tokens = sequence_length
     key = {"text": _content_sha256(files), "text_field": source.text_field, "record_tokens": record_tokens,
-           "tokenizer": load_tokenizer(config.tokenizer).sha256, "version": __version__}
+           "tokenizer": tokenizer.sha256, "version": __version__}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
     output = Path(config.cache_dir) / name
     logger.info("%s, tokenized, is %s", path, output)

@@ -172,4 +172,6 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"tokenizer {path} does not exist") from None
+    if not content:
+        raise UserError(f"tokenizer {path} is empty")
     return (SentencePieceTokenizer if path.suffix == ".model" else JsonTokenizer)(path, content)

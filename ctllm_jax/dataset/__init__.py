@@ -1,1 +1,1 @@
-"""The dataset directory: the format on disk. No jax here."""
+"""The dataset directory: text files in, the format on disk, random access to it. No jax here."""

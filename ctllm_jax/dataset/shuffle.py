@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.records import Document
+from ctllm_jax.dataset.text import Document
 
 BUCKET_BYTES = 64 * 2**20
 _MOST_BUCKETS = 256  # as many files are open at once
@@ -54,7 +54,7 @@ def spill(documents: Iterable[Document], directory: Path, *, seed: int, expected
     """Write documents into buckets; documents without text are only counted. `expected_bytes` sizes the buckets."""
     count = max(1, min(_MOST_BUCKETS, -(-expected_bytes // BUCKET_BYTES)))
     spilled = Spilled([directory / f"bucket-{index:03d}" for index in range(count)], sizes=[0] * count)
-    seed_key = struct.pack("<q", seed)
+    seed_key = str(seed).encode()
     with ExitStack() as stack:
         files = [stack.enter_context(open(bucket, "wb", buffering=2**18)) for bucket in spilled.buckets]
         for document in documents:

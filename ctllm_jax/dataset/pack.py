@@ -6,16 +6,28 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from ctllm_jax.data.tokenizer import Tokenizer
 from ctllm_jax.dataset.manifest import Shard
+from ctllm_jax.dataset.shuffle import Text
 from ctllm_jax.dataset.writer import ShardWriter, shard_name
-from data_prep.shuffle import Text
 
 _CHUNK_BYTES = 8 * 2**20  # of text handed to the tokenizer at once
 logger = logging.getLogger(__name__)
+
+
+class TextTokenizer(Protocol):
+    """What is needed of a tokenizer here; `ctllm_jax.data.tokenizer` has them."""
+
+    path: Path
+    sha256: str
+    vocab_size: int
+    eos_id: int | None
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text."""
 
 
 @dataclass
@@ -35,7 +47,7 @@ class Tokenized:
             start += length
 
 
-def tokenize(texts: Sequence[Text], tokenizer: Tokenizer, path: Path, *, dtype: str) -> Tokenized:
+def tokenize(texts: Sequence[Text], tokenizer: TextTokenizer, path: Path, *, dtype: str) -> Tokenized:
     """Write the ids of these documents to `path`, one after the other, without EOD."""
     tokens: list[int] = []
     with open(path, "wb") as file:
