@@ -92,8 +92,11 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True) ->
                         config=start["config"], steps=config.steps) as writer,
           TrainingConsole(console if first else None, total_steps=config.steps) as shown):
         writer.event("start", **start)
+        reached = run.start
 
         def record(step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
+            nonlocal reached
+            reached = step
             values = make(step, metrics, timing)
             writer.event("train", **values)
             shown.train(values)
@@ -102,10 +105,10 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True) ->
         try:
             run.train(record=record, hooks=hooks)
         except KeyboardInterrupt:
-            writer.event("end", step=int(run.last_step), reason="interrupted")
+            writer.event("end", step=reached, reason="interrupted")
             raise
         except BaseException:
-            writer.event("end", step=int(run.last_step), reason="failed")
+            writer.event("end", step=reached, reason="failed")
             raise
         writer.event("end", step=config.steps, reason="done")
     if first:
@@ -117,36 +120,35 @@ def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any]) -> li
     """Checkpoints, held-out evaluation and samples, each at its own interval and at the last step."""
     import time
 
+    from ctllm_jax.training.loop import Hook, every
+
     config, last = run.config, run.config.steps
-    hooks = []
 
     def save(step: int, state: Any) -> None:
         began = time.perf_counter()
-        if run.checkpointer.save(state, step=step, last=step == last):
-            writer.event("checkpoint", step=step, seconds=time.perf_counter() - began)
+        run.checkpointer.save(state, step=step, last=step == last)
+        writer.event("checkpoint", step=step, seconds=time.perf_counter() - began)
 
-    hooks.append(save)
+    hooks = [Hook(save, lambda step: run.checkpointer.is_due(step, last=step == last))]
     evaluate = make_evaluation(run) if config.evaluation.every else None
     if evaluate is not None:
         def evaluation_hook(step: int, state: Any) -> None:
-            if step % config.evaluation.every == 0 or step == last:
-                sources = evaluate(state.params)
-                values = {"step": step, "tokens": config.tokens_at(step), "sources": sources}
-                results.update(sources)
-                writer.event("evaluation", **values)
-                shown.evaluation(values)
+            values = {"step": step, "tokens": config.tokens_at(step), "sources": evaluate(state.params)}
+            results.update(values["sources"])
+            writer.event("evaluation", **values)
+            shown.evaluation(values)
 
-        hooks.append(evaluation_hook)
-    sample = make_sampler(run) if config.sample.every and run.data.tokenizer_path is not None else None
-    if sample is not None:
+        hooks.append(Hook(evaluation_hook, every(config.evaluation.every, last=last)))
+    if config.sample.every and run.data.tokenizer_path is not None:
+        sample = make_sampler(run)
+
         def sample_hook(step: int, state: Any) -> None:
-            if step % config.sample.every == 0 or step == last:
-                for prompt, text in sample(state.params, step):
-                    values = {"step": step, "prompt": prompt, "text": text}
-                    writer.event("sample", **values)
-                    shown.sample(values)
+            for prompt, text in sample(state.params, step):
+                values = {"step": step, "prompt": prompt, "text": text}
+                writer.event("sample", **values)
+                shown.sample(values)
 
-        hooks.append(sample_hook)
+        hooks.append(Hook(sample_hook, every(config.sample.every, last=last)))
     return hooks
 
 

@@ -55,18 +55,18 @@ class Checkpointer:
         self._steps = _manager(run_dir / CHECKPOINTS, policies.AnyPreservationPolicy(keep))
         self._milestones = _manager(run_dir / MILESTONES, None) if config.milestones else None
 
-    def save(self, state: State, *, step: int, last: bool = False) -> str | None:
-        """Save where the config says so; returns what was begun (`checkpoint`, `milestone`, both) or None."""
-        saved = []
+    def is_due(self, step: int, *, last: bool = False) -> bool:
+        """Whether the config wants anything kept at this step."""
+        return last or step % self.config.every == 0 or self.is_milestone(step)
+
+    def save(self, state: State, *, step: int, last: bool = False) -> None:
+        """Begin to save what the config wants kept at this step, if it is not kept already."""
         meta = {**self.meta, "step": step, "tokens": step * self.tokens_per_step}
         if (last or step % self.config.every == 0) and step not in self._steps.all_steps():
             self._steps.save(step, args=_items(state, meta, trainer=True))
-            saved.append("checkpoint")
             _empty_trash(self._steps.directory)
         if self._milestones is not None and self.is_milestone(step) and step not in self._milestones.all_steps():
             self._milestones.save(step, args=_items(state, meta, trainer=self.config.milestone_optimizer))
-            saved.append("milestone")
-        return " and ".join(saved) or None
 
     def is_milestone(self, step: int) -> bool:
         """Whether `step` is the first at which one of the milestones is reached."""

@@ -1,6 +1,7 @@
 """The loop: a batch, a step, and hooks. It knows neither evaluation nor sampling.
 
-Metrics are read one logged step late, so that the host never waits for the step that it has just sent off.
+Metrics are read one step late: the host asks for those of a step when the next one is already on its way, and so never
+leaves the devices idle.
 """
 
 from __future__ import annotations
@@ -14,8 +15,22 @@ import jax
 
 from ctllm_jax.training.state import State
 
-Hook = Callable[[int, State], None]
-"""`(steps done, state)`, called after every step; the state is valid until the hook returns."""
+@dataclass(frozen=True)
+class Hook:
+    """Something to do between steps.
+
+    Attributes:
+      call: `(steps done, state) -> None`; the state is valid until it returns.
+      due: `step -> bool`, after which steps it is called.
+    """
+
+    call: Callable[[int, State], None]
+    due: Callable[[int], bool]
+
+
+def every(interval: int, *, last: int) -> Callable[[int], bool]:
+    """Due at each multiple of `interval`, and at the step `last`."""
+    return lambda step: step % interval == 0 or step == last
 
 
 @dataclass
@@ -45,20 +60,24 @@ def run_loop(state: State, train_step: Callable, batches: Iterator[Any], *, star
       state: at step `start`; donated.
       train_step: compiled, `(state, batch, frozen) -> (state, metrics)`.
       batches: global batches on the devices, the first for step `start`.
-      log_every: steps between two records.
-      record: `(step, metrics as floats, {step_seconds, data_wait})`, one logged step late; the last comes at the end.
-      hooks: called after every step, outside of the transfer guard.
+      log_every: steps between two records; the last step always has one.
+      record: `(step, metrics as floats, {step_seconds, data_wait})`, called when the next step is on its way, or before
+        a hook of the same step.
+      hooks: called in order, outside of the transfer guard; their time counts for no step.
 
     Returns:
       The state at `stop`.
     """
     clock = Clock()
-    pending: tuple[int, Any, dict[str, float]] | None = None
+    pending: tuple[int, Any] | None = None
 
     def flush() -> None:
+        nonlocal pending
         if pending is not None:
-            step, metrics, timing = pending
-            record(step, {name: float(value) for name, value in jax.device_get(metrics).items()}, timing)
+            step, metrics = pending
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            record(step, values, clock.read())
+            pending = None
 
     for step in range(start + 1, stop + 1):
         began = time.perf_counter()
@@ -66,16 +85,17 @@ def run_loop(state: State, train_step: Callable, batches: Iterator[Any], *, star
         clock.waiting += time.perf_counter() - began
         with jax.transfer_guard("disallow"):
             state, metrics = train_step(state, batch, frozen)
+        flush()
         clock.steps += 1
         if step % log_every == 0 or step == stop:
-            # The previous record's numbers are ready by now; reading them paces the host to the devices.
+            pending = step, metrics
+        due = [hook for hook in hooks if hook.due(step)]
+        if due:
+            jax.block_until_ready(metrics)
             flush()
-            if step == stop:
-                jax.block_until_ready(metrics)
-            pending = step, metrics, clock.read()
-        began = time.perf_counter()
-        for hook in hooks:
-            hook(step, state)
-        clock.hooks += time.perf_counter() - began
+            began = time.perf_counter()
+            for hook in due:
+                hook.call(step, state)
+            clock.hooks += time.perf_counter() - began
     flush()
     return state

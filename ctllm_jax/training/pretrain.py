@@ -102,7 +102,6 @@ class Run:
     accumulation: int
     compile_seconds: float
     start: int
-    last_step: int = 0
 
     @property
     def prefix_id(self) -> int | None:
@@ -119,14 +118,10 @@ class Run:
 
     def train(self, *, record: Callable, hooks: Sequence[Hook]) -> State:
         """Go on to the last step; checkpoints are hooks of the run's own."""
-        def count(step: int, state: State) -> None:
-            self.last_step = step
-
-        self.last_step = self.start
         batches = self.batches()
         try:
             self.state = run_loop(self.state, self.train_step, batches, start=self.start, stop=self.config.steps,
-                                  log_every=self.config.log.every, record=record, hooks=[*hooks, count])
+                                  log_every=self.config.log.every, record=record, hooks=hooks)
         finally:
             batches.close()
             self.checkpointer.close()

