@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from ctllm_jax.config.data import DataConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.batch import Batch, BatchSource, checked_rows, padding_row, stack_rows
 from ctllm_jax.data.synthetic import SyntheticData
+
+if TYPE_CHECKING:
+    from ctllm_jax.data.sources import OpenedSource
 
 
 def open_training_data(config: DataConfig, *, sequence_length: int, rows: int, seed: int,
@@ -40,8 +43,8 @@ def open_held_out_data(config: DataConfig, *, split: str, sequence_length: int, 
 
     opened = _open_sources(config, sequence_length=sequence_length, vocab_size=vocab_size)
     held_out = {}
-    for name, dataset in opened.items():
-        packed = PackedRows(dataset.split(split), sequence_length, isolate_documents=config.isolate_documents,
+    for name, source in opened.items():
+        packed = PackedRows(source.dataset.split(split), sequence_length, isolate_documents=config.isolate_documents,
                             mask_eod=config.mask_eod)
         held_out[name] = HeldOutData(packed, rows=rows, sequence_length=sequence_length,
                                      count=min(len(packed), max(1, max_tokens // sequence_length)))
@@ -76,15 +79,15 @@ class MixtureData:
         from ctllm_jax.dataset.manifest import manifest_sha256
 
         opened = _open_sources(config, sequence_length=sequence_length, vocab_size=vocab_size)
-        packed = {name: PackedRows(dataset.split(config.sources[name].split), sequence_length,
+        packed = {name: PackedRows(source.dataset.split(source.split), sequence_length,
                                    isolate_documents=config.isolate_documents, mask_eod=config.mask_eod)
-                  for name, dataset in opened.items()}
+                  for name, source in opened.items()}
         weights = {name: config.sources[name].weight for name in opened}
         self._config = config
         self._sequence_length = sequence_length
         self._rows = rows
         self._mixture = Mixture(packed, weights, rows=rows, seed=seed)
-        first = next(iter(opened.values()))
+        first = next(iter(opened.values())).dataset
         manifest = first.manifest
         self.tokenizer_path: Path | None = first.tokenizer_path
         self.eod_id: int | None = manifest.eod_id
@@ -95,8 +98,8 @@ class MixtureData:
             "isolate_documents": config.isolate_documents, "mask_eod": config.mask_eod,
             "tokenizer_sha256": manifest.tokenizer.sha256, "eod_id": manifest.eod_id,
             "order_sha256": self._mixture.order_sha256(),
-            "sources": {name: {"manifest_sha256": manifest_sha256(dataset.directory), "weight": weights[name],
-                               "split": config.sources[name].split} for name, dataset in opened.items()}}
+            "sources": {name: {"manifest_sha256": manifest_sha256(source.dataset.directory), "split": source.split,
+                               "weight": weights[name]} for name, source in opened.items()}}
 
     def iterate(self, start_step: int, *, local_rows: Sequence[int]) -> Iterator[Batch]:
         """Batches of these rows from data step `start_step` on, made ahead by threads or worker processes."""
@@ -136,15 +139,15 @@ class MixtureData:
         return {name: count / self._mixture.sizes[name] for name, count in self._mixture.rows_per_source(steps).items()}
 
 
-def _open_sources(config: DataConfig, *, sequence_length: int, vocab_size: int):
-    """The datasets of a config by name, checked against each other and the model."""
+def _open_sources(config: DataConfig, *, sequence_length: int, vocab_size: int) -> dict[str, OpenedSource]:
+    """The sources of a config by name, checked against each other and the model."""
     from ctllm_jax.data.sources import open_source
     from ctllm_jax.data.tokenizer import load_tokenizer
 
     opened = {name: open_source(name, source, config, sequence_length=sequence_length)
               for name, source in config.sources.items()}
-    first_name, first = next(iter(opened.items()))
-    for name, dataset in opened.items():
+    first_name, (first, _) = next(iter(opened.items()))
+    for name, (dataset, _) in opened.items():
         manifest, wanted = dataset.manifest, first.manifest
         if manifest.tokenizer.sha256 != wanted.tokenizer.sha256:
             raise UserError(f"data.sources.{name} and data.sources.{first_name} were made with different tokenizers "

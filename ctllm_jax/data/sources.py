@@ -7,11 +7,12 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from ctllm_jax.config.data import DataConfig, PrepareConfig, SourceConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from ctllm_jax.dataset.build import build, build_from_files
+from ctllm_jax.dataset.build import TRAIN, build, build_from_files
 from ctllm_jax.dataset.manifest import FILE
 from ctllm_jax.dataset.reader import Dataset
 from ctllm_jax.dataset.text import Document, Quarantine, find_files
@@ -20,7 +21,14 @@ _TFDS_FILE = "dataset_info.json"
 logger = logging.getLogger(__name__)
 
 
-def open_source(name: str, source: SourceConfig, config: DataConfig, *, sequence_length: int) -> Dataset:
+class OpenedSource(NamedTuple):
+    """The dataset directory of a source, and the split of it that is trained on."""
+
+    dataset: Dataset
+    split: str
+
+
+def open_source(name: str, source: SourceConfig, config: DataConfig, *, sequence_length: int) -> OpenedSource:
     """The dataset directory of a source.
 
     Text files and TFDS directories with a text feature become one in `config.cache_dir`, as `prepare` makes it with
@@ -32,13 +40,14 @@ def open_source(name: str, source: SourceConfig, config: DataConfig, *, sequence
         remote = ": copy or mount it first" if "://" in source.path else ""
         raise UserError(f"data.sources.{name}.path={source.path} does not exist{remote}")
     if (path / FILE).exists():
-        return Dataset(path)
+        return OpenedSource(Dataset(path), source.split)
     if config.tokenizer is None:
         raise UserError(f"data.tokenizer must be given: data.sources.{name}.path={source.path} is still text (a "
                         f"dataset directory has a {FILE})")
     if (path / _TFDS_FILE).exists():
-        return _from_tfds(name, path, source, config, sequence_length)
-    return _from_files(path, source, config, sequence_length)
+        # The split of the TFDS directory is all the text there is: it becomes a training split and a held-out one.
+        return OpenedSource(_from_tfds(name, path, source, config, sequence_length), TRAIN)
+    return OpenedSource(_from_files(path, source, config, sequence_length), source.split)
 
 
 def _from_files(path: Path, source: SourceConfig, config: DataConfig, sequence_length: int) -> Dataset:

@@ -42,14 +42,9 @@ class ShardReader:
         self.__dict__.update(state)
         self._lock = threading.Lock()
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the file could be opened, and holds the number of records that it should."""
-        return self._reader is not None
-
     def record(self, index: int) -> Record:
         """Record `index`. DamagedShard where it cannot be read."""
-        reader = self._open()
+        reader = self.open()
         try:
             return decode(reader.read([index])[0], record_tokens=self._record_tokens, dtype=self._dtype)
         # The C++ reader raises IndexError and RuntimeError, the protocol buffer its own errors: all mean damage here.
@@ -70,7 +65,8 @@ class ShardReader:
             ends.append(inside + (index * size - start))
         return Window(np.concatenate(tokens), np.concatenate(ends).astype(np.int32))
 
-    def _open(self):
+    def open(self):
+        """The ArrayRecord reader. DamagedShard where the file is none, or holds another number of records."""
         with self._lock:
             if self._reader is None:
                 from array_record.python.array_record_module import ArrayRecordReader

@@ -20,6 +20,7 @@ from ctllm_jax.config.errors import UserError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 _BOM = b"\xef\xbb\xbf"
 _SHOWN_BYTES = 2000
+_CHUNK = 2**17
 logger = logging.getLogger(__name__)
 
 
@@ -150,13 +151,40 @@ def _decompressed(file: Path, raw: BinaryIO) -> BinaryIO:
     if file.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if file.suffix == ".zst":
+        return io.BufferedReader(_ZstdReader(file, raw), buffer_size=2**20)
+    return io.BufferedReader(raw, buffer_size=2**20)
+
+
+class _ZstdReader(io.RawIOBase):
+    """The frames of a .zst file, one after the other. The package's own reader takes a cut file for a whole one."""
+
+    def __init__(self, file: Path, raw: BinaryIO):
         try:
             import zstandard
         except ImportError:
             raise UserError(f"{file} needs the package zstandard: pip install 'ctllm-jax[prep]'") from None
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
-        return io.BufferedReader(reader, buffer_size=2**20)
-    return io.BufferedReader(raw, buffer_size=2**20)
+        self._new_frame = lambda: zstandard.ZstdDecompressor().decompressobj()
+        self._raw = raw
+        self._frame = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._ready:
+            if self._frame is None or self._frame.eof:
+                data = (self._frame.unused_data if self._frame else b"") or self._raw.read(_CHUNK)
+                if not data:
+                    return 0
+                self._frame = self._new_frame()
+            elif not (data := self._raw.read(_CHUNK)):
+                raise EOFError("the last frame is not complete")
+            self._ready = memoryview(self._frame.decompress(data))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
 
 
 def _broken_stream_errors() -> tuple[type[Exception], ...]:

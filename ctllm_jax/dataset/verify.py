@@ -63,14 +63,17 @@ def _check_shard(directory: Path, manifest: Manifest, shard: Shard) -> Iterator[
             if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
                 yield "its sha256 is not the manifest's: bytes were changed"
     reader = ShardReader(path, shard, record_tokens=manifest.record_tokens, dtype=manifest.dtype)
+    try:
+        reader.open()
+    except UserError as error:
+        yield str(error).removeprefix(f"{path} ")
+        return
     tokens = documents = 0
     for index in range(shard.records):
         try:
             record = reader.record(index)
         except UserError as error:
-            yield f"record {index} cannot be read: {error.__cause__ or error}"
-            if not reader.is_open:
-                return
+            yield f"record {index} cannot be read: {error.__cause__}"
             continue
         tokens += record.num_tokens
         documents += len(record.ends)

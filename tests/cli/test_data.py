@@ -1,0 +1,112 @@
+"""`data`, `prepare` and `tokenizer` as a user types them."""
+
+import json
+import random
+
+import pytest
+
+from ctllm_jax.cli import main
+
+WORDS = ["今天", "天气", "不错", "我们", "去", "公园", "散步", "。", "，", "the", " model", " reads", " text", "\n"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder with text, a tokenizer and a dataset, made by the commands."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    texts = [f"{index}: " + "".join(draw.choices(WORDS, k=60)) for index in range(60)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, texts[0]]))
+    assert main(["tokenizer", f"input={folder}/text.jsonl", f"output={folder}/t.model", "vocab_size=330",
+                 "character_coverage=1.0"]) == 0
+    assert main(["prepare", f"input={folder}/text.jsonl", f"tokenizer={folder}/t.model", f"output={folder}/out",
+                 "record_tokens=64", "validation_fraction=0.1"]) == 0
+    return folder
+
+
+def test_tokenizer_tells_bytes_a_token(corpus, tmp_path, capsys):
+    assert main(["tokenizer", f"input={corpus}/text.jsonl", f"output={tmp_path}/t.model", "vocab_size=330",
+                 "character_coverage=1.0"]) == 0
+    printed = capsys.readouterr().out
+    assert "330 pieces" in printed
+    row = next(line for line in printed.splitlines() if line.strip().startswith("Chinese"))
+    assert 1 < float(row.split()[-1]) < 12
+
+
+def test_prepare_tells_what_became_of_the_documents(corpus, tmp_path, capsys):
+    assert main(["prepare", f"input={corpus}/text.jsonl", f"tokenizer={corpus}/t.model", f"output={tmp_path}/out"]) == 0
+    printed = capsys.readouterr().out
+    assert "read 61 documents: 1 copies dropped, 0 empty, 0 bad" in printed
+    assert f"next: python launch.py data inspect {tmp_path}/out" in printed
+    assert any(line.split()[:1] == ["validation"] for line in printed.splitlines())
+
+
+def test_a_dry_run_writes_nothing(corpus, tmp_path, capsys):
+    assert main(["prepare", f"input={corpus}/text.jsonl", f"tokenizer={corpus}/t.model", f"output={tmp_path}/out",
+                 "--dry-run"]) == 0
+    assert main(["tokenizer", f"input={corpus}/text.jsonl", f"output={tmp_path}/t.model", "vocab_size=330",
+                 "--dry-run"]) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert "1 files" in capsys.readouterr().out
+
+
+def test_a_bad_line_is_status_2_and_named(corpus, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    assert main(["prepare", f"input={tmp_path}/a.jsonl", f"tokenizer={corpus}/t.model", f"output={tmp_path}/out"]) == 2
+    assert f"{tmp_path}/a.jsonl:2: malformed JSON" in capsys.readouterr().err
+
+
+def test_verify_passes_then_names_the_shard(corpus, tmp_path, capsys):
+    assert main(["data", "verify", f"{corpus}/out"]) == 0
+    assert capsys.readouterr().out.startswith("good ")
+    assert main(["prepare", f"input={corpus}/text.jsonl", f"tokenizer={corpus}/t.model", f"output={tmp_path}/out"]) == 0
+    shard = next((tmp_path / "out").glob("*train*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    capsys.readouterr()
+    assert main(["data", "verify", f"{tmp_path}/out", f"{corpus}/out"]) == 1
+    printed = capsys.readouterr().out
+    assert f"{shard}: truncated" in printed and "good " in printed
+    assert main(["data", "verify", str(tmp_path)]) == 1
+
+
+def test_inspect_shows_rows_as_the_model_sees_them(corpus, capsys):
+    assert main(["data", "inspect", f"{corpus}/out", "rows=1"]) == 0
+    printed = capsys.readouterr().out
+    assert "rows of 64 tokens" in printed
+    assert "row 0: 2 segments, 64 tokens, 63 with loss" in printed
+    assert "⟨end⟩" in printed and "今天" in printed
+    assert main(["data", "inspect", f"{corpus}/out", "rows=1", "isolate_documents=false", "mask_eod=false"]) == 0
+    assert "row 0: 1 segment, 64 tokens, 64 with loss" in capsys.readouterr().out
+
+
+def test_inspect_shows_ids(corpus, capsys):
+    assert main(["data", "inspect", f"{corpus}/out", "rows=1", "ids=true", "show_tokens=5"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] and
+            line.split()[0].isdigit()]
+    assert [row[0] for row in rows] == ["0", "1", "2", "3", "4"]
+    assert [row[1] for row in rows[1:]] == [row[3] for row in rows[:-1]]
+
+
+def test_inspect_of_text_needs_a_tokenizer(corpus, capsys):
+    assert main(["data", "inspect", f"{corpus}/text.jsonl"]) == 2
+    assert "tokenizer must be given" in capsys.readouterr().err
+    assert main(["data", "inspect", f"{corpus}/text.jsonl", f"tokenizer={corpus}/t.model", "start=1",
+                 "sequence_length=32"]) == 0
+    assert "row 1: " in capsys.readouterr().out
+
+
+def test_text_cannot_steer_the_terminal(corpus, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\x1b[31mred\x07 [bold]not markup[/bold]\x9b")
+    assert main(["data", "inspect", f"{tmp_path}/a.txt", f"tokenizer={corpus}/t.model"]) == 0
+    printed = capsys.readouterr().out
+    assert "␛[31mred␇ [bold]not markup[/bold]␡" in printed
+    assert "\x1b" not in printed and "\x9b" not in printed
+
+
+@pytest.mark.parametrize("words, message", [
+    (["data"], "data needs an action"), (["data", "inspect"], "needs a dataset directory or a text file"),
+    (["data", "verify"], "needs a dataset directory"),
+    (["data", "inspect", "nowhere", "tokenizer=t.model"], "t.model does not exist")])
+def test_what_is_missing_is_told(words, message, capsys):
+    assert main(words) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,30 @@
+"""A record and its bytes."""
+
+import numpy as np
+import pytest
+
+from ctllm_jax.dataset.records import Record, decode, encode
+
+
+@pytest.mark.parametrize("dtype, highest", [("uint16", 65_535), ("uint32", 125_696)])
+@pytest.mark.parametrize("ends", [[], [3], [1, 2, 8]])
+def test_a_record_comes_back(dtype, highest, ends):
+    tokens = np.array([0, 1, highest, 3, 4, 5, 6, 7], dtype)
+    record = decode(encode(Record(tokens, 8, np.array(ends, np.int32))), record_tokens=8, dtype=dtype)
+    np.testing.assert_array_equal(record.tokens, tokens)
+    assert (record.tokens.dtype.name, record.num_tokens, record.ends.tolist()) == (dtype, 8, ends)
+
+
+@pytest.mark.parametrize("count, ends, message", [
+    (0, [], "0 tokens"), (9, [], "9 tokens"), (4, [5], "do not rise"), (4, [0], "do not rise"),
+    (4, [3, 3], "do not rise"), (4, [3, 2], "do not rise")])
+def test_offsets_outside_are_found(count, ends, message):
+    data = encode(Record(np.zeros(8, np.uint16), count, np.array(ends, np.int32)))
+    with pytest.raises(ValueError, match=message):
+        decode(data, record_tokens=8, dtype="uint16")
+
+
+def test_a_record_of_another_length_is_found():
+    data = encode(Record(np.zeros(8, np.uint16), 8, np.array([], np.int32)))
+    with pytest.raises(ValueError):
+        decode(data, record_tokens=16, dtype="uint16")
