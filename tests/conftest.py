@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, no silent rank promotion, no warning that passes, no hub; in CI, no skipped claim."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -13,9 +14,10 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Tests that stand for a claim (equal to PyTorch, fits the chip, prepares data): one that CI skips proves nothing.
-NEVER_SKIPPED = {"parity", "aot", "prep"}
-
+# What a marker needs. These tests stand for a claim (equal to PyTorch, fits the chip, prepares data): where an extra is
+# not installed they are skipped, but in CI, where a skipped one proves nothing, that is a failure.
+NEEDS = {"parity": ("torch", "transformers", "trl", "safetensors"), "aot": ("libtpu",),
+         "prep": ("pyarrow", "tokenizers", "zstandard")}
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +26,17 @@ def repository() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items):
+    missing = {marker: [name for name in names if importlib.util.find_spec(name) is None]
+               for marker, names in NEEDS.items()}
+    for item in items:
+        for marker, names in missing.items():
+            if names and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(names)}"))
+
+
 class SkipGuard:
-    """Fails a session that skipped a test marked in NEVER_SKIPPED, or a whole file, or that ran no test."""
+    """Fails a session that skipped a test with a marker of NEEDS, or a whole file, or that ran no test."""
 
     def __init__(self):
         self.skipped: list[str] = []
@@ -34,7 +45,7 @@ class SkipGuard:
     def pytest_runtest_logreport(self, report):
         if report.when == "call" and not report.skipped:
             self.executed += 1
-        if report.skipped and not hasattr(report, "wasxfail") and NEVER_SKIPPED & set(report.keywords):
+        if report.skipped and not hasattr(report, "wasxfail") and NEEDS.keys() & set(report.keywords):
             self.skipped.append(report.nodeid)
 
     def pytest_collectreport(self, report):
