@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,7 +161,7 @@ def _open_sources(config: DataConfig, *, sequence_length: int, vocab_size: int) 
             raise UserError(f"data.sources.{name} has ids up to {manifest.id_count - 1} (tokenizer of "
                             f"{manifest.tokenizer.vocab_size} pieces, eod_id {manifest.eod_id}): model.vocab_size="
                             f"{vocab_size} must be at least {manifest.id_count}")
-        if load_tokenizer(dataset.tokenizer_path).sha256 != manifest.tokenizer.sha256:
+        if hashlib.sha256(dataset.tokenizer_path.read_bytes()).hexdigest() != manifest.tokenizer.sha256:
             raise UserError(f"{dataset.tokenizer_path} is not the tokenizer that the manifest beside it names: it was "
                             "changed after the data was prepared")
     if config.tokenizer is not None and load_tokenizer(config.tokenizer).sha256 != first.manifest.tokenizer.sha256:

@@ -110,8 +110,8 @@ def _made_once(options: PrepareConfig, make) -> Dataset:
     if not output.exists():
         try:
             make()
-        except UserError:
-            # Another process was first while this one waited for the lock; any other complaint stands.
+        except (UserError, OSError):
+            # Another process was first while this one waited for the lock, or another host; other complaints stand.
             if not output.exists():
                 raise
     return Dataset(output)

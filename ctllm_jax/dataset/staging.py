@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,12 +33,14 @@ def exclusive(directory: Path) -> Iterator[None]:
 def staged(directory: Path) -> Iterator[Path]:
     """A temporary directory beside `directory`, renamed to it when the block ends well and removed when it does not.
 
-    Hold `exclusive(directory)` around it: what a killed process left behind is removed at the start.
+    Hold `exclusive(directory)` around it: what a killed process of this host left behind is removed at the start.
+    OSError where `directory` exists by then, made by another host on a file system without locks between hosts.
     """
+    prefix = f"{directory.name}.tmp-{socket.gethostname()}-"
     for left in list(directory.parent.iterdir()) if directory.parent.exists() else []:
-        if left.name.startswith(f"{directory.name}.tmp-"):
+        if left.name.startswith(prefix):
             shutil.rmtree(left)
-    temporary = directory.parent / f"{directory.name}.tmp-{os.getpid()}"
+    temporary = directory.parent / f"{prefix}{os.getpid()}"
     temporary.mkdir(parents=True)
     try:
         yield temporary

@@ -57,3 +57,13 @@ for _ in range(5):
     processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(4)]
     assert [process.wait(timeout=60) for process in processes] == [0] * 4
     assert (tmp_path / "log").read_text().split() == ["in", "out"] * 20
+
+
+def test_another_hosts_work_is_not_touched(tmp_path):
+    other = tmp_path / "out.tmp-otherhost-1"
+    other.mkdir()
+    with pytest.raises(OSError), exclusive(tmp_path / "out"), staged(tmp_path / "out") as temporary:
+        (temporary / "mine").touch()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["out", "out.tmp-otherhost-1", "theirs"]
