@@ -83,7 +83,8 @@ def param_shardings(table: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
         for dim, size, axes in zip(entry.dims, entry.shape, spec, strict=True):
             parts = axis_size(mesh, axes)
             if size % parts:
-                raise ValueError(f"parameter {path}: its {dim} of {size} cannot be split over mesh axis {axes} of {parts}")
+                raise ValueError(f"parameter {path}: its {dim} of {size} cannot be split over mesh axis {axes}"
+                                 f" of {parts}")
         return NamedSharding(mesh, spec)
     return shard(table, "")
 

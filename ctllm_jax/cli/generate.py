@@ -30,7 +30,8 @@ def run(context: Context) -> int:
 
     model = load_model(context.targets[0])
     room = model.decoder.config.context_length
-    prompt = config.prompt.removesuffix("\n") if context.overrides and "prompt=-" in context.overrides else config.prompt
+    # A pipe ends with a newline that nobody meant.
+    prompt = config.prompt.removesuffix("\n") if "prompt=-" in context.overrides else config.prompt
     if len(model.tokenizer.encode(prompt)) + config.max_tokens > room:
         context.console.print(f"[yellow]warning:[/] prompt and max_tokens={config.max_tokens} are longer than the"
                               f" {room} tokens that the model was trained on")

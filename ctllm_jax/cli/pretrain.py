@@ -210,10 +210,12 @@ def banner_rows(run: Run, start: dict[str, Any]) -> list[tuple[str, str]]:
     flops = start["flops_per_token"]
     rows = [("start", how), ("devices", f"{start['devices']}, mesh {mesh}"),
             ("ops", ", ".join(f"{op}: {name}" for op, name in start["implementations"].items())),
-            ("model", f"{start['parameters']:,} parameters, {flops['causal'] / 1e6:,.1f} MFLOPs a token causal, {flops['full'] / 1e6:,.1f} full"),
-            ("batch", f"{config.batch.tokens:,} tokens a step = {config.batch.rows} rows of {config.batch.sequence_length:,}:"
-                      f" {run.micro_rows} rows a device at once, {run.accumulation} accumulated"),
-            ("run", f"{config.steps:,} steps, {config.tokens_at(config.steps):,} tokens; compiled in {run.compile_seconds:.1f} s")]
+            ("model", f"{start['parameters']:,} parameters, {flops['causal'] / 1e6:,.1f} MFLOPs a token causal,"
+                      f" {flops['full'] / 1e6:,.1f} full"),
+            ("batch", f"{config.batch.tokens:,} tokens a step = {config.batch.rows} rows of"
+                      f" {config.batch.sequence_length:,}: {run.micro_rows} rows a device at once, {run.accumulation} accumulated"),
+            ("run", f"{config.steps:,} steps, {config.tokens_at(config.steps):,} tokens;"
+                    f" compiled in {run.compile_seconds:.1f} s")]
     for source, tokens in start["tokens_per_source"].items():
         rows.append((f"source {source}", f"{tokens:,} tokens, {start['epochs'][source]:.2f} epochs"))
     return rows

@@ -55,8 +55,9 @@ def run(context: Context) -> int:
     for source in SOURCES:
         stages.run(f"prepare {source}", root / source / "manifest.json",
                    lambda path, source=source: make_dataset(root, source, tokenizer, config, console),
-                   stale=lambda path: json.loads(path.read_text())["tokenizer"]["vocab_size"] != config.model.vocab_size)
-    baselines = json.loads(stages.run("baselines", root / "baselines.json", lambda path: measure(root, path)).read_text())
+                   stale=lambda path: vocabulary_of(path) != config.model.vocab_size)
+    measured = stages.run("baselines", root / "baselines.json", lambda path: measure(root, path))
+    baselines = json.loads(measured.read_text())
     stages.write_baselines(baselines)
     started = time.monotonic()
     train(config, console, next_command=False)
@@ -74,8 +75,8 @@ def data_root(config: PretrainConfig) -> Path:
     paths = {name: Path(source.path) for name, source in config.data.sources.items()}
     roots = {path.parent for path in paths.values()}
     if set(paths) != set(SOURCES) or len(roots) != 1 or any(path.name != name for name, path in paths.items()):
-        raise UserError("quickstart makes its own data: data.sources must be zh, en and code, each in a folder of that name"
-                        " in one place; for your own text see `launch.py prepare` and `launch.py pretrain`")
+        raise UserError("quickstart makes its own data: data.sources must be zh, en and code, each in a folder of that"
+                        " name in one place; for your own text see `launch.py prepare` and `launch.py pretrain`")
     return roots.pop()
 
 
@@ -156,8 +157,8 @@ def make_tokenizer(root: Path, output: Path, vocab_size: int, console: Any) -> N
                                   output=str(output), vocab_size=vocab_size)
     with stage_bars(console) as report:
         _, compression = train_tokenizer(config, progress=lambda done, total: report("read", done, total))
-    console.print("bytes a token: " + ", ".join(
-        f"{language} {compression.bytes_per_token(language):.2f}" for language, tokens in compression.tokens.items() if tokens))
+    found = [language for language, tokens in compression.tokens.items() if tokens]
+    console.print("bytes a token: " + ", ".join(f"{name} {compression.bytes_per_token(name):.2f}" for name in found))
 
 
 def make_dataset(root: Path, source: str, tokenizer: Path, config: PretrainConfig, console: Any) -> None:
@@ -170,7 +171,13 @@ def make_dataset(root: Path, source: str, tokenizer: Path, config: PretrainConfi
     files = [str(root / "text" / f"{source}.{side}.jsonl") for side in ("train", "held_out")]
     with stage_bars(console) as report:
         prepare(PrepareConfig(input=files, output=str(root / source), tokenizer=str(tokenizer), name=source,
-                              validation_fraction=HELD_OUT, record_tokens=config.batch.sequence_length), progress=report)
+                              validation_fraction=HELD_OUT, record_tokens=config.batch.sequence_length),
+                progress=report)
+
+
+def vocabulary_of(manifest: Path) -> int:
+    """The vocabulary that a dataset directory was made with."""
+    return json.loads(manifest.read_text())["tokenizer"]["vocab_size"]
 
 
 def measure(root: Path, output: Path) -> None:

@@ -37,6 +37,6 @@ CHIPS = {
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The chip of a `jax.Device.device_kind`: the longest name that it begins with; None for a CPU or an unknown one."""
+    """The chip of a `jax.Device.device_kind`: the longest name that it begins with; None for a CPU or a stranger."""
     names = [name for name in CHIPS if device_kind.startswith(name)]
     return CHIPS[max(names, key=len)] if names else None

@@ -26,7 +26,7 @@ def make_evaluation_step(loss_fn: Callable, *, out_sharding: Any) -> Callable:
 
 def evaluate_sources(evaluation_step: Callable, params: Any, sources: Mapping[str, Iterable[Batch]], *,
                      place: Callable[[Batch], Batch]) -> dict[str, dict[str, float]]:
-    """Per source: `loss` (nats a token), `bits_per_byte`, `tokens`, `bytes`. A source without a byte of text has no bits.
+    """Per source: `loss` (nats a token), `bits_per_byte`, `tokens`, `bytes`. A source without text has no bits.
 
     Args:
       evaluation_step: from `make_evaluation_step`.
@@ -37,7 +37,8 @@ def evaluate_sources(evaluation_step: Callable, params: Any, sources: Mapping[st
     for name, batches in sources.items():
         sums = [evaluation_step(params, place(batch)) for batch in batches]
         # Summed on the host in float64: a million float32 additions would lose digits.
-        total = {key: math.fsum(float(entry[key]) for entry in jax.device_get(sums)) for key in (sums[0] if sums else ())}
+        sums = jax.device_get(sums)
+        total = {key: math.fsum(float(entry[key]) for entry in sums) for key in (sums[0] if sums else ())}
         if not total.get("tokens"):
             continue
         results[name] = {"loss": total["nats"] / total["tokens"], "tokens": total["tokens"]}

@@ -56,7 +56,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], *, prefix_id: i
         ids = tokenizer.encode(prompt)
         prefix = prefix_id if ids else (stop_id if prefix_id is None else prefix_id)
         if not ids and prefix is None:
-            raise UserError("prompt is empty, and this model has no id that begins a document: give at least one character")
+            raise UserError("prompt is empty, and this model has no id that begins a document: give it some text")
         rows.append(([] if prefix is None else [prefix]) + ids)
     return rows
 

@@ -28,7 +28,7 @@ def sample(logits_BV: jax.Array, key: jax.Array, *, temperature: float, top_k: i
 
 
 def truncate(logits_BV: jax.Array, *, top_k: int | None, top_p: float) -> jax.Array:
-    """The logits with -inf where top-k and top-p (of what top-k left) forbid a token. Ties with the last allowed stay."""
+    """The logits with -inf where top-k and top-p (of what top-k left) forbid a token; ties with the last one stay."""
     vocab = logits_BV.shape[-1]
     if top_k is not None and top_k < vocab:
         lowest_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]

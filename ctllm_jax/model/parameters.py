@@ -15,7 +15,7 @@ ONES, ZEROS = "ones", "zeros"
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter's shape, the logical name of each of its dims, and its initial value: a normal's deviation, or a constant."""
+    """A parameter's shape, the logical names of its dims, and its start: a normal's deviation, ONES or ZEROS."""
 
     shape: tuple[int, ...]
     dims: tuple[str | None, ...]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +15,8 @@ MANY_EPOCHS = 4.0
 """Repeated data is worth about as much as new data up to here (arXiv 2305.16264)."""
 EXPECTED_MFU = 0.4
 """Share of the peak that the expected hours assume, of causal FLOPs."""
-OFFERS = (("H100", "NVIDIA H100", 1), ("8 x H100", "NVIDIA H100", 8), ("v5e-8", "TPU v5e", 8), ("v5e-256", "TPU v5e", 256),
-          ("v5p-64 (32 chips)", "TPU v5p", 32), ("v6e-256", "TPU v6e", 256))
+OFFERS = (("H100", "NVIDIA H100", 1), ("8 x H100", "NVIDIA H100", 8), ("v5e-8", "TPU v5e", 8),
+          ("v5e-256", "TPU v5e", 256), ("v5p-64 (32 chips)", "TPU v5p", 32), ("v6e-256", "TPU v6e", 256))
 
 
 def hours(config: PretrainConfig, chip: Chip, count: int) -> float:
@@ -64,8 +63,8 @@ def memory_bytes(config: PretrainConfig, *, devices: int, rows: int) -> dict[str
     kept = tokens * width[config.compute.remat] * model.num_layers * item
     working = tokens * (width["none"] * item)
     logits = 2 * 4 * min(config.compute.loss_chunk, tokens) * model.padded_vocab_size // sizes["tensor"]
-    return {"parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters, "activations": kept + working,
-            "logits": logits}
+    return {"parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters,
+            "activations": kept + working, "logits": logits}
 
 
 def free_disk(directory: Path) -> int:
@@ -87,7 +86,8 @@ def describe(config: PretrainConfig, *, directory: Path, epochs: Mapping[str, fl
     tokens = config.tokens_at(config.steps)
     flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length)
     parameters = count_parameters(config.model)
-    rows = [("steps", f"{config.steps:,} of {config.batch.tokens:,} tokens ({config.batch.rows} rows of {config.batch.sequence_length:,})"),
+    batch = config.batch
+    rows = [("steps", f"{config.steps:,} of {batch.tokens:,} tokens ({batch.rows} rows of {batch.sequence_length:,})"),
             ("tokens", f"{tokens:,} ({tokens / parameters:.1f} a parameter)"),
             ("parameters", f"{parameters:,}"),
             ("FLOPs a token", f"{flops.causal / 1e6:,.1f} M causal, {flops.full / 1e6:,.1f} M full")]
@@ -96,8 +96,9 @@ def describe(config: PretrainConfig, *, directory: Path, epochs: Mapping[str, fl
         passes = (epochs or {}).get(source, 0.0)
         rows.append((f"source {source}", f"{count:,} tokens, {passes:.2f} epochs"))
         if passes > MANY_EPOCHS:
-            warnings.append(f"source {source} is seen {passes:.1f} times: above {MANY_EPOCHS:g} epochs, repeating helps little")
-    memory = memory_bytes(config, devices=devices, rows=config.batch.rows_per_device or max(config.batch.rows // devices, 1))
+            warnings.append(f"source {source} is seen {passes:.1f} times: above {MANY_EPOCHS:g} epochs,"
+                            " repeating helps little")
+    memory = memory_bytes(config, devices=devices, rows=batch.rows_per_device or max(batch.rows // devices, 1))
     shown = ", ".join(f"{name} {_gib(size)}" for name, size in memory.items())
     rows.append((f"memory on each of {devices}", f"about {_gib(sum(memory.values()))} ({shown})"))
     chip = find_chip(device_kind) if device_kind else None
@@ -119,7 +120,7 @@ def describe(config: PretrainConfig, *, directory: Path, epochs: Mapping[str, fl
     rows.append((f"hours at {EXPECTED_MFU:.0%} MFU", ", ".join(f"{name}: {_hours(hours(config, chip, count))}"
                                                              for name, chip, count in offers)))
     if device_kind and chip is None:
-        rows.append(("hours here", f"unknown for {device_kind} ({os.cpu_count()} processors): the start of a run shows its ETA"))
+        rows.append(("hours here", f"unknown for {device_kind}: a run shows its ETA from its first steps on"))
     return rows, warnings
 
 

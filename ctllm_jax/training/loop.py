@@ -15,6 +15,7 @@ import jax
 
 from ctllm_jax.training.state import State
 
+
 @dataclass(frozen=True)
 class Hook:
     """Something to do between steps.

@@ -74,8 +74,8 @@ def assign_rules(config: OptimizerConfig, params: Any) -> dict[str, Treatment]:
         treatments[name] = treatment
     for rule in config.rules:
         if rule.pattern not in used:
-            raise UserError(f"optimizer.rules: pattern {rule.pattern!r} decides for no parameter (the first match counts);"
-                            f" the paths are {', '.join(treatments)}")
+            raise UserError(f"optimizer.rules: pattern {rule.pattern!r} decides for no parameter (the first match"
+                            f" counts); the paths are {', '.join(treatments)}")
     return treatments
 
 

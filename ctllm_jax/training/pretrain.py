@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,22 +133,38 @@ def place_batch(batch: Batch, *, sharding: NamedSharding, rows: int) -> Batch:
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x), (rows, *x.shape[1:])), batch)
 
 
-def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str], None] = log.info) -> Run:
-    """Everything up to the first step: data, mesh, weights or checkpoint, compiled step.
+class StepPlan(NamedTuple):
+    """A train step and what it is compiled for: nothing here lies on a device.
 
-    Args:
-      directory: the run directory; made if absent, resumed if it holds a checkpoint.
-      stage: told what is being done.
+    Attributes:
+      jitted: `(state, batch, frozen) -> (state, metrics)`, the state donated.
+      init: `key -> state`, jitted straight to the mesh.
+      abstract_state, abstract_batch: shapes, dtypes and shardings.
+      micro_rows, accumulation: rows a device computes at once, and how often.
+    """
+
+    jitted: Any
+    init: Any
+    abstract_state: State
+    abstract_batch: Batch
+    micro_rows: int
+    accumulation: int
+
+    def compile(self) -> Callable:
+        """The step for the mesh that it was planned on, which may be of devices that are not here."""
+        return self.jitted.lower(self.abstract_state, self.abstract_batch, None).compile()
+
+
+def plan_step(config: PretrainConfig, mesh: jax.sharding.Mesh, *, token_bytes: np.ndarray | None = None) -> StepPlan:
+    """The train step of a config on a mesh.
 
     Raises:
-      UserError: whatever in the config, data or checkpoint does not fit, before the model is compiled.
+      ValueError: a batch or a parameter that the mesh does not divide, with the numbers.
+      UserError: an optimizer rule that decides for nothing.
     """
-    mesh = sharding.make_mesh(config.mesh.model_dump())
     parts = sharding.axis_size(mesh, sharding.BATCH_AXES)
-    micro_rows, accumulation = plan_accumulation(config.batch.rows, devices=parts, rows_per_device=config.batch.rows_per_device)
-    data = open_training_data(config.data, sequence_length=config.batch.sequence_length, rows=config.batch.rows,
-                              seed=config.seed, vocab_size=config.model.vocab_size)
-    decoder = make_decoder(config, mesh)
+    micro_rows, accumulation = plan_accumulation(config.batch.rows, devices=parts,
+                                                 rows_per_device=config.batch.rows_per_device)
     shardings = sharding.param_shardings(decoder_parameters(config.model), mesh)
     abstract_params = jax.eval_shape(partial(init_params, config.model), jax.random.key(0))
     optimizer = make_optimizer(config.optimizer, abstract_params)
@@ -158,14 +173,41 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
         return init_state(init_params(config.model, key), optimizer)
 
     abstract = jax.eval_shape(init, jax.random.key(0))
-    state_shardings = _like_params(abstract, abstract_params, shardings, sharding.replicated(mesh))
+    replicated, batch_sharding = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    state_shardings = _like_params(abstract, abstract_params, shardings, replicated)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, state_shardings)
+    loss_fn = make_loss_fn(config, make_decoder(config, mesh), mesh=mesh, token_bytes=token_bytes,
+                           z_loss=config.loss.z_loss, padded=config.data.isolate_documents)
+    train_step = make_train_step(
+        loss_fn, optimizer, make_schedule(config.optimizer, steps=config.steps), accumulation=accumulation,
+        constrain_grads=partial(jax.lax.with_sharding_constraint, shardings=shardings))
+    shape = (config.batch.rows, config.batch.sequence_length)
+    batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
+                    for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)))
+    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, replicated))
+    return StepPlan(jitted, jax.jit(init, out_shardings=state_shardings), abstract, batch, micro_rows, accumulation)
 
+
+def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str], None] = log.info) -> Run:
+    """Everything up to the first step: data, mesh, weights or checkpoint, compiled step.
+
+    Args:
+      directory: the run directory; made if absent, resumed if it holds a checkpoint.
+      stage: told what is being done.
+
+    Raises:
+      ValueError: whatever in the config, data or checkpoint does not fit, before the model is compiled.
+    """
+    mesh = sharding.make_mesh(config.mesh.model_dump())
+    data = open_training_data(config.data, sequence_length=config.batch.sequence_length, rows=config.batch.rows,
+                              seed=config.seed, vocab_size=config.model.vocab_size)
+    plan = plan_step(config, mesh, token_bytes=data.token_bytes)
     directory.mkdir(parents=True, exist_ok=True)
     fingerprint = make_fingerprint(config, data.fingerprint)
     checkpointer = checkpoints.Checkpointer(
         directory, config.checkpoint, tokens_per_step=config.batch.tokens,
         meta={"fingerprint": fingerprint, "eod_id": data.eod_id, "prefix_id": find_prefix_id(config, data.eod_id)})
+    # Where a run begins: its own newest checkpoint, else the weights it was told to take, else random ones.
     newest = checkpointer.latest()
     if newest is not None:
         how = "resume"
@@ -174,31 +216,20 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
             raise UserError(f"steps={config.steps}: {directory} is at step {newest} already")
         _warn_of_cpu_count(directory)
         stage(f"resuming {directory} at step {newest}")
-        state = checkpointer.restore(abstract, step=newest)
+        state = checkpointer.restore(plan.abstract_state, step=newest)
     else:
         how = "init" if config.init else "scratch"
-        state = jax.jit(init, out_shardings=state_shardings)(jax.random.key(config.seed))
+        state = plan.init(jax.random.key(config.seed))
         if config.init:
             source, kept = checkpoints.find_checkpoint(config.init)
             stage(f"taking the weights of {source} at step {kept.step}")
-            state = state.replace(params=checkpoints.load_params(kept, abstract.params))
+            state = state.replace(params=checkpoints.load_params(kept, plan.abstract_state.params))
     _write_run_files(config, directory, data.tokenizer_path)
-
-    loss_fn = make_loss_fn(config, decoder, mesh=mesh, token_bytes=data.token_bytes, z_loss=config.loss.z_loss,
-                           padded=config.data.isolate_documents)
-    train_step = make_train_step(
-        loss_fn, optimizer, make_schedule(config.optimizer, steps=config.steps), accumulation=accumulation,
-        constrain_grads=partial(jax.lax.with_sharding_constraint, shardings=shardings))
-    batch_sharding = sharding.batch_sharding(mesh)
-    shape = (config.batch.rows, config.batch.sequence_length)
-    abstract_batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
-                             for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)))
     stage("compiling the train step")
     began = time.perf_counter()
-    compiled = jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh))
-                       ).lower(abstract, abstract_batch, None).compile()
-    return Run(config, directory, mesh, decoder, data, state, how, compiled, checkpointer, micro_rows, accumulation,
-               time.perf_counter() - began, start=int(state.step))
+    compiled = plan.compile()
+    return Run(config, directory, mesh, make_decoder(config, mesh), data, state, how, compiled, checkpointer,
+               plan.micro_rows, plan.accumulation, time.perf_counter() - began, start=int(state.step))
 
 
 def find_prefix_id(config: PretrainConfig, eod_id: int | None) -> int | None:
@@ -213,7 +244,8 @@ def make_fingerprint(config: PretrainConfig, data: dict[str, Any]) -> dict[str, 
     def fixed(tree: Any, prefix: str = "") -> Any:
         if not isinstance(tree, dict):
             return tree
-        return {name: fixed(entry, f"{prefix}{name}.") for name, entry in tree.items() if prefix + name not in changeable}
+        return {name: fixed(entry, f"{prefix}{name}.") for name, entry in tree.items()
+                if prefix + name not in changeable}
 
     kept = fixed(config.model_dump(mode="json"))
     # Paths may move; what the data is, its own fingerprint says.
@@ -234,7 +266,7 @@ def describe_environment(config: PretrainConfig) -> dict[str, Any]:
     return {
         "python": platform.python_version(), "versions": versions, "command": sys.argv,
         "devices": [str(device.device_kind) for device in jax.devices()], "backend": jax.default_backend(),
-        "processes": jax.process_count(), "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processes": jax.process_count(), "cpu_count": _cpu_count(),
         "flags": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
         "implementations": kernels.implementations(attention=config.compute.attention, swiglu=config.compute.swiglu),
     }
@@ -271,13 +303,14 @@ def make_record(run: Run) -> Callable[[int, dict[str, float], dict[str, float]],
         result = {"step": step, "tokens": config.tokens_at(step), "loss": loss}
         if metrics.get("bytes"):
             result["bits_per_byte"] = loss * metrics["weight"] / np.log(2) / metrics["bytes"]
-        result |= {"grad_norm": metrics["grad_norm"], "lr": metrics["lr"], "tokens_per_second": tokens_per_second, **timing,
-                   "eta_seconds": (config.steps - step) * timing["step_seconds"]}
+        result |= {"grad_norm": metrics["grad_norm"], "lr": metrics["lr"], "tokens_per_second": tokens_per_second,
+                   **timing, "eta_seconds": (config.steps - step) * timing["step_seconds"]}
         if config.loss.z_loss:
             result["z_loss"] = z_loss
         if chip is not None:
             peak = chip.peak_flops * len(devices)
-            result |= {"mfu_causal": flops.causal * tokens_per_second / peak, "mfu_full": flops.full * tokens_per_second / peak}
+            result |= {"mfu_causal": flops.causal * tokens_per_second / peak,
+                       "mfu_full": flops.full * tokens_per_second / peak}
         return result
 
     return record
@@ -300,8 +333,13 @@ def _write_run_files(config: PretrainConfig, directory: Path, tokenizer: Path | 
     (directory / "environment.json").write_text(json.dumps(describe_environment(config), indent=1), encoding="utf-8")
     if tokenizer is not None:
         target = directory / ("tokenizer" + tokenizer.suffix)
-        if not target.exists() or hashlib.sha256(target.read_bytes()).digest() != hashlib.sha256(tokenizer.read_bytes()).digest():
+        if not target.exists() or target.read_bytes() != tokenizer.read_bytes():
             shutil.copyfile(tokenizer, target)
+
+
+def _cpu_count() -> int | None:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _warn_of_cpu_count(directory: Path) -> None:
@@ -310,7 +348,7 @@ def _warn_of_cpu_count(directory: Path) -> None:
         before = json.loads((directory / "environment.json").read_text())["cpu_count"]
     except (OSError, KeyError, ValueError):
         return
-    now = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    now = _cpu_count()
     if jax.default_backend() == "cpu" and before != now:
         log.warning("%s was begun on %s processors and goes on on %s: the numbers will differ in the last bits",
                     directory, before, now)

@@ -11,7 +11,8 @@ from ctllm_jax.config.types import keys_of
 
 BASE = """
 steps: 10
-model: {vocab_size: 250, hidden_size: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, head_dim: 8, ffn_size: 96, context_length: 64}
+model: {vocab_size: 250, hidden_size: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, head_dim: 8, ffn_size: 96,
+  context_length: 64}
 batch: {tokens: 512, sequence_length: 64}
 optimizer: {lr: 1e-2}
 data: synthetic
@@ -25,8 +26,8 @@ def base(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("text", ["1998", "写一条: 好评 #1", "[你好 ${x}", "a=b", " 空格 ", "no", "null ", "2:1", "3e-4", "", "- x",
-                                  "{a: 1}", "'quoted'", "a\nb"])
+@pytest.mark.parametrize("text", ["1998", "写一条: 好评 #1", "[你好 ${x}", "a=b", " 空格 ", "no", "null ", "2:1",
+                                  "3e-4", "", "- x", "{a: 1}", "'quoted'", "a\nb"])
 def test_text_arrives_byte_for_byte(text):
     assert load(GenerateConfig, overrides=[f"prompt={text}"]).prompt == text
 
@@ -66,8 +67,8 @@ def test_all_errors_at_once_with_value_origin_and_nearest_key(base):
     assert "optimizer.lrr=1 (command line): unknown key; did you mean optimizer.lr?" in problems
     assert "optimizer.lr=fast (command line): needs float" in problems
     assert "steps=-1 (command line): must be >= 1" in problems
-    assert "optimizer.b1=2.0" in problems and "base.yaml:5): must be < 1" in problems
-    assert "sead" in problems and "base.yaml:7): unknown key; did you mean seed?" in problems
+    assert "optimizer.b1=2.0" in problems and "base.yaml:6): must be < 1" in problems
+    assert "sead" in problems and "base.yaml:8): unknown key; did you mean seed?" in problems
 
 
 def test_a_misspelled_name_in_the_middle_is_found(base):
@@ -78,7 +79,8 @@ def test_a_misspelled_name_in_the_middle_is_found(base):
 def test_shorthands(base):
     synthetic = load(PretrainConfig, target=base)
     assert synthetic.data.kind == "synthetic"
-    directory = load(PretrainConfig, target=base, overrides=["data=/some/dir", "data.isolate_documents=false", "run=runs/x"])
+    directory = load(PretrainConfig, target=base,
+                     overrides=["data=/some/dir", "data.isolate_documents=false", "run=runs/x"])
     assert directory.data.kind == "mixture" and directory.data.sources["data"].path == "/some/dir"
     assert directory.run.dir == "runs/x" and directory.data.isolate_documents is False
 
@@ -89,7 +91,8 @@ def test_a_path_replaces_the_sources_of_the_file(tmp_path, base):
     assert load(PretrainConfig, target=child).data.sources["en"].path == "b"
     assert list(load(PretrainConfig, target=child, overrides=["data=c"]).data.sources) == ["data"]
     assert list(load(PretrainConfig, target=child, overrides=["data.sources.zh=null"]).data.sources) == ["en"]
-    renamed = load(PretrainConfig, target=child, overrides=["data.sources.en=d", "data.sources.zh.weight=2"]).data.sources
+    overrides = ["data.sources.en=d", "data.sources.zh.weight=2"]
+    renamed = load(PretrainConfig, target=child, overrides=overrides).data.sources
     assert renamed["en"].path == "d" and renamed["zh"].weight == 2
 
 
@@ -109,7 +112,8 @@ def test_extends_itself(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("a: [", "not a readable YAML file"), ("- 1\n- 2\n", "is a mapping of keys to values"), ("a: 1\na: 2\n", "duplicate"),
+    ("a: [", "not a readable YAML file"), ("- 1\n- 2\n", "is a mapping of keys to values"),
+    ("a: 1\na: 2\n", "duplicate"),
     ("steps: ${nowhere}\n", "nowhere"), ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "base.yaml")])
 def test_broken_files_are_named(base, text, message):
     base.write_text(text, encoding="latin-1" if not text.isascii() else "utf-8")
@@ -156,7 +160,8 @@ def test_help_lists_every_key_with_type_range_and_default():
 def test_what_a_resumed_run_may_change():
     changeable = changeable_paths(PretrainConfig)
     assert {"steps", "run.dir", "checkpoint.every", "mesh.fsdp", "compute.attention"} <= changeable
-    assert not {"seed", "batch.tokens", "model.hidden_size", "optimizer.lr", "data.mask_eod", "compute.dtype"} & changeable
+    fixed = {"seed", "batch.tokens", "model.hidden_size", "optimizer.lr", "data.mask_eod", "compute.dtype"}
+    assert not fixed & changeable
 
 
 def test_round_trip_through_yaml(tmp_path, base):

@@ -27,8 +27,8 @@ def to_llama(config, params):
     tensors = {"model.embed_tokens.weight": params["embedding"], "model.norm.weight": params["final_norm"]}
     if "head" in params:
         tensors["lm_head.weight"] = np.asarray(params["head"]).T
-    names = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj", "gate": "mlp.gate_proj",
-             "up": "mlp.up_proj", "down": "mlp.down_proj"}
+    names = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj",
+             "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
     for layer in range(config.num_layers):
         block = {name: np.asarray(stack[layer]) for name, stack in params["blocks"].items()}
         prefix = f"model.layers.{layer}."

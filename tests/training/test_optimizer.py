@@ -73,8 +73,8 @@ def test_updates_equal_torch(clip_norm):
     rng = np.random.default_rng(0)
     ours = {"w": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32), "v": jnp.asarray(rng.normal(size=3), jnp.float32)}
     theirs = {name: torch.nn.Parameter(torch.tensor(np.array(value))) for name, value in ours.items()}
-    adamw = torch.optim.AdamW([{"params": [theirs["w"]], "weight_decay": 0.3}, {"params": [theirs["v"]], "weight_decay": 0.0}],
-                              lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    groups = [{"params": [theirs["w"]], "weight_decay": 0.3}, {"params": [theirs["v"]], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     optimizer = make_optimizer(config, ours)
     state = optimizer.init(ours)
     for _ in range(10):

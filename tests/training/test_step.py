@@ -21,7 +21,8 @@ from ctllm_jax.training.step import make_train_step, plan_accumulation
 
 
 def make_config(*overrides):
-    return load(PretrainConfig, target="debug/pretrain", overrides=["model.num_kv_heads=4", "loss.z_loss=1e-3", *overrides])
+    return load(PretrainConfig, target="debug/pretrain",
+                overrides=["model.num_kv_heads=4", "loss.z_loss=1e-3", *overrides])
 
 
 def take_steps(config, *, mesh_sizes, accumulation=1, steps=3):
@@ -33,12 +34,13 @@ def take_steps(config, *, mesh_sizes, accumulation=1, steps=3):
     params = jax.jit(partial(init_params, config.model), out_shardings=shardings)(jax.random.key(0))
     optimizer = make_optimizer(config.optimizer, params)
     step = jax.jit(make_train_step(
-        make_loss_fn(config, make_decoder(config, mesh), mesh=mesh, token_bytes=None, z_loss=config.loss.z_loss, padded=True),
-        optimizer, make_schedule(config.optimizer, steps=config.steps), accumulation=accumulation,
+        make_loss_fn(config, make_decoder(config, mesh), mesh=mesh, token_bytes=None, z_loss=config.loss.z_loss,
+                     padded=True), optimizer, make_schedule(config.optimizer, steps=config.steps), accumulation=accumulation,
         constrain_grads=partial(jax.lax.with_sharding_constraint, shardings=shardings)))
     state, history = init_state(params, optimizer), []
     for _, batch in zip(range(steps), data.iterate(0, local_rows=range(config.batch.rows)), strict=False):
-        state, metrics = step(state, place_batch(batch, sharding=sharding.batch_sharding(mesh), rows=config.batch.rows), None)
+        batch = place_batch(batch, sharding=sharding.batch_sharding(mesh), rows=config.batch.rows)
+        state, metrics = step(state, batch, None)
         history.append({name: float(value) for name, value in metrics.items()})
     return history, jax.device_get(state.params)
 
@@ -64,7 +66,8 @@ def test_every_mesh_gives_the_same(one_device, sizes):
 
 @pytest.mark.parametrize(("devices", "accumulation"), [(1, 8), (1, 2), (2, 4), (4, 2)])
 def test_every_split_into_micro_batches_gives_the_same(one_device, devices, accumulation):
-    assert_same(take_steps(make_config(), mesh_sizes={"data": devices, "fsdp": 1, "tensor": 1}, accumulation=accumulation), one_device)
+    mesh_sizes = {"data": devices, "fsdp": 1, "tensor": 1}
+    assert_same(take_steps(make_config(), mesh_sizes=mesh_sizes, accumulation=accumulation), one_device)
 
 
 def test_scan_remat_and_chunks_do_not_matter(one_device):
@@ -73,7 +76,7 @@ def test_scan_remat_and_chunks_do_not_matter(one_device):
 
 
 def test_weights_count_tokens_not_micro_batches():
-    """Σ loss / Σ weight over the whole batch, although one micro-batch has a single weighted token (transformers #35207)."""
+    """Σ loss / Σ weight over the batch, although one micro-batch has a single weighted token (transformers #35207)."""
     def loss_fn(params, frozen, batch):
         return jnp.sum(params["w"] * batch.tokens * batch.loss_weights), jnp.sum(batch.loss_weights), {}
 
@@ -95,8 +98,8 @@ def test_a_batch_without_a_weight_changes_nothing_to_nan():
     optimizer = make_optimizer(config.optimizer, params)
     zeros = jnp.zeros((2, 64), jnp.int32)
     batch = Batch(zeros, zeros, jnp.zeros((2, 64)), zeros, zeros)
-    step = make_train_step(make_loss_fn(config, make_decoder(config), mesh=None, token_bytes=None, z_loss=0.0, padded=True),
-                           optimizer, make_schedule(config.optimizer, steps=10))
+    loss_fn = make_loss_fn(config, make_decoder(config), mesh=None, token_bytes=None, z_loss=0.0, padded=True)
+    step = make_train_step(loss_fn, optimizer, make_schedule(config.optimizer, steps=10))
     state, metrics = jax.jit(step)(init_state(params, optimizer), batch, None)
     assert float(metrics["loss"]) == 0
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.params))
@@ -136,7 +139,8 @@ def test_thirty_steps_draw_the_curve_that_torch_draws():
         state, metrics = step(state, batch, None)
         ours.append(float(metrics["loss"]))
         logits = llama(torch.tensor(batch.tokens).long()).logits[..., :250]
-        losses = torch.nn.functional.cross_entropy(logits.reshape(-1, 250), torch.tensor(batch.targets).long().reshape(-1), reduction="none")
+        targets = torch.tensor(batch.targets).long().reshape(-1)
+        losses = torch.nn.functional.cross_entropy(logits.reshape(-1, 250), targets, reduction="none")
         weights = torch.tensor(batch.loss_weights).reshape(-1)
         loss = (losses * weights).sum() / weights.sum()
         adamw.zero_grad()
