@@ -66,7 +66,7 @@ def _from_tfds(name: str, path: Path, source: SourceConfig, config: DataConfig, 
                         f"{', '.join(builder.info.splits) or 'none'}")
     if source.text_field not in builder.info.features:
         raise UserError(f"data.sources.{name}: {path} has no feature {source.text_field!r}; its features: "
-                        f"{', '.join(builder.info.features)}")
+                        f"{', '.join(sorted(builder.info.features))}")
     try:
         records = builder.as_data_source(source.split)
     except NotImplementedError as error:

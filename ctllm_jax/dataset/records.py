@@ -33,10 +33,14 @@ def features(record_tokens: int, dtype: str):
 
 
 def encode(record: Record) -> bytes:
-    """A record as the bytes of its tf.train.Example."""
+    """A record as the bytes of its tf.train.Example, the same in every process."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
     tokens = record.tokens
-    return features(len(tokens), tokens.dtype.name).serialize_example(
+    data = features(len(tokens), tokens.dtype.name).serialize_example(
         {"tokens": tokens, "num_tokens": np.int32(record.num_tokens), "ends": np.asarray(record.ends, np.int32)})
+    # TFDS writes the features in the order of a hash map, which each process seeds anew.
+    return tf_example_pb2.Example.FromString(data).SerializeToString(deterministic=True)
 
 
 def decode(data: bytes, *, record_tokens: int, dtype: str) -> Record:

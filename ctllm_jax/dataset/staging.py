@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -18,7 +21,11 @@ def exclusive(directory: Path) -> Iterator[None]:
     path = directory.parent / f".{directory.name}.lock"
     while True:
         with open(path, "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.warning("waiting for another process that makes %s", directory)
+                fcntl.flock(file, fcntl.LOCK_EX)
             # The holder before us removes the file: a lock on a removed file excludes nobody.
             if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
                 continue

@@ -1,5 +1,9 @@
 """A record and its bytes."""
 
+import hashlib
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -28,3 +32,17 @@ def test_a_record_of_another_length_is_found():
     data = encode(Record(np.zeros(8, np.uint16), 8, np.array([], np.int32)))
     with pytest.raises(ValueError):
         decode(data, record_tokens=16, dtype="uint16")
+
+
+def test_every_process_writes_the_same_bytes(repository):
+    program = """
+import hashlib
+import numpy as np
+from ctllm_jax.dataset.records import Record, encode
+print(hashlib.sha256(encode(Record(np.arange(64, dtype=np.uint16), 64, np.array([3, 9], np.int32)))).hexdigest())
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", program], cwd=repository, stdout=subprocess.PIPE, text=True)
+                 for _ in range(4)]
+    written = {process.communicate(timeout=120)[0].strip() for process in processes}
+    ours = encode(Record(np.arange(64, dtype=np.uint16), 64, np.array([3, 9], np.int32)))
+    assert written == {hashlib.sha256(ours).hexdigest()}
