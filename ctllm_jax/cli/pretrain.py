@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +93,8 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True) ->
     results: dict[str, Any] = {}
     with (MetricsWriter(directory, tensorboard=config.log.tensorboard, wandb_project=config.log.wandb_project,
                         config=start["config"], steps=config.steps) as writer,
-          TrainingConsole(console if first else None, total_steps=config.steps) as shown):
+          TrainingConsole(console if first else None, total_steps=config.steps) as shown,
+          Interrupt(shown.message) as interrupt):
         writer.event("start", **start)
         reached = run.start
 
@@ -101,19 +105,54 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True) ->
             writer.event("train", **values)
             shown.train(values)
 
-        hooks = make_hooks(run, writer, shown, results)
         try:
-            run.train(record=record, hooks=hooks)
+            reached = run.train(record=record, hooks=make_hooks(run, writer, shown, results),
+                                interrupted=interrupt.asked)
         except KeyboardInterrupt:
             writer.event("end", step=reached, reason="interrupted")
             raise
         except BaseException:
             writer.event("end", step=reached, reason="failed")
             raise
-        writer.event("end", step=config.steps, reason="done")
+        writer.event("end", step=reached, reason="done" if reached == config.steps else "interrupted")
+    if reached < config.steps:
+        if first:
+            console.print(f"stopped at step {reached:,} of {config.steps:,}, which is kept: the same command goes on")
+        raise KeyboardInterrupt
     if first:
         finish(run, console, next_command=next_command)
     return results
+
+
+class Interrupt:
+    """Ctrl-C once: stop behind this step, and keep it. Twice: stop at once.
+
+    Of one process alone: several would stop at different steps.
+    """
+
+    def __init__(self, message: Callable[[str], None]):
+        self._message, self._asked, self._before = message, False, None
+
+    def asked(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return self._asked
+
+    def __enter__(self) -> Interrupt:
+        import jax
+
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        self._message("stopping behind this step, and keeping it; Ctrl-C once more stops at once")
 
 
 def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any]) -> list[Any]:
@@ -213,7 +252,8 @@ def banner_rows(run: Run, start: dict[str, Any]) -> list[tuple[str, str]]:
             ("model", f"{start['parameters']:,} parameters, {flops['causal'] / 1e6:,.1f} MFLOPs a token causal,"
                       f" {flops['full'] / 1e6:,.1f} full"),
             ("batch", f"{config.batch.tokens:,} tokens a step = {config.batch.rows} rows of"
-                      f" {config.batch.sequence_length:,}: {run.micro_rows} rows a device at once, {run.accumulation} accumulated"),
+                      f" {config.batch.sequence_length:,}: {run.micro_rows} rows a device at once,"
+                      f" {run.accumulation} accumulated"),
             ("run", f"{config.steps:,} steps, {config.tokens_at(config.steps):,} tokens;"
                     f" compiled in {run.compile_seconds:.1f} s")]
     for source, tokens in start["tokens_per_source"].items():

@@ -57,7 +57,8 @@ def init_params(config: Any, key: jax.Array) -> dict[str, Any]:
     """All parameters, float32: a pure function of the config and the key, to be jitted with the mesh's shardings."""
     def build(table: dict[str, Any], prefix: str) -> dict[str, Any]:
         return {
-            name: build(entry, f"{prefix}{name}/") if isinstance(entry, dict) else initializer(prefix + name, entry)(key)
+            name: build(entry, f"{prefix}{name}/") if isinstance(entry, dict)
+            else initializer(prefix + name, entry)(key)
             for name, entry in table.items()
         }
     return build(decoder_parameters(config), "")

@@ -54,8 +54,8 @@ class Clock:
 
 def run_loop(state: State, train_step: Callable, batches: Iterator[Any], *, start: int, stop: int, log_every: int,
              record: Callable[[int, dict[str, Any], dict[str, float]], None], hooks: Sequence[Hook] = (),
-             frozen: Any = None) -> State:
-    """Train from step `start` to step `stop`.
+             frozen: Any = None, interrupted: Callable[[], bool] = lambda: False) -> State:
+    """Train from step `start` to step `stop`, or to the step at which `interrupted` says so.
 
     Args:
       state: at step `start`; donated.
@@ -67,7 +67,7 @@ def run_loop(state: State, train_step: Callable, batches: Iterator[Any], *, star
       hooks: called in order, outside of the transfer guard; their time counts for no step.
 
     Returns:
-      The state at `stop`.
+      The state behind the last step made.
     """
     clock = Clock()
     pending: tuple[int, Any] | None = None
@@ -98,5 +98,7 @@ def run_loop(state: State, train_step: Callable, batches: Iterator[Any], *, star
             for hook in due:
                 hook.call(step, state)
             clock.hooks += time.perf_counter() - began
+        if interrupted():
+            break
     flush()
     return state

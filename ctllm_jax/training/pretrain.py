@@ -115,16 +115,18 @@ class Run:
         for batch in self.data.iterate(int(self.state.data_step), local_rows=rows):
             yield place(batch)
 
-    def train(self, *, record: Callable, hooks: Sequence[Hook]) -> State:
-        """Go on to the last step; checkpoints are hooks of the run's own."""
+    def train(self, *, record: Callable, hooks: Sequence[Hook], interrupted: Callable[[], bool] = lambda: False) -> int:
+        """Go on to the last step, or until `interrupted`; returns the step reached, which is kept either way."""
         batches = self.batches()
         try:
             self.state = run_loop(self.state, self.train_step, batches, start=self.start, stop=self.config.steps,
-                                  log_every=self.config.log.every, record=record, hooks=hooks)
+                                  log_every=self.config.log.every, record=record, hooks=hooks, interrupted=interrupted)
+            step = int(self.state.step)
+            self.checkpointer.save(self.state, step=step, last=True)
         finally:
             batches.close()
             self.checkpointer.close()
-        return self.state
+        return step
 
 
 def place_batch(batch: Batch, *, sharding: NamedSharding, rows: int) -> Batch:

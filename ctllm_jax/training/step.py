@@ -15,7 +15,7 @@ import optax
 from ctllm_jax.training.state import State
 
 LossFn = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
-"""`(params, frozen, batch) -> (sum of loss, sum of weight, {name: sum})`: sums add up over micro-batches and devices."""
+"""`(params, frozen, batch) -> (sum of loss, sum of weight, {name: sum})`: sums add up over micro-batches, devices."""
 
 
 def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: Callable, *,

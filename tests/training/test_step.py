@@ -35,7 +35,8 @@ def take_steps(config, *, mesh_sizes, accumulation=1, steps=3):
     optimizer = make_optimizer(config.optimizer, params)
     step = jax.jit(make_train_step(
         make_loss_fn(config, make_decoder(config, mesh), mesh=mesh, token_bytes=None, z_loss=config.loss.z_loss,
-                     padded=True), optimizer, make_schedule(config.optimizer, steps=config.steps), accumulation=accumulation,
+                     padded=True),
+        optimizer, make_schedule(config.optimizer, steps=config.steps), accumulation=accumulation,
         constrain_grads=partial(jax.lax.with_sharding_constraint, shardings=shardings)))
     state, history = init_state(params, optimizer), []
     for _, batch in zip(range(steps), data.iterate(0, local_rows=range(config.batch.rows)), strict=False):
