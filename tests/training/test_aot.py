@@ -1,0 +1,41 @@
+"""The train step compiled by TPU's own compiler, for a slice that is not here: what it costs in memory."""
+
+import pytest
+
+from ctllm_jax import sharding
+from ctllm_jax.config.load import load
+from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.training.pretrain import plan_step
+
+pytestmark = pytest.mark.aot
+
+ROWS, LENGTH, VOCAB, LAYERS, HIDDEN = 16, 512, 4096, 6, 256
+OVERRIDES = [f"model.vocab_size={VOCAB}", f"model.hidden_size={HIDDEN}", f"model.num_layers={LAYERS}", "model.num_heads=2",
+             "model.num_kv_heads=2", "model.head_dim=128", "model.ffn_size=768", f"model.context_length={LENGTH}",
+             f"batch.sequence_length={LENGTH}", f"batch.tokens={ROWS * LENGTH}", "compute.dtype=bfloat16",
+             "mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2", "compute.loss_chunk=512"]
+
+
+@pytest.fixture(scope="module")
+def devices():
+    pytest.importorskip("libtpu", reason="needs the extra: tpu")
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+
+
+def temporaries(devices, remat):
+    """Bytes of temporaries on each chip."""
+    config = load(PretrainConfig, target="debug/pretrain", overrides=[*OVERRIDES, f"compute.remat={remat}"])
+    mesh = sharding.make_mesh(config.mesh.model_dump(), devices)
+    return plan_step(config, mesh).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_of_the_step_on_a_slice(devices):
+    """Remat frees what it says, and no chip holds the logits of its rows."""
+    none, block = temporaries(devices, "none"), temporaries(devices, "block")
+    tokens = ROWS // 2 * LENGTH
+    # Without remat each layer keeps at least its SwiGLU's two wide activations, split over tensor.
+    assert none - block > tokens * 768 // 2 * 2 * 2 * (LAYERS - 1)
+    logits = tokens * VOCAB // 2 * 4
+    assert block < logits
