@@ -52,7 +52,20 @@ def chunked_cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS:
     Returns:
       (sum of loss, sum of weights, {"z_loss": its part of the sum, for looking at alone}), float32 scalars over the
       whole batch. Reverse-mode differentiable in hidden and head; no forward mode.
+
+    Raises:
+      ValueError: shapes that do not fit, or axes that the mesh does not have.
     """
+    hidden = hidden_BSD.shape[-1]
+    if hidden_BSD.shape[:-1] != targets_BS.shape or targets_BS.shape != weights_BS.shape or head_DV.shape[0] != hidden:
+        raise ValueError(f"cross-entropy: targets {targets_BS.shape} and weights {weights_BS.shape} must have the shape of"
+                         f" hidden {hidden_BSD.shape} without its last dim, and head {head_DV.shape} be [{hidden}, V]")
+    if mesh is not None:
+        missing = [axis for axis in (*batch_axes, fsdp_axis, tensor_axis) if axis and axis not in mesh.axis_names]
+        if missing:
+            raise ValueError(f"cross-entropy: the mesh has the axes {', '.join(mesh.axis_names)}, and no {', '.join(missing)}")
+        if fsdp_axis and fsdp_axis not in batch_axes:
+            raise ValueError(f"cross-entropy: fsdp_axis={fsdp_axis!r} must be one of batch_axes={tuple(batch_axes)}")
     setting = _Setting(float(z_loss), chunk_size, vocab_size or head_DV.shape[1],
                        None if mesh is None or mesh.size == 1 else mesh, tuple(batch_axes), fsdp_axis, tensor_axis)
     loss, weight, z_part = _loss(setting, hidden_BSD, head_DV, targets_BS, weights_BS)
@@ -131,9 +144,11 @@ def _local(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, wi
     hidden_grad_BSD = hidden_grad.reshape(chunks * size, hidden_dim)[:tokens].reshape(hidden_BSD.shape)
     if sharded:
         others = tuple(axis for axis in setting.batch_axes if axis != fsdp_axis)
-        head_grad_DV = jax.lax.psum(head_grad_DV, others) if others else head_grad_DV
         if fsdp_axis:
+            # Before the sum over the other axes, which then carries this device's part alone.
             head_grad_DV = jax.lax.psum_scatter(head_grad_DV, fsdp_axis, scatter_dimension=0, tiled=True)
+        if others:
+            head_grad_DV = jax.lax.psum(head_grad_DV, others)
     return sums[0], sums[1], sums[2], hidden_grad_BSD, head_grad_DV.astype(head_dtype)
 
 

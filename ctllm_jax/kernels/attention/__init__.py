@@ -52,6 +52,8 @@ def attention(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array,
         raise ValueError(f"attention: segment_ids {segment_ids.shape} must be {(batch, length)}")
     if sliding_window is not None and not causal:
         raise ValueError(f"attention: sliding_window={sliding_window} needs causal=True")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"attention: sliding_window={sliding_window} must be at least 1: a token sees itself")
     chosen(implementation)
     return attention_xla(query_BSNH, key_BSKH, value_BSKH, segment_ids_BS=segment_ids, causal=causal,
                          sliding_window=sliding_window, scale=head_dim**-0.5 if scale is None else scale)

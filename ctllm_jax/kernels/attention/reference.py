@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 
-def attention_mask(length: int, *, segment_ids_BS: jax.Array | None, causal: bool,
-                   sliding_window: int | None) -> jax.Array:
+def attention_mask(length: int, *, segment_ids: jax.Array | None, causal: bool, sliding_window: int | None) -> jax.Array:
     """Which key (last dim) each query sees: bool [B or 1, S, S]. A query of segment 0 sees nothing."""
     query, key = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
     mask = jnp.ones((1, length, length), bool)
@@ -18,18 +17,18 @@ def attention_mask(length: int, *, segment_ids_BS: jax.Array | None, causal: boo
         mask &= (key <= query)[None]
     if sliding_window is not None:
         mask &= (query - key < sliding_window)[None]
-    if segment_ids_BS is not None:
-        mask = mask & (segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]) & (segment_ids_BS[:, :, None] > 0)
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, :, None] > 0)
     return mask
 
 
-def attention_reference(query_BSNH, key_BSKH, value_BSKH, *, segment_ids_BS=None, causal=True, sliding_window=None,
+def attention_reference(query_BSNH, key_BSKH, value_BSKH, *, segment_ids=None, causal=True, sliding_window=None,
                         scale=None) -> jax.Array:
     """softmax(q kᵀ · scale) v over what the mask allows (arXiv 1706.03762); a query that sees nothing gives zeros."""
     heads, kv_heads, head_dim = query_BSNH.shape[2], key_BSKH.shape[2], query_BSNH.shape[3]
     query, key, value = (x.astype(jnp.float32) for x in (query_BSNH, key_BSKH, value_BSKH))
     key, value = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (key, value))
     scores_BNST = jnp.einsum("BSNH,BTNH->BNST", query, key) * (head_dim**-0.5 if scale is None else scale)
-    mask = attention_mask(query.shape[1], segment_ids_BS=segment_ids_BS, causal=causal, sliding_window=sliding_window)[:, None]
+    mask = attention_mask(query.shape[1], segment_ids=segment_ids, causal=causal, sliding_window=sliding_window)[:, None]
     probs_BNST = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores_BNST, -1e30), axis=-1), 0)
     return jnp.einsum("BNST,BTNH->BSNH", probs_BNST, value).astype(query_BSNH.dtype)

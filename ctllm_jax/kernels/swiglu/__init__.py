@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from ctllm_jax.kernels.dispatch import choose
+from ctllm_jax.kernels.swiglu.xla import swiglu_xla
 
 __all__ = ["chosen", "swiglu"]
 
@@ -31,8 +31,10 @@ def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, implementation
       [..., F] in x's dtype.
 
     Raises:
-      ValueError: an implementation that cannot run here.
+      ValueError: shapes that do not fit, or an implementation that cannot run here.
     """
+    hidden = x.shape[-1]
+    if gate_DF.ndim != 2 or gate_DF.shape != up_DF.shape or gate_DF.shape[0] != hidden:
+        raise ValueError(f"swiglu: gate {gate_DF.shape} and up {up_DF.shape} must both be [{hidden}, F], as x is {x.shape}")
     chosen(implementation)
-    gate, up = jnp.dot(x, gate_DF), jnp.dot(x, up_DF)
-    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(x.dtype)
+    return swiglu_xla(x, gate_DF, up_DF)
