@@ -75,7 +75,8 @@ def _from_tfds(name: str, path: Path, source: SourceConfig, config: DataConfig, 
 
     def read(quarantine: Quarantine) -> Iterator[Document]:
         texts = grain.MapDataset.source(records).map(lambda record: record[source.text_field])
-        for line, value in enumerate(texts.to_iter_dataset(grain.ReadOptions(config.threads, 64)), 1):
+        # No threads: TFDS imports parts of itself when it first decodes, and two threads may then wait forever.
+        for line, value in enumerate(texts.to_iter_dataset(grain.ReadOptions(0, 0)), 1):
             try:
                 yield Document(value.decode("utf-8") if isinstance(value, bytes) else str(value), path, line)
             except UnicodeDecodeError as error:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.dataset.manifest import Manifest, Shard, read_manifest
-from ctllm_jax.dataset.records import Record, decode
+from ctllm_jax.dataset.records import Record, decode, load_codec
 
 
 class DamagedShard(UserError):
@@ -34,6 +35,7 @@ class ShardReader:
         self._dtype = dtype
         self._reader = None
         self._lock = threading.Lock()
+        load_codec(record_tokens, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reader": None, "_lock": None}
@@ -41,6 +43,8 @@ class ShardReader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+        # In a worker process this is before its threads start.
+        load_codec(self._record_tokens, self._dtype)
 
     def record(self, index: int) -> Record:
         """Record `index`. DamagedShard where it cannot be read."""
@@ -69,8 +73,6 @@ class ShardReader:
         """The ArrayRecord reader. DamagedShard where the file is none, or holds another number of records."""
         with self._lock:
             if self._reader is None:
-                from array_record.python.array_record_module import ArrayRecordReader
-
                 try:
                     reader = ArrayRecordReader(str(self.path), "readahead_buffer_size:0")
                     records = reader.num_records()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from typing import NamedTuple
 
@@ -30,6 +31,21 @@ def features(record_tokens: int, dtype: str):
         "num_tokens": tfds.features.Scalar(dtype=np.int32),
         "ends": tfds.features.Tensor(shape=(None,), dtype=np.int32, encoding=stored),
     })
+
+
+_loading = threading.Lock()
+
+
+@cache
+def load_codec(record_tokens: int, dtype: str) -> None:
+    """Import all that `encode` and `decode` need; call it before threads do.
+
+    TFDS imports parts of itself when they are first used, under locks of its own: two threads that decode their first
+    record at the same time can wait for each other forever (seen with tensorflow-datasets 4.9.10 on Python 3.11).
+    """
+    with _loading:
+        tokens = np.zeros(record_tokens, dtype)
+        decode(encode(Record(tokens, record_tokens, np.zeros(0, np.int32))), record_tokens=record_tokens, dtype=dtype)
 
 
 def encode(record: Record) -> bytes:

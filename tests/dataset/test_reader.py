@@ -84,3 +84,22 @@ def test_only_the_damaged_record_is_lost(directory):
             assert str(error).startswith(f"{reader.path}: record {index} cannot be read")
             bad.append(index)
     assert len(bad) == 1
+
+
+def test_reading_imports_nothing_once_a_reader_is_there(directory):
+    """Two threads that import parts of TFDS at the same time can wait for each other forever."""
+    pickled = pickle.dumps(Dataset(directory).split("train").shards[0])
+    for made in (f"Dataset({str(directory)!r}).split('train').shards[0]", f"pickle.loads({pickled!r})"):
+        program = f"""
+import pickle, sys, threading
+from ctllm_jax.dataset.reader import Dataset
+reader = {made}
+before = set(sys.modules)
+thread = threading.Thread(target=reader.window, args=(0, 40))
+thread.start()
+thread.join()
+assert reader.open().num_records() == 5
+sys.exit(", ".join(sorted(set(sys.modules) - before)) or 0)
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
