@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +52,7 @@ class Checkpointer:
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, *, tokens_per_step: int, meta: dict[str, Any]):
-        self.config, self.meta, self.tokens_per_step = config, meta, tokens_per_step
+        self.run_dir, self.config, self.meta, self.tokens_per_step = run_dir, config, meta, tokens_per_step
         keep = [policies.LatestN(config.keep_last)]
         if config.keep_every:
             keep.append(policies.EveryNSteps(config.keep_every))
@@ -60,18 +64,32 @@ class Checkpointer:
         return last or step % self.config.every == 0 or self.is_milestone(step)
 
     def save(self, state: State, *, step: int, last: bool = False) -> None:
-        """Begin to save what the config wants kept at this step, if it is not kept already."""
+        """Begin to save what the config wants kept at this step, if it is not kept already.
+
+        Raises:
+          UserError: no room for it, or the save before did not get onto the disk; what is already kept stays whole.
+        """
+        resumable = (last or step % self.config.every == 0) and step not in self._steps.all_steps()
+        milestone = self.is_milestone(step) and step not in self._milestones.all_steps()
+        if not (resumable or milestone):
+            return
+        self.wait()
         meta = {**self.meta, "step": step, "tokens": step * self.tokens_per_step}
-        if (last or step % self.config.every == 0) and step not in self._steps.all_steps():
-            self._steps.save(step, args=_items(state, meta, trainer=True))
-            _empty_trash(self._steps.directory)
-        if self._milestones is not None and self.is_milestone(step) and step not in self._milestones.all_steps():
-            self._milestones.save(step, args=_items(state, meta, trainer=self.config.milestone_optimizer))
+        saves = []
+        if resumable:
+            saves.append((self._steps, _items(state, meta, trainer=True)))
+        if milestone:
+            saves.append((self._milestones, _items(state, meta, trainer=self.config.milestone_optimizer)))
+        self._check_room(step, [items for _, items in saves])
+        with self._disk_errors_told():
+            for manager, items in saves:
+                manager.save(step, args=items)
 
     def is_milestone(self, step: int) -> bool:
         """Whether `step` is the first at which one of the milestones is reached."""
         before, after = (step - 1) * self.tokens_per_step, step * self.tokens_per_step
-        return any(before < milestone * 1e9 <= after for milestone in self.config.milestones)
+        # Rounded, because 0.067 billion is 67,000,000.00000001 in floating point, and so would be reached a step late.
+        return any(before < round(milestone * 1e9) <= after for milestone in self.config.milestones)
 
     def latest(self) -> int | None:
         """The newest resumable step."""
@@ -89,10 +107,17 @@ class Checkpointer:
         return State(params=restored["params"], **restored["trainer"])
 
     def wait(self) -> None:
-        """Block until what was begun is on disk; raises what went wrong there."""
-        self._steps.wait_until_finished()
-        if self._milestones is not None:
-            self._milestones.wait_until_finished()
+        """Block until what was begun is on disk, and what it displaced is gone.
+
+        Raises:
+          UserError: it could not be written; says where and why.
+        """
+        with self._disk_errors_told():
+            self._steps.wait_until_finished()
+            if self._milestones is not None:
+                self._milestones.wait_until_finished()
+        # Only now: the thread that saves also moves what it displaces into the trash.
+        _empty_trash(self._steps.directory)
 
     def close(self) -> None:
         """Finish what was begun."""
@@ -100,6 +125,36 @@ class Checkpointer:
         self._steps.close()
         if self._milestones is not None:
             self._milestones.close()
+
+    def _check_room(self, step: int, saves: list[ocp.args.Composite]) -> None:
+        """Better before than in the middle of writing; the other processes write to the same disk."""
+        arrays = [item.item for items in saves for name, item in items.items() if name != "meta"]
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+        free = shutil.disk_usage(self.run_dir).free
+        if free < needed and jax.process_index() == 0:
+            raise UserError(f"no room for the checkpoint of step {step}: it takes {needed / 2**20:,.1f} MiB, and"
+                            f" {self.run_dir} has {free / 2**20:,.1f} MiB free; {self._advice()}")
+
+    @contextmanager
+    def _disk_errors_told(self) -> Iterator[None]:
+        """A disk's errors in a user's words. What is half written goes at once: it would keep the disk full."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            # TensorStore raises ValueError, with the system's number in its text.
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None)
+            if reason is None:
+                raise
+            for path in self.run_dir.glob("*/*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+            raise UserError(f"a checkpoint could not be written below {self.run_dir}: {reason};"
+                            f" {self._advice()}") from error
+
+    def _advice(self) -> str:
+        steps = [int(path.name) for path in (self.run_dir / CHECKPOINTS).iterdir() if path.name.isdigit()]
+        goes_on = f"it goes on from step {max(steps)}" if steps else "nothing of this run is kept yet"
+        return f"make room there and give the same command again: {goes_on}"
 
 
 def _manager(directory: Path, preservation: Any) -> ocp.CheckpointManager:
@@ -136,8 +191,9 @@ def compare_fingerprints(kept: dict[str, Any], now: dict[str, Any], *, run_dir: 
     differing = [f"{key}: {kept.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now"
                  for key in sorted({*kept, *now}) if kept.get(key, "absent") != now.get(key, "absent")]
     if differing:
-        raise UserError(f"{run_dir} cannot be resumed: what it was begun with differs from what it is to go on with:\n  "
-                        + "\n  ".join(differing) + "\ntake these back, or give another run.dir (init=MODEL takes its weights along)")
+        raise UserError("\n  ".join([f"{run_dir} cannot be resumed: it was begun with other values than it is to go on"
+                                     " with:", *differing])
+                        + "\ntake these back, or give another run.dir (init=MODEL takes its weights along)")
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

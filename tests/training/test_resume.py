@@ -1,0 +1,80 @@
+"""A run that is killed at any moment goes on as if nothing had happened: bit for bit."""
+
+import signal
+
+import pytest
+
+from ctllm_jax.report.run import read_run
+from tests.runs import DEBUG, REPOSITORY, assert_same_bits, cached, launch, read_arrays, start
+from tests.training.killed_run import MOMENTS
+
+STEPS = 10
+OVERRIDES = ("checkpoint.every=1", "checkpoint.keep_last=2", "mesh.fsdp=2", "mesh.data=1")
+SCRIPT = REPOSITORY / "tests/training/killed_run.py"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Where the processes share what they compile; the uninterrupted run compiles for itself."""
+    return cached(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cache):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    done = launch("pretrain", DEBUG, f"run.dir={directory}", *OVERRIDES, devices=2, **cache)
+    assert done.returncode == 0, done.stdout
+    return directory
+
+
+def kill(directory, step, moment, cache):
+    """The debug run up to a moment of the checkpoint of a step."""
+    killed = start(step, moment, f"run.dir={directory}", *OVERRIDES, script=SCRIPT, devices=2, **cache).wait_for_text()
+    assert killed.returncode == -signal.SIGKILL, killed.stdout
+    return {int(path.name) for path in (directory / "checkpoints").glob("*") if path.name.isdigit()}
+
+
+def resume(directory, cache):
+    """The same command to its end."""
+    done = launch("pretrain", DEBUG, f"run.dir={directory}", *OVERRIDES, devices=2, **cache)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def check(directory, uninterrupted):
+    """The last checkpoint, the metrics and the disk are those of a run that nobody killed."""
+    assert_same_bits(read_arrays(directory, STEPS), read_arrays(uninterrupted, STEPS))
+    ours, other = read_run(directory), read_run(uninterrupted)
+    assert ours.state == "done" and not ours.problems
+    assert [record["step"] for record in ours.train] == list(range(1, STEPS + 1))
+    for mine, theirs in zip(ours.train, other.train, strict=True):
+        assert all(mine[name] == theirs[name] for name in ("loss", "grad_norm", "lr", "tokens"))
+    assert {path.name for path in (directory / "checkpoints").iterdir()} == {"9", "10"}
+    return ours
+
+
+def test_killed_at_every_step(tmp_path, uninterrupted, cache):
+    """One run, killed nine times: at each step, at each moment in turn."""
+    for step in range(1, STEPS):
+        moment = MOMENTS[step % len(MOMENTS)]
+        whole = kill(tmp_path, step, moment, cache)
+        if moment != "during":
+            assert (step in whole) == (moment not in ("before", "written"))
+        if moment == "displacing":
+            assert len(whole) == 3
+        if moment == "deleting":
+            (half_deleted, *_) = (tmp_path / "checkpoints/trash").iterdir()
+            assert (half_deleted / "trainer").exists() and not (half_deleted / "params").exists()
+    assert "resuming" in resume(tmp_path, cache)
+    run = check(tmp_path, uninterrupted)
+    assert [start["how"] for start in run.starts][0] == "scratch" and len(run.starts) == STEPS
+    assert {start["how"] for start in run.starts[2:]} == {"resume"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_killed_once(tmp_path, uninterrupted, cache, step, moment):
+    kill(tmp_path, step, moment, cache)
+    resume(tmp_path, cache)
+    check(tmp_path, uninterrupted)
