@@ -1,4 +1,4 @@
-"""What the documentation shows is tried: commands run, keys exist, messages are those that come, links lead somewhere."""
+"""What the documentation shows is tried: commands run, keys exist, messages are those that come, links are whole."""
 
 import json
 import re
@@ -37,14 +37,15 @@ COMPLAINTS = {
     "batch.sequence_length=8192 is above model.context_length=2048":
         "pretrain small/150m batch.sequence_length=8192 batch.tokens=81920",
     "data.tokenizer must be given": "pretrain quickstart/pretrain data=corpus",
-    "model.vocab_size=5000 must be at least 6000":
-        "pretrain quickstart/pretrain data=data/corpus model.vocab_size=5000",
+    "model.vocab_size=4000 must be at least 4096":
+        "pretrain quickstart/pretrain data=data/corpus model.vocab_size=4000",
     "neither divides nor multiplies record_tokens=4096":
         "pretrain quickstart/pretrain data=data/corpus batch.sequence_length=96 batch.tokens=960",
     "were made with different tokenizers":
         "pretrain quickstart/pretrain data=data/corpus data.sources.b.path=data/other",
-    "cannot be resumed: what it was begun with differs from what it is to go on with":
+    "cannot be resumed: it was begun with other values than it is to go on with":
         "pretrain debug/pretrain run.dir=runs/mesh seed=7",
+    "are of another model": "pretrain debug/pretrain init=runs/corpus run.dir=runs/other",
     "malformed JSON at character": "prepare input=bad.jsonl tokenizer=tokenizer.model output=data/bad",
     "exists already: remove it, or write elsewhere":
         "prepare input=corpus tokenizer=tokenizer.model output=data/corpus",
