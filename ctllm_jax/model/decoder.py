@@ -220,8 +220,9 @@ class Decoder(nn.Module):
 
     def _rematerialised(self, function: Callable) -> Callable:
         """`function` under the remat ladder. A scan keeps XLA from merging the two computations by itself."""
-        policies = {"none": None, "ffn": None, "block": jax.checkpoint_policies.nothing_saveable,
-                    "attention": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)}
+        policies = {"none": None, "ffn": None,
+                    "attention": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
+                    "block": jax.checkpoint_policies.nothing_saveable}
         if self.remat not in policies:
             raise ValueError(f"remat={self.remat!r}: must be one of {', '.join(policies)}")
         policy = policies[self.remat]

@@ -43,7 +43,8 @@ def make_schedule(config: OptimizerConfig, *, steps: int) -> Callable[[jax.Array
     joined = after
     if warmup:
         joined = optax.join_schedules([optax.linear_schedule(0.0, config.lr, warmup), after], [warmup])
-    return lambda step: jnp.asarray(joined(step + 1), jnp.float32)
+    # The linear fall may end a rounding error below zero.
+    return lambda step: jnp.maximum(jnp.asarray(joined(step + 1), jnp.float32), 0.0)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

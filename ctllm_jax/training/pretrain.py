@@ -201,6 +201,9 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
       ValueError: whatever in the config, data or checkpoint does not fit, before the model is compiled.
     """
     mesh = sharding.make_mesh(config.mesh.model_dump())
+    if jax.default_backend() == "cpu" and config.compute.remat != "none" and not config.compute.scan_layers:
+        log.warning("compute.remat=%s saves no memory here: XLA's CPU compiler merges the recomputation of unrolled"
+                    " blocks away; compute.scan_layers=true keeps it", config.compute.remat)
     data = open_training_data(config.data, sequence_length=config.batch.sequence_length, rows=config.batch.rows,
                               seed=config.seed, vocab_size=config.model.vocab_size)
     plan = plan_step(config, mesh, token_bytes=data.token_bytes)
