@@ -68,5 +68,6 @@ def read_arrays(run_dir, step, folder="checkpoints"):
 def assert_same_bits(ours, other):
     """Two results of `read_arrays`, equal in every bit; and not empty."""
     assert ours and ours.keys() == other.keys()
-    differing = [key for key in ours if (ours[key].dtype, ours[key].tobytes()) != (other[key].dtype, other[key].tobytes())]
+    differing = [key for key, array in ours.items()
+                 if (array.dtype, array.tobytes()) != (other[key].dtype, other[key].tobytes())]
     assert not differing, differing

@@ -246,6 +246,17 @@ def find_checkpoint(model: str) -> tuple[Path, Kept]:
 
 
 def load_params(checkpoint: Kept, abstract_params: Any) -> Any:
-    """The weights of a checkpoint, laid out as the shardings of `abstract_params` say."""
-    restored = ocp.StandardCheckpointer().restore((checkpoint.path / "params").absolute(), abstract_params)
-    return restored
+    """The weights of a checkpoint, laid out as the shardings of `abstract_params` say.
+
+    Raises:
+      UserError: parameters of other shapes than these; names each.
+    """
+    path = (checkpoint.path / "params").absolute()
+    kept, wanted = (_flatten(jax.tree.map(lambda x: list(x.shape), tree))
+                    for tree in (ocp.PyTreeCheckpointHandler().metadata(path).tree, abstract_params))
+    differing = [f"{name}: {kept.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
+                 for name in sorted({*kept, *wanted}) if kept.get(name) != wanted.get(name)]
+    if differing:
+        raise UserError("\n  ".join([f"the weights of {checkpoint.path} are of another model:", *differing]))
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path, abstract_params)
