@@ -173,9 +173,9 @@ def test_no_room_is_found_out_before_anything_is_written(tmp_path, make_checkpoi
     checkpointer = make_checkpointer(every=1)
     save(checkpointer, [1, 2])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 20))
-    with pytest.raises(UserError, match=rf"no room for the checkpoint of step 3: it takes 0.0 MiB, and {tmp_path} has 0.0"
-                                        " MiB free; make room there and give the same command again: it goes on from"
-                                        " step 2"):
+    with pytest.raises(UserError, match=rf"no room for the checkpoint of step 3: it takes 0.0 MiB, and {tmp_path} has"
+                                        " 0.0 MiB free; make room there and give the same command again: it goes on"
+                                        " from step 2"):
         checkpointer.save(make_state(3), step=3)
     assert steps_in(tmp_path / "checkpoints") == [1, 2]
     assert np.array_equal(checkpointer.restore(abstract_state(), step=2).params["w"], make_state(2).params["w"])
@@ -228,8 +228,9 @@ def test_a_real_disk_that_fills_up(tmp_path, tmp_path_factory):
     if namespace is None:
         pytest.skip("mounts are not allowed here; the tests beside this one fail the disk by other means")
     compiled = cached(tmp_path_factory.mktemp("compiled"))
-    done = subprocess.run([*namespace, "bash", "-c", FULL_DISK, "full-disk", str(tmp_path), sys.executable], check=False,
-                          capture_output=True, text=True, timeout=300, env=environment(**compiled), cwd=REPOSITORY)
+    done = subprocess.run([*namespace, "bash", "-c", FULL_DISK, "full-disk", str(tmp_path), sys.executable],
+                          check=False, capture_output=True, text=True, timeout=300, cwd=REPOSITORY,
+                          env=environment(**compiled))
     assert done.returncode == 0, done.stdout + done.stderr
     filled, full, room = done.stdout.split("---")[1:]
     assert filled.splitlines()[-3:] == ["1", "2", "3"] and full.splitlines()[-3:] == ["1", "2", "3"]
@@ -355,7 +356,8 @@ def fingerprint(*overrides):
 @pytest.mark.parametrize("override", [
     "steps=99", "run.dir=elsewhere", "checkpoint.every=1", "checkpoint.milestones=[1.0]", "mesh.fsdp=8",
     "log.every=7", "evaluation.every=3", "sample.prompts=[x]", "compute.remat=block", "compute.scan_layers=false",
-    "compute.loss_chunk=64", "batch.rows_per_device=2", "data.prefetch=9", "data.sources.zh.path=moved", "init=somewhere"])
+    "compute.loss_chunk=64", "batch.rows_per_device=2", "data.prefetch=9", "data.sources.zh.path=moved",
+    "init=somewhere"])
 def test_what_a_resumed_run_may_change(tmp_path, override):
     assert fingerprint(override) == fingerprint()
     compare_fingerprints(fingerprint(), fingerprint(override), run_dir=tmp_path)

@@ -1,10 +1,17 @@
 """A run that is killed at any moment goes on as if nothing had happened: bit for bit."""
 
+import shutil
 import signal
 
+import jax
 import pytest
 
+from ctllm_jax import sharding
+from ctllm_jax.config.load import load
+from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.report.run import read_run
+from ctllm_jax.training.loop import Hook
+from ctllm_jax.training.pretrain import prepare_run
 from tests.runs import DEBUG, REPOSITORY, assert_same_bits, cached, launch, read_arrays, start
 from tests.training.killed_run import MOMENTS
 
@@ -78,3 +85,28 @@ def test_killed_once(tmp_path, uninterrupted, cache, step, moment):
     kill(tmp_path, step, moment, cache)
     resume(tmp_path, cache)
     check(tmp_path, uninterrupted)
+
+
+def train_to_the_end(directory, *overrides, devices, monkeypatch):
+    """How the run began, and the loss of each step."""
+    make_mesh = sharding.make_mesh
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:devices]))
+        run = prepare_run(load(PretrainConfig, target=DEBUG, overrides=["steps=6", *overrides]), directory=directory)
+    losses = {}
+    save = Hook(lambda step, state: run.checkpointer.save(state, step=step), run.checkpointer.is_due)
+    run.train(record=lambda step, metrics, timing: losses.update({step: metrics["loss"]}), hooks=[save])
+    return run.start, losses
+
+
+def test_another_mesh_goes_on_with_the_same_losses(tmp_path, monkeypatch):
+    first = tmp_path / "first"
+    start, expected = train_to_the_end(first, "checkpoint.every=3", "mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2",
+                                       devices=8, monkeypatch=monkeypatch)
+    assert start == 0 and sorted(expected) == [1, 2, 3, 4, 5, 6] and expected[6] < expected[3] < expected[1]
+    shutil.rmtree(first / "checkpoints/6")
+    for devices, mesh in ((8, ("mesh.data=4", "mesh.fsdp=2")), (2, ("mesh.fsdp=2", "mesh.data=1")), (1, ())):
+        directory = tmp_path / str(mesh)
+        shutil.copytree(first, directory)
+        start, losses = train_to_the_end(directory, *mesh, devices=devices, monkeypatch=monkeypatch)
+        assert start == 3 and losses == pytest.approx({step: expected[step] for step in (4, 5, 6)}, rel=1e-5)
