@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ctllm_jax.config.errors import UserError
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
@@ -37,14 +39,14 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
       devices: default `jax.devices()`, of all processes.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices; the message gives the numbers.
+      UserError: the sizes do not multiply to the number of devices; the message gives the numbers.
     """
     devices = list(jax.devices() if devices is None else devices)
     given = math.prod(size for size in sizes.values() if size != -1)
     shape = tuple(len(devices) // given if sizes[axis] == -1 else sizes[axis] for axis in AXES)
     if math.prod(shape) != len(devices):
         wanted = " x ".join(f"{axis} {sizes[axis]}" for axis in AXES)
-        raise ValueError(f"mesh {wanted} does not cover {len(devices)} devices exactly:"
+        raise UserError(f"mesh {wanted} does not cover {len(devices)} devices exactly:"
                          f" the product must be {len(devices)}, or one axis -1 and the others divide it")
     if devices[0].platform == "cpu":
         grid = np.asarray(devices).reshape(shape)
@@ -74,7 +76,7 @@ def param_shardings(table: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """The sharding of every parameter of a table from `model.parameters`.
 
     Raises:
-      ValueError: a dim that its mesh axes do not divide, with the parameter and the numbers.
+      UserError: a dim that its mesh axes do not divide, with the parameter and the numbers.
     """
     def shard(entry: Any, path: str) -> Any:
         if isinstance(entry, dict):
@@ -83,7 +85,7 @@ def param_shardings(table: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
         for dim, size, axes in zip(entry.dims, entry.shape, spec, strict=True):
             parts = axis_size(mesh, axes)
             if size % parts:
-                raise ValueError(f"parameter {path}: its {dim} of {size} cannot be split over mesh axis {axes}"
+                raise UserError(f"parameter {path}: its {dim} of {size} cannot be split over mesh axis {axes}"
                                  f" of {parts}")
         return NamedSharding(mesh, spec)
     return shard(table, "")

@@ -161,8 +161,7 @@ def plan_step(config: PretrainConfig, mesh: jax.sharding.Mesh, *, token_bytes: n
     """The train step of a config on a mesh.
 
     Raises:
-      ValueError: a batch or a parameter that the mesh does not divide, with the numbers.
-      UserError: an optimizer rule that decides for nothing.
+      UserError: a batch or a parameter that the mesh does not divide, an optimizer rule that decides for nothing.
     """
     parts = sharding.axis_size(mesh, sharding.BATCH_AXES)
     micro_rows, accumulation = plan_accumulation(config.batch.rows, devices=parts,
@@ -198,8 +197,12 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
       stage: told what is being done.
 
     Raises:
-      ValueError: whatever in the config, data or checkpoint does not fit, before the model is compiled.
+      UserError: whatever in the config, data or checkpoint does not fit, before the model is compiled.
     """
+    try:
+        kernels.implementations(attention=config.compute.attention, swiglu=config.compute.swiglu)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     mesh = sharding.make_mesh(config.mesh.model_dump())
     if jax.default_backend() == "cpu" and config.compute.remat != "none" and not config.compute.scan_layers:
         log.warning("compute.remat=%s saves no memory here: XLA's CPU compiler merges the recomputation of unrolled"

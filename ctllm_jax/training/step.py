@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ctllm_jax.config.errors import UserError
 from ctllm_jax.training.state import State
 
 LossFn = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
@@ -74,10 +75,10 @@ def plan_accumulation(rows: int, *, devices: int, rows_per_device: int | None) -
     """(rows a device computes at once, micro-batches), for `rows` global rows over `devices` parts of the batch.
 
     Raises:
-      ValueError: the rows cannot be split over the devices; the message gives the numbers.
+      UserError: the rows cannot be split over the devices; the message gives the numbers.
     """
     if rows % devices:
-        raise ValueError(f"a batch of {rows} rows cannot be split over {devices} devices (mesh.data x mesh.fsdp):"
+        raise UserError(f"a batch of {rows} rows cannot be split over {devices} devices (mesh.data x mesh.fsdp):"
                          f" batch.tokens / batch.sequence_length must be a multiple of {devices}")
     per_device = rows // devices
     most = min(rows_per_device or per_device, per_device)
