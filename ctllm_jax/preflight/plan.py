@@ -33,13 +33,13 @@ def checkpoint_bytes(config: PretrainConfig) -> dict[str, int]:
 
 def checkpoints_kept(config: PretrainConfig) -> dict[str, int]:
     """How many checkpoints of each kind lie on disk at most; one more resumable while it is written."""
-    saved = -(-config.steps // config.checkpoint.every)
-    kept = min(saved, config.checkpoint.keep_last)
+    saved = sorted({*range(config.checkpoint.every, config.steps, config.checkpoint.every), config.steps})
+    kept = set(saved[-config.checkpoint.keep_last:])
     if config.checkpoint.keep_every:
-        kept = min(saved, kept + config.steps // config.checkpoint.keep_every)
+        kept.update(step for step in saved if step % config.checkpoint.keep_every == 0)
     trained = config.tokens_at(config.steps) / 1e9
     milestones = sum(milestone <= trained for milestone in config.checkpoint.milestones)
-    return {"resumable": kept + (saved > kept), "milestone": milestones}
+    return {"resumable": len(kept) + (len(saved) > len(kept)), "milestone": milestones}
 
 
 def memory_bytes(config: PretrainConfig, *, devices: int, rows: int) -> dict[str, int]:
