@@ -121,6 +121,7 @@ def load(schema: type[Section], *, target: str | Path | None = None, overrides: 
             _assign(schema, loaded, path, text)
         except ValueError as error:
             problems.append(f"{path}={_short(text)} ({COMMAND_LINE}): {error}")
+    _expand_shorthands(schema, loaded.values)
     try:
         config = schema.model_validate(loaded.values)
     except ValidationError as error:

@@ -96,6 +96,11 @@ def test_a_path_replaces_the_sources_of_the_file(tmp_path, base):
     assert renamed["en"].path == "d" and renamed["zh"].weight == 2
 
 
+def test_a_mapping_on_the_command_line_may_hold_shorthands(base):
+    config = load(PretrainConfig, target=base, overrides=["data.kind=mixture", "data.sources={zh: a, en: {path: b}}"])
+    assert {name: source.path for name, source in config.data.sources.items()} == {"zh": "a", "en": "b"}
+
+
 def test_extends_merges_deeply_and_later_wins(tmp_path, base):
     (tmp_path / "other.yaml").write_text("optimizer: {lr: 5e-3, b2: 0.99}\n")
     child = tmp_path / "child.yaml"
