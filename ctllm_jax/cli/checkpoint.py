@@ -35,6 +35,8 @@ def run(context: Context) -> int:
 
     from ctllm_jax.training.checkpoint import list_checkpoints
 
+    # As wide as the names are: one that is cut cannot be given to another command.
+    context.console.width = 1000
     for target in context.targets:
         kept = list_checkpoints(Path(target))
         if not kept:
@@ -45,5 +47,5 @@ def run(context: Context) -> int:
             written = datetime.fromtimestamp(checkpoint.path.stat().st_mtime).isoformat(" ", "seconds")
             table.add_row(f"{target}@{checkpoint.step}", checkpoint.kind, f"{checkpoint.meta['tokens']:,}",
                           f"{checkpoint.size / 2**20:,.1f} MiB", written)
-        context.console.print(table)
+        context.console.print(table, soft_wrap=True)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 from collections.abc import Callable
@@ -46,6 +47,8 @@ def with_run_dir(config: PretrainConfig, target: str) -> PretrainConfig:
 
 def dry_run(config: PretrainConfig, console: Any) -> int:
     """Print what a run will take; the data is opened where it can be."""
+    from rich.markup import escape
+
     from ctllm_jax.config.errors import UserError
     from ctllm_jax.data.pretrain import open_training_data
     from ctllm_jax.preflight import plan
@@ -66,7 +69,7 @@ def dry_run(config: PretrainConfig, console: Any) -> int:
                                device_kind=kind, devices=len(devices))
     print_rows(console, rows, title=f"plan of {config.run.dir} (nothing was started)")
     for warning in warnings + more:
-        console.print(f"[yellow]warning:[/] {warning}")
+        console.print(f"[yellow]warning:[/] {escape(warning)}")
     return 0
 
 
@@ -76,6 +79,7 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True) ->
 
     distributed.initialize()
     import jax
+    from rich.markup import escape
 
     from ctllm_jax.training.console import TrainingConsole, print_rows
     from ctllm_jax.training.metrics import MetricsWriter
@@ -83,7 +87,7 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True) ->
 
     directory = Path(config.run.dir)
     first = jax.process_index() == 0
-    stage = (lambda text: console.print(f"[dim]{text} …[/]")) if first else (lambda text: None)
+    stage = (lambda text: console.print(f"[dim]{escape(text)} …[/]")) if first else (lambda text: None)
     run = prepare_run(config, directory=directory, stage=stage)
     start = describe_run(run)
     if first:
@@ -273,9 +277,14 @@ def print_treatments(run: Run, console: Any) -> None:
 
 def finish(run: Run, console: Any, *, next_command: bool) -> None:
     """The report, and what to type next."""
+    from rich.text import Text
+
     if run.config.log.report:
         from ctllm_jax.report.page import write_report
 
-        console.print(f"report: {write_report([run.directory], run.directory / 'report.html')}")
+        console.print(Text(f"report: {write_report([run.directory], run.directory / 'report.html')}"))
     if next_command and run.data.tokenizer_path is not None:
-        console.print(f"next: python launch.py generate {run.directory} prompt={run.config.sample.prompts[0]}")
+        prompt, directory = run.config.sample.prompts[0], shlex.quote(str(run.directory))
+        # The shell reads Chinese as it is; quotes only where it would not.
+        shown = prompt if prompt.isalnum() else shlex.quote(prompt)
+        console.print(Text(f"next: python launch.py generate {directory} prompt={shown}"))

@@ -1,0 +1,103 @@
+"""`generate`: what is printed is what the model would say by a full forward, and nothing but its own words decides."""
+
+import io
+import shutil
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ctllm_jax.config.load import load
+from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.data.tokenizer import load_tokenizer
+from ctllm_jax.model.decoder import Decoder
+from tests.cli.conftest import call
+from tests.runs import read_arrays
+
+DRAWN = ["max_tokens=12", "temperature=1.0", "top_p=1.0"]
+
+
+def generate(model, *words):
+    printed = call("generate", model, *words)
+    assert printed.status == 0, printed.err
+    return printed.out
+
+
+def test_temperature_zero_is_the_argmax_of_a_full_forward(text_run):
+    """Weights read without our code; behind the end of another document, as this run was trained."""
+    arrays = read_arrays(text_run.directory, 3)
+    weights = {"blocks": {}}
+    for path, array in arrays.items():
+        names = path.removeprefix("params['").removesuffix("']").split("']['")
+        if path.startswith("params"):
+            (weights["blocks"] if len(names) == 2 else weights)[names[-1]] = array
+    config = load(PretrainConfig, target=text_run.directory / "config.yaml").model
+    tokenizer = load_tokenizer(text_run.directory / "tokenizer.model")
+    forward = jax.jit(lambda tokens, segments: Decoder(config).apply({"params": weights}, tokens, segments)[0])
+    ids, new = [tokenizer.eos_id, *tokenizer.encode("今天")], []
+    for _ in range(10):
+        padded, real = np.zeros((1, 32), np.int32), jnp.arange(32)[None] < len(ids) + len(new)
+        padded[0, :len(ids) + len(new)] = ids + new
+        hidden_SD = np.asarray(forward(padded, real.astype(jnp.int32)))[0]
+        logits_V = (hidden_SD[len(ids) + len(new) - 1] @ weights["head"])[:tokenizer.vocab_size]
+        assert np.subtract(*np.sort(logits_V)[[-1, -2]]) > 1e-3, "a tie would decide nothing"
+        new.append(int(np.argmax(logits_V)))
+    assert tokenizer.eos_id not in new
+    printed = generate(text_run.directory, "prompt=今天", "max_tokens=10", "temperature=0")
+    assert printed == tokenizer.decode(ids + new) + "\n"
+
+
+def test_the_seed_decides(text_run):
+    first, again, other = (generate(text_run.directory, "prompt=the", f"seed={seed}", *DRAWN) for seed in (1, 1, 2))
+    assert first == again != other and first.startswith("the")
+
+
+def test_samples_differ_and_do_not_disturb_each_other(text_run):
+    alone = generate(text_run.directory, "prompt=the", *DRAWN).rstrip("\n")
+    three = generate(text_run.directory, "prompt=the", "num_samples=3", *DRAWN)
+    assert three.startswith(alone + "\n") and three.count("\u2500" * 20) >= 2
+    texts = [text.strip("\u2500\n") for text in three.split("\u2500" * 20) if text.strip("\u2500\n")]
+    assert len(texts) == len(set(texts)) == 3
+
+
+def test_a_step_by_its_name(text_run):
+    newest, third, second = (generate(f"{text_run.directory}{at}", "prompt=the", *DRAWN, "max_tokens=50")
+                             for at in ("", "@3", "@2"))
+    assert newest == third != second
+
+
+def test_from_standard_input_and_from_a_file(text_run, tmp_path, monkeypatch):
+    """A pipe ends with a newline that nobody meant; a file says what it says."""
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("今天\n".encode())))
+    assert generate(text_run.directory, "prompt=-", *DRAWN) == generate(text_run.directory, "prompt=今天", *DRAWN)
+    (tmp_path / "prompt.txt").write_text("今天")
+    assert generate(text_run.directory, f"prompt=@{tmp_path / 'prompt.txt'}", *DRAWN).startswith("今天")
+
+
+def test_no_prompt_begins_a_document(text_run):
+    assert generate(text_run.directory, *DRAWN) == generate(text_run.directory, "prompt=", *DRAWN)
+
+
+@pytest.mark.parametrize("prompt", ["[bold]the[/]", "[/INST]", ":smile: the", "https://example.org 42"])
+def test_a_prompt_is_no_markup(text_run, prompt):
+    assert generate(text_run.directory, f"prompt={prompt}", *DRAWN).startswith(prompt)
+
+
+def test_longer_than_the_model_was_trained_on(text_run):
+    assert "longer than the 64 tokens that the model was trained on" in generate(text_run.directory, "prompt=the",
+                                                                                "max_tokens=70", "temperature=0")
+
+
+def test_what_cannot_be_asked(text_run, tmp_path):
+    assert "has no step 7; it has 2, 3" in call("generate", f"{text_run.directory}@7").err
+    bare = tmp_path / "bare"
+    shutil.copytree(text_run.directory, bare)
+    (bare / "tokenizer.model").unlink()
+    printed = call("generate", bare)
+    assert printed.status == 2 and "has no tokenizer: it was trained on synthetic tokens" in printed.err
+    shutil.rmtree(bare / "checkpoints")
+    printed = call("generate", bare)
+    assert printed.status == 2 and "has no checkpoint yet" in printed.err
