@@ -12,7 +12,7 @@ from ctllm_jax.config.load import config_root, load
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.report.run import read_run
 from tests.cli.conftest import call, text_overrides
-from tests.runs import start
+from tests.runs import assert_same_bits, read_arrays, start
 
 CONFIGS = sorted(str(path.relative_to(config_root()).with_suffix("")) for path in config_root().rglob("*.yaml"))
 
@@ -107,6 +107,20 @@ def test_the_same_command_again_has_nothing_to_do(text_run, tmp_path):
     run = read_run(directory)
     assert [record["step"] for record in run.train] == [1, 2, 3]
     assert run.start["how"] == "resume" and run.state == "done"
+
+
+def test_a_run_on_text_goes_on_with_the_same_bits(text_run, tmp_path):
+    """From step 2, without the step after it: the mixture, its order and its threads begin anew."""
+    directory = tmp_path / "again"
+    shutil.copytree(text_run.directory, directory)
+    shutil.rmtree(directory / "checkpoints/3")
+    printed = call(*text_run.command, f"run.dir={directory}")
+    assert printed.status == 0 and "resuming at step 2" in printed.out
+    assert_same_bits(read_arrays(directory, 3), read_arrays(text_run.directory, 3))
+    ours, other = read_run(directory), read_run(text_run.directory)
+    assert [record["loss"] for record in ours.train] == [record["loss"] for record in other.train]
+    assert ours.evaluation[-1]["sources"] == other.evaluation[-1]["sources"]
+    assert [record["text"] for record in ours.sample] == [record["text"] for record in other.sample]
 
 
 @pytest.mark.parametrize(("overrides", "message"), [

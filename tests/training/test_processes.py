@@ -6,8 +6,7 @@ import pytest
 
 from ctllm_jax.report.run import read_run
 from tests.runs import DEBUG, assert_same_bits, cached, launch, read_arrays, start
-
-OVERRIDES = ("checkpoint.every=4", "checkpoint.milestones=[1.024e-6]", "optimizer.schedule=constant")
+from tests.small_text import VOCABULARY, make_corpus
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +29,12 @@ def launch_two(*words, **variables):
     return [process.stdout for process in done]
 
 
-@pytest.mark.parametrize("mesh", [("mesh.data=2",), ("mesh.data=1", "mesh.fsdp=2")], ids=["data", "fsdp"])
-def test_two_processes_give_the_bits_of_two_devices(tmp_path, cache, mesh):
+def test_two_replicas_give_the_bits_of_two_devices(tmp_path, cache):
     alone, together = tmp_path / "alone", tmp_path / "together"
-    one = launch("pretrain", DEBUG, f"run.dir={alone}", *OVERRIDES, *mesh, devices=2, **cache)
+    overrides = ("mesh.data=2", "checkpoint.every=4", "checkpoint.milestones=[1.024e-6]")
+    one = launch("pretrain", DEBUG, f"run.dir={alone}", *overrides, devices=2, **cache)
     assert one.returncode == 0, one.stdout
-    texts = launch_two("pretrain", DEBUG, f"run.dir={together}", *OVERRIDES, *mesh, **cache)
-
+    texts = launch_two("pretrain", DEBUG, f"run.dir={together}", *overrides, **cache)
     for step in (8, 10):
         assert_same_bits(read_arrays(together, step), read_arrays(alone, step))
     assert_same_bits(read_arrays(together, 2, "milestones"), read_arrays(alone, 2, "milestones"))
@@ -47,11 +45,44 @@ def test_two_processes_give_the_bits_of_two_devices(tmp_path, cache, mesh):
     assert [record["loss"] for record in run.train] == [record["loss"] for record in read_run(alone).train]
     assert sorted("from scratch" in text for text in texts) == [False, True]
 
-    if "mesh.fsdp=2" not in mesh:
-        return
-    # What two wrote, one goes on from; what one wrote, two go on from.
-    more = (*OVERRIDES, *mesh, "steps=12")
-    again = launch("pretrain", DEBUG, f"run.dir={together}", *more, devices=2, **cache)
-    assert again.returncode == 0 and "resuming at step 10" in again.stdout, again.stdout
-    launch_two("pretrain", DEBUG, f"run.dir={alone}", *more, **cache)
-    assert_same_bits(read_arrays(together, 12), read_arrays(alone, 12))
+
+@pytest.fixture
+def on_text(tmp_path):
+    """Overrides of a run on text whose weights are split over two devices, with held-out loss and samples."""
+    (tmp_path / "corpus").mkdir()
+    corpus = make_corpus(tmp_path / "corpus")
+    return ["mesh.data=1", "mesh.fsdp=2", f"model.vocab_size={VOCABULARY}", "data.kind=mixture",
+            *(f"data.sources.{name}={corpus.folder / name}" for name in ("zh", "en")), "evaluation.every=2",
+            "evaluation.rows_per_device=3", "sample.every=2", "sample.max_tokens=6", "checkpoint.every=2",
+            "optimizer.schedule=constant"]
+
+
+def assert_same_words(ours, other, steps):
+    """The same held-out losses and samples at these steps, digit for digit."""
+    ours, other = read_run(ours), read_run(other)
+    assert [record["step"] for record in ours.evaluation] == steps
+    for mine, theirs in zip(ours.evaluation + ours.sample, other.evaluation + other.sample, strict=True):
+        assert {**mine, "time": 0} == {**theirs, "time": 0}
+
+
+def test_two_halves_of_a_model_on_text(tmp_path, on_text, cache):
+    """Each process reads its own rows of the mixture; held-out loss and samples come from weights split over both."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    one = launch("pretrain", DEBUG, f"run.dir={alone}", *on_text, "steps=3", devices=2, **cache)
+    assert one.returncode == 0, one.stdout
+    launch_two("pretrain", DEBUG, f"run.dir={together}", *on_text, "steps=3", **cache)
+    assert_same_bits(read_arrays(together, 3), read_arrays(alone, 3))
+    assert_same_words(together, alone, [2, 3])
+
+
+@pytest.mark.slow
+def test_restarts_with_another_number_of_processes(tmp_path, on_text, cache):
+    """What two wrote, one goes on from; what one wrote, two go on from."""
+    first_one, first_two = tmp_path / "first one", tmp_path / "first two"
+    for steps in (3, 5):
+        one, two = (first_one, first_two) if steps == 3 else (first_two, first_one)
+        done = launch("pretrain", DEBUG, f"run.dir={one}", *on_text, f"steps={steps}", devices=2, **cache)
+        assert done.returncode == 0 and ("resuming at step 3" in done.stdout) == (steps == 5), done.stdout
+        launch_two("pretrain", DEBUG, f"run.dir={two}", *on_text, f"steps={steps}", **cache)
+        assert_same_bits(read_arrays(one, steps), read_arrays(two, steps))
+    assert_same_words(first_one, first_two, [2, 3, 4, 5])
