@@ -58,12 +58,14 @@ def chunked_cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS:
     """
     hidden = hidden_BSD.shape[-1]
     if hidden_BSD.shape[:-1] != targets_BS.shape or targets_BS.shape != weights_BS.shape or head_DV.shape[0] != hidden:
-        raise ValueError(f"cross-entropy: targets {targets_BS.shape} and weights {weights_BS.shape} must have the shape of"
-                         f" hidden {hidden_BSD.shape} without its last dim, and head {head_DV.shape} be [{hidden}, V]")
+        raise ValueError(f"cross-entropy: targets {targets_BS.shape} and weights {weights_BS.shape} must have the shape"
+                         f" of hidden {hidden_BSD.shape} without its last dim, and head {head_DV.shape} be"
+                         f" [{hidden}, V]")
     if mesh is not None:
         missing = [axis for axis in (*batch_axes, fsdp_axis, tensor_axis) if axis and axis not in mesh.axis_names]
         if missing:
-            raise ValueError(f"cross-entropy: the mesh has the axes {', '.join(mesh.axis_names)}, and no {', '.join(missing)}")
+            raise ValueError(f"cross-entropy: the mesh has the axes {', '.join(mesh.axis_names)},"
+                             f" and no {', '.join(missing)}")
         if fsdp_axis and fsdp_axis not in batch_axes:
             raise ValueError(f"cross-entropy: fsdp_axis={fsdp_axis!r} must be one of batch_axes={tuple(batch_axes)}")
     setting = _Setting(float(z_loss), chunk_size, vocab_size or head_DV.shape[1],
@@ -171,7 +173,8 @@ def _chunk(setting: _Setting, hidden_CD, targets_C, weights_C, head_DV, *, first
     is_target_CV = columns_1V == targets_C[:, None]
     target_C = over_vocab(jax.lax.psum, jnp.sum(jnp.where(is_target_CV, logits_CV, 0), axis=1))
     z_C = setting.z_loss * jnp.square(log_normalizer_C)
-    sums = jnp.stack([jnp.sum(weights_C * (log_normalizer_C - target_C + z_C)), jnp.sum(weights_C), jnp.sum(weights_C * z_C)])
+    losses_C = log_normalizer_C - target_C + z_C
+    sums = jnp.stack([jnp.sum(weights_C * losses_C), jnp.sum(weights_C), jnp.sum(weights_C * z_C)])
     if not with_grads:
         return sums, None, None
     # d loss / d logits = w · (p · (1 + 2 z · log Z) - [column is the target])

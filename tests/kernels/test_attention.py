@@ -1,4 +1,4 @@
-"""Attention against float64 on packed batches, forward and gradients; what it never sees, never holds, never computes."""
+"""Attention against float64 on packed batches, gradients too; what it never sees, never holds, never computes."""
 
 from functools import partial
 
@@ -171,7 +171,8 @@ def test_bfloat16_is_close_and_stays_bfloat16(length):
     assert output.dtype == jnp.bfloat16
     np.testing.assert_allclose(output.astype(np.float32), attention_reference(*exact, segment_ids=segments), atol=0.02)
     for ours, dense in zip(gradients(attention, *inputs, direction, segment_ids=segments),
-                           gradients(attention_reference, *exact, direction.astype(jnp.float32), segment_ids=segments), strict=True):
+                           gradients(attention_reference, *exact, direction.astype(jnp.float32), segment_ids=segments),
+                           strict=True):
         assert ours.dtype == jnp.bfloat16
         np.testing.assert_allclose(ours.astype(np.float32), dense, atol=0.02 * np.abs(dense).max())
 
@@ -189,7 +190,8 @@ def test_vmap_is_a_loop():
     segments = np.stack([segments_of(140), np.ones((2, 140), np.int32)])
     together = jax.vmap(lambda *x: gradients(attention, *x[:4], segment_ids=x[4]))(*inputs, segments)
     for i in range(2):
-        for ours, alone in zip(together, gradients(attention, *(x[i] for x in inputs), segment_ids=segments[i]), strict=True):
+        apart = gradients(attention, *(x[i] for x in inputs), segment_ids=segments[i])
+        for ours, alone in zip(together, apart, strict=True):
             np.testing.assert_allclose(ours[i], alone, atol=1e-6)
 
 
@@ -231,7 +233,8 @@ def test_cached_attention_is_the_last_rows_of_the_full_one(window):
     full = attention(query, key, value, sliding_window=window)
     positions = np.array([[20, 21, 22], [6, 7, 8]], np.int32)
     written = (np.arange(50)[None] <= positions[:, -1:])[:, :, None, None]
-    cache = [np.where(written, np.pad(x, [(0, 0), (0, 10), (0, 0), (0, 0)]), 1e6).astype(np.float32) for x in (key, value)]
+    room = [(0, 0), (0, 10), (0, 0), (0, 0)]
+    cache = [np.where(written, np.pad(x, room), 1e6).astype(np.float32) for x in (key, value)]
     new = np.take_along_axis(query, positions[:, :, None, None], axis=1)
     output = jax.jit(partial(cached_attention, sliding_window=window))(new, *cache, query_positions=positions)
     for row in range(2):

@@ -71,7 +71,8 @@ def test_any_chunk_equals_float64(chunk_size, z_loss):
     sums, grads = evaluate(*inputs, z_loss=z_loss, chunk_size=chunk_size)
     np.testing.assert_allclose(sums, loss_float64(*inputs, z_loss=z_loss), rtol=1e-5)
     assert_grads(grads, naive_gradients(*inputs, z_loss=z_loss))
-    undifferentiated = jax.jit(partial(chunked_cross_entropy, vocab_size=VOCAB, z_loss=z_loss, chunk_size=chunk_size))(*inputs)
+    plain = partial(chunked_cross_entropy, vocab_size=VOCAB, z_loss=z_loss, chunk_size=chunk_size)
+    undifferentiated = jax.jit(plain)(*inputs)
     np.testing.assert_allclose(undifferentiated[0], sums[0], rtol=1e-6)
 
 
@@ -82,7 +83,8 @@ def test_gradients_equal_finite_differences_in_float64():
         way = np.random.default_rng(place).standard_normal(slope.shape)
         ends = []
         for sign in (1, -1):
-            moved = [np.asarray(x, np.float64) + (sign * 1e-5 * way if i == place else 0) for i, x in enumerate((hidden, head))]
+            moved = [np.asarray(x, np.float64) + (sign * 1e-5 * way if i == place else 0)
+                     for i, x in enumerate((hidden, head))]
             loss, weight, _ = loss_float64(*moved, targets, weights)
             ends.append(loss / weight)
         assert np.sum(slope * way) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4)
@@ -95,7 +97,8 @@ def test_equals_pytorch():
     hidden, head, targets, weights = draw(2)
     leaves = [torch.tensor(x, requires_grad=True) for x in (hidden, head)]
     logits = (leaves[0] @ leaves[1])[..., :VOCAB]
-    nats = torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB), torch.tensor(targets).long().reshape(-1), reduction="none")
+    wanted = torch.tensor(targets).long().reshape(-1)
+    nats = torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB), wanted, reduction="none")
     mean = (nats * torch.tensor(weights).reshape(-1)).sum() / weights.sum()
     mean.backward()
     (loss, weight, _), grads = evaluate(hidden, head, targets, weights, chunk_size=10)
@@ -116,7 +119,8 @@ def place(mesh, hidden, head, targets, weights):
 
 
 @pytest.mark.parametrize("chunk_size", [5, 4096])
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4), (4, 2, 1), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4), (4, 2, 1), (2, 1, 2)],
+                         ids=str)
 def test_every_mesh_equals_one_device(sizes, chunk_size):
     """With tensor 8, a device's columns are all padding but for three."""
     inputs = draw(3)
@@ -135,7 +139,8 @@ def test_a_mesh_of_the_callers_own():
     mesh = jax.make_mesh((2, 2, 2), ("rows", "pipe", "cols"), axis_types=(AxisType.Auto,) * 3)
     inputs = draw(4)
     expected_sums, expected = evaluate(*inputs, z_loss=Z)
-    sums, grads = evaluate(*inputs, z_loss=Z, chunk_size=5, mesh=mesh, batch_axes=("rows",), fsdp_axis=None, tensor_axis="cols")
+    sums, grads = evaluate(*inputs, z_loss=Z, chunk_size=5, mesh=mesh, batch_axes=("rows",), fsdp_axis=None,
+                           tensor_axis="cols")
     np.testing.assert_allclose(sums, expected_sums, rtol=1e-5)
     assert_grads(grads, expected)
 
@@ -195,7 +200,8 @@ def test_logits_of_all_tokens_are_never_held(sizes, differentiated):
     mesh = sizes and make_mesh(sizes)
     parts = int(np.prod(sizes)) if sizes else 1
     tokens = rows * length // (4 if sizes else 1)
-    shapes = (((rows, length, hidden), jnp.float32), ((hidden, vocab), jnp.float32), ((rows, length), jnp.int32), ((rows, length), jnp.float32))
+    shapes = (((rows, length, hidden), jnp.float32), ((hidden, vocab), jnp.float32), ((rows, length), jnp.int32),
+              ((rows, length), jnp.float32))
     layouts = [None] * 4
     if mesh is not None:
         batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
@@ -226,7 +232,8 @@ def test_the_head_is_gathered_once_and_its_gradient_scattered():
     assert jaxpr.count("all_gather[") == 1 and "all_gather[" not in loop
     assert "reduce_scatter[" not in loop[:loop.index("reduce_scatter[")] and jaxpr.count("reduce_scatter[") == 1
     after = jaxpr[jaxpr.index("reduce_scatter["):]
-    assert f"f32[{D // 4},{V}] = psum" in after.replace("psum_invariant", "psum") and f"f32[{D},{V}] = psum" not in jaxpr
+    assert f"f32[{D // 4},{V}] = psum" in after.replace("psum_invariant", "psum")
+    assert f"f32[{D},{V}] = psum" not in jaxpr
 
 
 def test_vmap_is_a_loop():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import jax
 
-from ctllm_jax.kernels.attention.xla import attention_xla, cached_attention
+from ctllm_jax.kernels.attention.cached import cached_attention
+from ctllm_jax.kernels.attention.xla import attention_xla
 from ctllm_jax.kernels.dispatch import choose
 
 __all__ = ["attention", "cached_attention", "chosen"]
@@ -17,13 +18,14 @@ def chosen(implementation: str = "auto") -> str:
       ValueError: the named one cannot run here.
     """
     return choose("attention", implementation, reasons={
-        "pallas": "no Pallas kernel of this op is in this version", "cudnn": "packed batches are not bound to it in this version",
+        "pallas": "no Pallas kernel of this op is in this version",
+        "cudnn": "packed batches are not bound to it in this version",
         "xla": None})
 
 
-def attention(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, *, segment_ids: jax.Array | None = None,
-              causal: bool = True, sliding_window: int | None = None, scale: float | None = None,
-              implementation: str = "auto") -> jax.Array:
+def attention(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, *,
+              segment_ids: jax.Array | None = None, causal: bool = True, sliding_window: int | None = None,
+              scale: float | None = None, implementation: str = "auto") -> jax.Array:
     """Scaled dot-product attention (arXiv 1706.03762), softmax in float32.
 
     Args:
@@ -43,7 +45,7 @@ def attention(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array,
       ValueError: shapes that do not fit, or an implementation that cannot run here.
     """
     batch, length, heads, head_dim = query_BSNH.shape
-    if key_BSKH.shape != value_BSKH.shape or (key_BSKH.shape[0], key_BSKH.shape[1], key_BSKH.shape[3]) != (batch, length, head_dim):
+    if key_BSKH.shape != value_BSKH.shape or (*key_BSKH.shape[:2], key_BSKH.shape[3]) != (batch, length, head_dim):
         raise ValueError(f"attention: key {key_BSKH.shape} and value {value_BSKH.shape} must both be"
                          f" [{batch}, {length}, K, {head_dim}], as query is {query_BSNH.shape}")
     if heads % key_BSKH.shape[2]:
@@ -55,5 +57,5 @@ def attention(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array,
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"attention: sliding_window={sliding_window} must be at least 1: a token sees itself")
     chosen(implementation)
-    return attention_xla(query_BSNH, key_BSKH, value_BSKH, segment_ids_BS=segment_ids, causal=causal,
+    return attention_xla(query_BSNH, key_BSKH, value_BSKH, segment_ids=segment_ids, causal=causal,
                          sliding_window=sliding_window, scale=head_dim**-0.5 if scale is None else scale)

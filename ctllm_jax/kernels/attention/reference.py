@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 
-def attention_mask(length: int, *, segment_ids: jax.Array | None, causal: bool, sliding_window: int | None) -> jax.Array:
+def attention_mask(length: int, *, segment_ids: jax.Array | None, causal: bool,
+                   sliding_window: int | None) -> jax.Array:
     """Which key (last dim) each query sees: bool [B or 1, S, S]. A query of segment 0 sees nothing."""
     query, key = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
     mask = jnp.ones((1, length, length), bool)
@@ -29,6 +30,7 @@ def attention_reference(query_BSNH, key_BSKH, value_BSKH, *, segment_ids=None, c
     query, key, value = (x.astype(jnp.float32) for x in (query_BSNH, key_BSKH, value_BSKH))
     key, value = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (key, value))
     scores_BNST = jnp.einsum("BSNH,BTNH->BNST", query, key) * (head_dim**-0.5 if scale is None else scale)
-    mask = attention_mask(query.shape[1], segment_ids=segment_ids, causal=causal, sliding_window=sliding_window)[:, None]
+    mask = attention_mask(query.shape[1], segment_ids=segment_ids, causal=causal,
+                          sliding_window=sliding_window)[:, None]
     probs_BNST = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores_BNST, -1e30), axis=-1), 0)
     return jnp.einsum("BNST,BTNH->BSNH", probs_BNST, value).astype(query_BSNH.dtype)

@@ -1,80 +1,308 @@
-"""Attention for XLA: blocks of queries, each against only the keys that it can see. No [S, S] mask, no repeated heads.
+"""Attention for XLA: blocks of queries, each against only the keys that it can see; what it keeps for the backward pass
+is its output and one number a query (FlashAttention-2, arXiv 2307.08691). No [S, S] mask, no repeated heads.
 
-Legend: B batch, S queries, T keys, N query heads, K key and value heads, G query heads of one kv head, H head dim.
+Short sequences go through an unrolled loop: a block meets all of its keys in one matmul. Long ones go through
+`lax.scan` over blocks of queries and a loop over blocks of keys inside, so that one pair of blocks is held at a time.
+
+Legend: B batch, S queries, T keys, N query heads, K key and value heads, G query heads of one kv head, H head dim,
+R rows: the S queries of a block for each of the G heads, head by head.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 MASKED = -1e30
 """Finite: a query that sees nothing then has a gradient of zero and not of NaN."""
-KEEP_PROBABILITIES = 1024
-"""Up to this many queries the probabilities are kept for the backward pass; beyond, each block computes them again."""
+UNROLLED = 1024
+"""Up to this many queries the loop is unrolled; 8 blocks compile in some seconds, more would take more."""
+LOOPED_BLOCK = 256
+"""Queries and keys of a block of a long sequence: a pair of blocks of some heads fits a CPU's cache."""
 
 
-def block_size(length: int) -> int:
-    """Queries of a block. Small blocks skip more of what is masked, large ones feed the matrix units better."""
-    return 128 if length <= KEEP_PROBABILITIES else 512
+class _Setting(NamedTuple):
+    """What does not change from call to call; hashable, as custom_vjp wants it."""
+
+    causal: bool
+    sliding_window: int | None
+    scale: float
+
+    def first_key(self, query):
+        """The first key that a query sees."""
+        return 0 if self.sliding_window is None else query - self.sliding_window + 1
 
 
-def attention_xla(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, *,
-                  segment_ids_BS: jax.Array | None, causal: bool, sliding_window: int | None, scale: float) -> jax.Array:
+def attention_xla(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, *, segment_ids: jax.Array | None,
+                  causal: bool, sliding_window: int | None, scale: float) -> jax.Array:
     """As `kernels.attention`."""
-    batch, length, heads, head_dim = query_BSNH.shape
-    kv_heads = key_BSKH.shape[2]
-    query_BSKGH = query_BSNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    size = block_size(length)
-    blocks = []
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        last = stop if causal else length
-        first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
-
-        def attend(query, key, value, segments, start=start, stop=stop, first=first, last=last):
-            mask = _mask(jnp.arange(start, stop)[:, None], jnp.arange(first, last)[None], causal=causal,
-                         sliding_window=sliding_window)[None]
-            if segments is not None:
-                mask = mask & (segments[0][:, :, None] == segments[1][:, None, :])
-            return _attend(query, key, value, mask, scale)
-
-        if length > KEEP_PROBABILITIES:
-            attend = jax.checkpoint(attend)
-        segments = None if segment_ids_BS is None else (segment_ids_BS[:, start:stop], segment_ids_BS[:, first:last])
-        blocks.append(attend(query_BSKGH[:, start:stop], key_BSKH[:, first:last], value_BSKH[:, first:last], segments))
-    y_BSNH = jnp.concatenate(blocks, axis=1).reshape(query_BSNH.shape) if len(blocks) > 1 else blocks[0].reshape(query_BSNH.shape)
-    if segment_ids_BS is not None:
-        y_BSNH = jnp.where((segment_ids_BS > 0)[:, :, None, None], y_BSNH, 0)
+    y_BSNH = _attend(_Setting(causal, sliding_window, scale), query_BSNH, key_BSKH, value_BSKH, segment_ids)
+    if segment_ids is not None:
+        # Padding attends to padding until here, which costs nothing and leaves no row without a key.
+        y_BSNH = jnp.where((segment_ids > 0)[:, :, None, None], y_BSNH, 0)
     return y_BSNH
 
 
-def cached_attention(query_BSNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array, *, query_positions: jax.Array,
-                     sliding_window: int | None = None, scale: float | None = None) -> jax.Array:
-    """Attention of new tokens to a cache that holds them too, each seeing the slots up to its own.
-
-    Args:
-      query_positions: int [B, S], the slot of each new token.
-      sliding_window: slots that a token sees, its own included.
-
-    Returns:
-      [B, S, N, H] in the query's dtype.
-    """
-    batch, length, heads, head_dim = query_BSNH.shape
-    kv_heads = key_BTKH.shape[2]
-    slots = jnp.arange(key_BTKH.shape[1])[None, None]
-    mask = _mask(query_positions[:, :, None], slots, causal=True, sliding_window=sliding_window)
-    query = query_BSNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    y = _attend(query, key_BTKH, value_BTKH, mask, head_dim**-0.5 if scale is None else scale)
-    return y.reshape(query_BSNH.shape)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS):
+    return _forward(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS)[0]
 
 
-def _mask(query, key, *, causal: bool, sliding_window: int | None):
-    mask = key <= query if causal else (key == key) & (query == query)
-    return mask if sliding_window is None else mask & (query - key < sliding_window)
+def _forward(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS):
+    forward = _forward_unrolled if query_BSNH.shape[1] <= UNROLLED else _forward_looped
+    y_BSNH, log_sums = forward(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS)
+    # Names for a remat policy, which then has all that the backward pass reads beside query, key and value.
+    y_BSNH = checkpoint_name(y_BSNH, "attention_output")
+    log_sums = checkpoint_name(log_sums, "attention_log_sums")
+    return y_BSNH, (query_BSNH, key_BSKH, value_BSKH, segment_ids_BS, y_BSNH, log_sums)
 
 
-def _attend(query_BSKGH, key_BTKH, value_BTKH, mask_BST, scale):
-    scores = jnp.einsum("BSKGH,BTKH->BKGST", query_BSKGH, key_BTKH, preferred_element_type=jnp.float32) * scale
-    probs = jax.nn.softmax(jnp.where(mask_BST[:, None, None], scores, MASKED), axis=-1)
-    return jnp.einsum("BKGST,BTKH->BSKGH", probs.astype(value_BTKH.dtype), value_BTKH)
+def _backward(setting, residuals, cotangent_BSNH):
+    backward = _backward_unrolled if cotangent_BSNH.shape[1] <= UNROLLED else _backward_looped
+    return (*backward(setting, *residuals, cotangent_BSNH), None)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _matmul(x, y, *, contract: tuple[int, int]):
+    """Batched over the first two dims, accumulated in float32."""
+    dims = ((contract[0],), (contract[1],)), ((0, 1), (0, 1))
+    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
+
+
+def _split_heads(x_BSNH, kv_heads: int):
+    """[B, S, N, H] -> [B, K, G, S, H]."""
+    batch, length, heads, head_dim = x_BSNH.shape
+    return x_BSNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+
+
+def _merge_heads(x_BKGSH):
+    """[B, K, G, S, H] -> [B, S, N, H]."""
+    batch, kv_heads, group, length, head_dim = x_BKGSH.shape
+    return x_BKGSH.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, head_dim)
+
+
+def _mask(setting, query, key, segments, *, length: int):
+    """Which keys the queries at these places of a row see; all arguments broadcast to [B, R, T], or to [B, T, R]."""
+    mask = key <= query if setting.causal else key < length
+    if setting.sliding_window is not None:
+        mask &= key >= setting.first_key(query)
+    return mask if segments is None else mask & (segments[0] == segments[1])
+
+
+def _scores(setting, query_BKRH, key_BKTH, queries_S, keys_T, segments, *, length: int):
+    """Masked scores [B, K, R, T], float32, of the queries and keys that stand at these places of a row."""
+    group = query_BKRH.shape[2] // len(queries_S)
+    if segments is not None:
+        segments = jnp.tile(segments[0], group)[:, :, None], segments[1][:, None]
+    mask = _mask(setting, jnp.tile(queries_S, group)[None, :, None], keys_T[None, None], segments, length=length)
+    scores_BKRT = _matmul(query_BKRH, key_BKTH, contract=(3, 3)) * setting.scale
+    return jnp.where(mask[:, None], scores_BKRT, MASKED)
+
+
+def _scores_transposed(setting, query_BKRH, key_BKTH, queries_S, keys_T, segments, *, length: int):
+    """As `_scores`, but [B, K, T, R]: of the backward pass's matmuls only one then reads a transposed operand, where
+    two would. Nor does XLA see that the forward pass computed the same, to keep it till then: on the CPU it removes
+    barriers before it looks for that."""
+    group = query_BKRH.shape[2] // len(queries_S)
+    if segments is not None:
+        segments = jnp.tile(segments[0], group)[:, None], segments[1][:, :, None]
+    mask = _mask(setting, jnp.tile(queries_S, group)[None, None], keys_T[None, :, None], segments, length=length)
+    scores_BKTR = _matmul(key_BKTH, query_BKRH, contract=(3, 3)) * setting.scale
+    return jnp.where(mask[:, None], scores_BKTR, MASKED)
+
+
+def _block_gradients(setting, scores_BKTR, query_BKRH, key_BKTH, value_BKTH, y_BKRH, log_sums_BKR, cotangent_BKRH):
+    """What one block of scores adds to the gradients of query, key and value; float32."""
+    probs = jnp.exp(scores_BKTR - log_sums_BKR[:, :, None])
+    # Σ_H y · dy, which is Σ_T p · dp over all keys.
+    delta_BKR = jnp.sum(y_BKRH.astype(jnp.float32) * cotangent_BKRH.astype(jnp.float32), axis=-1)
+    slopes = _matmul(value_BKTH, cotangent_BKRH, contract=(3, 3))
+    slopes = (probs * (slopes - delta_BKR[:, :, None]) * setting.scale).astype(query_BKRH.dtype)
+    return (_matmul(slopes, key_BKTH, contract=(2, 2)), _matmul(slopes, query_BKRH, contract=(3, 2)),
+            _matmul(probs.astype(value_BKTH.dtype), cotangent_BKRH, contract=(3, 2)))
+
+
+# Unrolled: every block's place is known, so each matmul has just the keys that its queries may see.
+
+
+def block_size(length: int) -> int:
+    """Queries of an unrolled block: small ones skip more of what is masked, large ones make fewer matmuls."""
+    return 64 if length <= 256 else 128
+
+
+class _Block(NamedTuple):
+    """Queries start … stop-1, and the keys first … last-1 that one of them or another sees."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+    def rows(self, x_BKGSH):
+        """The block's part of an array of all queries: [B, K, R, H]."""
+        part = x_BKGSH[:, :, :, self.start:self.stop]
+        return part.reshape(*part.shape[:2], -1, part.shape[-1])
+
+    def unroll(self, x_BKRH):
+        """The inverse of `rows`: [B, K, G, S, H]."""
+        return x_BKRH.reshape(*x_BKRH.shape[:2], -1, self.stop - self.start, x_BKRH.shape[-1])
+
+    def places(self, segment_ids_BS):
+        """Where its queries and keys stand, and their segments."""
+        queries, keys = slice(self.start, self.stop), slice(self.first, self.last)
+        segments = None if segment_ids_BS is None else (segment_ids_BS[:, queries], segment_ids_BS[:, keys])
+        return jnp.arange(self.start, self.stop), jnp.arange(self.first, self.last), segments
+
+
+def _blocks(setting, length: int) -> list[_Block]:
+    size = block_size(length)
+    stops = [(start, min(start + size, length)) for start in range(0, length, size)]
+    return [_Block(start, stop, max(0, setting.first_key(start)), stop if setting.causal else length)
+            for start, stop in stops]
+
+
+def _forward_unrolled(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS):
+    length, kv_heads = key_BSKH.shape[1:3]
+    query_BKGSH = _split_heads(query_BSNH, kv_heads)
+    key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
+    outputs, log_sums = [], []
+    for block in _blocks(setting, length):
+        key, value = (x[:, :, block.first:block.last] for x in (key_BKSH, value_BKSH))
+        scores = _scores(setting, block.rows(query_BKGSH), key, *block.places(segment_ids_BS), length=length)
+        highest = jnp.max(scores, axis=-1, keepdims=True)
+        exps = jnp.exp(scores - highest)
+        sums = jnp.sum(exps, axis=-1, keepdims=True)
+        mixed = _matmul(exps.astype(value.dtype), value, contract=(3, 2)) / sums
+        outputs.append(block.unroll(mixed.astype(query_BSNH.dtype)))
+        log_sums.append(jnp.squeeze(highest + jnp.log(sums), 3))
+    return _merge_heads(jnp.concatenate(outputs, axis=3)), log_sums
+
+
+def _backward_unrolled(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS, y_BSNH, log_sums, cotangent_BSNH):
+    length, kv_heads = key_BSKH.shape[1:3]
+    query_BKGSH, y_BKGSH, cotangent_BKGSH = (_split_heads(x, kv_heads) for x in (query_BSNH, y_BSNH, cotangent_BSNH))
+    key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
+    query_grads = []
+    key_grad = value_grad = jnp.zeros(key_BKSH.shape, jnp.float32)
+    for block, log_sums_BKR in zip(_blocks(setting, length), log_sums, strict=True):
+        query, y, cotangent = (block.rows(x) for x in (query_BKGSH, y_BKGSH, cotangent_BKGSH))
+        key, value = (x[:, :, block.first:block.last] for x in (key_BKSH, value_BKSH))
+        scores = _scores_transposed(setting, query, key, *block.places(segment_ids_BS), length=length)
+        query_part, key_part, value_part = _block_gradients(
+            setting, scores, query, key, value, y, log_sums_BKR, cotangent)
+        query_grads.append(block.unroll(query_part.astype(query_BSNH.dtype)))
+        key_grad, value_grad = (
+            jax.lax.dynamic_update_slice_in_dim(grad, grad[:, :, block.first:block.last] + part, block.first, axis=2)
+            for grad, part in ((key_grad, key_part), (value_grad, value_part)))
+    return (_merge_heads(jnp.concatenate(query_grads, axis=3)), key_grad.astype(key_BSKH.dtype).swapaxes(1, 2),
+            value_grad.astype(value_BSKH.dtype).swapaxes(1, 2))
+
+
+# Looped: one pair of blocks at a time. A loop whose trip count depends on the block has no gradient of its own, and
+# needs none here.
+
+
+def _in_blocks(x, dim: int, fill=0):
+    """Pad a dim to whole blocks and split it: [blocks, …, LOOPED_BLOCK, …]."""
+    blocks = -(-x.shape[dim] // LOOPED_BLOCK)
+    padding = [(0, blocks * LOOPED_BLOCK - x.shape[dim] if i == dim else 0) for i in range(x.ndim)]
+    x = jnp.pad(x, padding, constant_values=fill)
+    return jnp.moveaxis(x.reshape(*x.shape[:dim], blocks, LOOPED_BLOCK, *x.shape[dim + 1:]), dim, 0)
+
+
+def _from_blocks(x, dim: int, length: int):
+    """The inverse of `_in_blocks`."""
+    x = jnp.moveaxis(x, 0, dim)
+    x = x.reshape(*x.shape[:dim], -1, *x.shape[dim + 2:])
+    return jax.lax.slice_in_dim(x, 0, length, axis=dim)
+
+
+def _rows_in_blocks(x_BSNH, kv_heads: int):
+    """[B, S, N, H] -> [blocks, B, K, R, H]."""
+    x = _in_blocks(_split_heads(x_BSNH, kv_heads), 3)
+    return x.reshape(*x.shape[:3], -1, x.shape[-1])
+
+
+def _from_rows_in_blocks(x, length: int):
+    """The inverse of `_rows_in_blocks`."""
+    return _merge_heads(_from_blocks(x.reshape(*x.shape[:3], -1, LOOPED_BLOCK, x.shape[-1]), 3, length))
+
+
+def _keys_in_blocks(key_BSKH, value_BSKH, segment_ids_BS):
+    """Keys and values [blocks, B, K, T, H], and segments [blocks, B, T]; -1: padding of the last block."""
+    segments = None if segment_ids_BS is None else _in_blocks(segment_ids_BS, 1, fill=-1)
+    return *(_in_blocks(x.swapaxes(1, 2), 2) for x in (key_BSKH, value_BSKH)), segments
+
+
+def _seen_blocks(setting, block, blocks: int):
+    """The blocks of keys that a block of queries sees, as (first, end)."""
+    first = 0
+    if setting.sliding_window is not None:
+        first = jnp.maximum(0, setting.first_key(block * LOOPED_BLOCK) // LOOPED_BLOCK)
+    return first, block + 1 if setting.causal else blocks
+
+
+def _pair_places(segments, block, key_block):
+    """Where the queries of one block and the keys of another stand, and their segments."""
+    queries_S, keys_T = (start * LOOPED_BLOCK + jnp.arange(LOOPED_BLOCK) for start in (block, key_block))
+    return queries_S, keys_T, None if segments is None else (segments[block], segments[key_block])
+
+
+def _forward_looped(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS):
+    length, kv_heads = key_BSKH.shape[1:3]
+    queries = _rows_in_blocks(query_BSNH, kv_heads)
+    keys, values, segments = _keys_in_blocks(key_BSKH, value_BSKH, segment_ids_BS)
+
+    def over_queries(_, inputs):
+        block, query = inputs
+
+        def over_keys(key_block, carry):
+            highest, sums, mixed = carry
+            scores = _scores(setting, query, keys[key_block], *_pair_places(segments, block, key_block), length=length)
+            new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
+            exps, decay = jnp.exp(scores - new_highest), jnp.exp(highest - new_highest)
+            part = _matmul(exps.astype(values.dtype), values[key_block], contract=(3, 2))
+            return new_highest, sums * decay + jnp.sum(exps, axis=-1, keepdims=True), mixed * decay + part
+
+        ones = (*query.shape[:-1], 1)
+        start = jnp.full(ones, MASKED), jnp.zeros(ones), jnp.zeros(query.shape)
+        highest, sums, mixed = jax.lax.fori_loop(*_seen_blocks(setting, block, len(keys)), over_keys, start)
+        return None, ((mixed / sums).astype(query.dtype), jnp.squeeze(highest + jnp.log(sums), 3))
+
+    _, (outputs, log_sums) = jax.lax.scan(over_queries, None, (jnp.arange(len(queries)), queries))
+    return _from_rows_in_blocks(outputs, length), log_sums
+
+
+def _backward_looped(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS, y_BSNH, log_sums, cotangent_BSNH):
+    length, kv_heads = key_BSKH.shape[1:3]
+    queries, outputs, cotangents = (_rows_in_blocks(x, kv_heads) for x in (query_BSNH, y_BSNH, cotangent_BSNH))
+    keys, values, segments = _keys_in_blocks(key_BSKH, value_BSKH, segment_ids_BS)
+
+    def over_queries(grads, inputs):
+        block, query, *rest = inputs
+
+        def over_keys(key_block, carry):
+            query_grad, key_grads, value_grads = carry
+            scores = _scores_transposed(setting, query, keys[key_block], *_pair_places(segments, block, key_block),
+                                        length=length)
+            query_part, key_part, value_part = _block_gradients(
+                setting, scores, query, keys[key_block], values[key_block], *rest)
+            return (query_grad + query_part, key_grads.at[key_block].add(key_part),
+                    value_grads.at[key_block].add(value_part))
+
+        start = (jnp.zeros(query.shape), *grads)
+        query_grad, *grads = jax.lax.fori_loop(*_seen_blocks(setting, block, len(keys)), over_keys, start)
+        return tuple(grads), query_grad.astype(query.dtype)
+
+    (key_grads, value_grads), query_grads = jax.lax.scan(
+        over_queries, (jnp.zeros(keys.shape), jnp.zeros(values.shape)),
+        (jnp.arange(len(queries)), queries, outputs, log_sums, cotangents))
+    return (_from_rows_in_blocks(query_grads, length),
+            _from_blocks(key_grads, 2, length).astype(key_BSKH.dtype).swapaxes(1, 2),
+            _from_blocks(value_grads, 2, length).astype(value_BSKH.dtype).swapaxes(1, 2))

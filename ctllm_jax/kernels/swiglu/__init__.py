@@ -16,7 +16,8 @@ def chosen(implementation: str = "auto") -> str:
     Raises:
       ValueError: the named one cannot run here.
     """
-    return choose("swiglu", implementation, reasons={"pallas": "no Pallas kernel of this op is in this version", "xla": None})
+    return choose("swiglu", implementation, reasons={
+        "pallas": "no Pallas kernel of this op is in this version", "xla": None})
 
 
 def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, implementation: str = "auto") -> jax.Array:
@@ -35,6 +36,7 @@ def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, implementation
     """
     hidden = x.shape[-1]
     if gate_DF.ndim != 2 or gate_DF.shape != up_DF.shape or gate_DF.shape[0] != hidden:
-        raise ValueError(f"swiglu: gate {gate_DF.shape} and up {up_DF.shape} must both be [{hidden}, F], as x is {x.shape}")
+        raise ValueError(f"swiglu: gate {gate_DF.shape} and up {up_DF.shape} must both be [{hidden}, F],"
+                         f" as x is {x.shape}")
     chosen(implementation)
     return swiglu_xla(x, gate_DF, up_DF)

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 
 def swiglu_xla(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array) -> jax.Array:
     """As `kernels.swiglu`."""
-    return _activate(jnp.dot(x, gate_DF), jnp.dot(x, up_DF))
+    # Two dims: with [B, S, D] the weights' gradient contracts two, for which XLA copies its wide operand on the CPU.
+    x_TD = x.reshape(-1, x.shape[-1])
+    return _activate(jnp.dot(x_TD, gate_DF), jnp.dot(x_TD, up_DF)).reshape(*x.shape[:-1], gate_DF.shape[1])
 
 
-# Plain differentiation keeps gate, up, the sigmoid and two products, in float32; a sigmoid costs less than reading them.
+# Plain differentiation keeps gate, up, the sigmoid and two products, in float32; a sigmoid costs less than them.
 @jax.custom_vjp
 def _activate(gate, up):
     gate_f32 = gate.astype(jnp.float32)

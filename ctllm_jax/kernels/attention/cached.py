@@ -1,0 +1,35 @@
+"""Attention of new tokens to a cache, for decoding: dense over its slots.
+
+Legend: B batch, S new tokens, T slots, N query heads, K key and value heads, G query heads of one kv head, H head dim.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30
+
+
+def cached_attention(query_BSNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array, *, query_positions: jax.Array,
+                     sliding_window: int | None = None, scale: float | None = None) -> jax.Array:
+    """Attention of new tokens to a cache that holds them too, each seeing the slots up to its own.
+
+    Args:
+      query_positions: int [B, S], the slot of each new token.
+      sliding_window: slots that a token sees, its own included.
+
+    Returns:
+      [B, S, N, H] in the query's dtype.
+    """
+    batch, length, heads, head_dim = query_BSNH.shape
+    kv_heads = key_BTKH.shape[2]
+    own, slots = query_positions[:, :, None], jnp.arange(key_BTKH.shape[1])[None, None]
+    mask_BST = slots <= own
+    if sliding_window is not None:
+        mask_BST &= slots > own - sliding_window
+    query_BSKGH = query_BSNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("BSKGH,BTKH->BKGST", query_BSKGH, key_BTKH, preferred_element_type=jnp.float32)
+    scores *= head_dim**-0.5 if scale is None else scale
+    probs = jax.nn.softmax(jnp.where(mask_BST[:, None, None], scores, MASKED), axis=-1)
+    return jnp.einsum("BKGST,BTKH->BSKGH", probs.astype(value_BTKH.dtype), value_BTKH).reshape(query_BSNH.shape)
