@@ -25,8 +25,9 @@ from ctllm_jax.kernels.attention import cached_attention
 from ctllm_jax.model.parameters import ONES, ZEROS, Parameter, block_parameters, decoder_parameters
 from ctllm_jax.model.rope import apply_rope, rope_angles
 
-SAVED_NAMES = ("query", "key", "value", "attention_output")
-"""What `remat="attention"` keeps of a block, beside its input: all that the backward pass of attention reads."""
+SAVED_NAMES = ("query", "key", "value", "attention_output", "attention_log_sums")
+"""What `remat="attention"` keeps of a block, beside its input: all that the backward pass of attention reads. The last
+two are named by attention itself."""
 
 
 class Cache(NamedTuple):
@@ -112,7 +113,6 @@ class Block(nn.Module):
                                     sliding_window=config.sliding_window)
         else:
             y_BSNH, cache = self._attend_to_cache(q_BSNH, k_BSKH, v_BSKH, cache)
-        y_BSNH = checkpoint_name(y_BSNH, "attention_output")
         x_BSD = x_BSD + jnp.einsum("BSNH,NHD->BSD", y_BSNH, weights["out"])
 
         def ffn(x_BSD, scale_D, gate_DF, up_DF, down_FD):
