@@ -237,7 +237,8 @@ def test_whatever_is_raised_the_source_and_the_checkpointer_are_closed(make_run,
     if where == "data":
         run.data.iterate = lambda start_step, *, local_rows: (fail() for _ in [0])
         run.data.closed = True
-    with pytest.raises(RuntimeError, match="broken"):
+    # `caught` keeps the frames alive, and with them what is not closed on purpose.
+    with pytest.raises(RuntimeError, match="broken") as caught:
         run.train(record=fail if where == "record" else lambda *record: None,
                   hooks=[Hook(fail, lambda step: True)] if where == "hook" else [])
-    assert saved == ["closed"] and run.data.closed
+    assert saved == ["closed"] and run.data.closed and caught.tb is not None
