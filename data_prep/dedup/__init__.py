@@ -1,0 +1,1 @@
+"""Near duplicates, similar lines, evaluation text: pure functions of texts, without files of the pipeline."""
