@@ -18,7 +18,8 @@ from typing import BinaryIO, NamedTuple
 from ctllm_jax.config.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
+_COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
 _SHOWN_BYTES = 2000
 _CHUNK = 2**17
 logger = logging.getLogger(__name__)
@@ -102,13 +103,17 @@ def _is_hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
-def _checked_text(values: object, text_field: str) -> str:
+def checked_text(values: object, text_field: str) -> str:
     """The text of a parsed record; ValueError says what is wrong with it."""
     if not isinstance(values, dict):
         raise ValueError(f"not a JSON object but {type(values).__name__}")
     if text_field not in values:
         raise ValueError(f"no field {text_field!r}; its fields are {', '.join(map(repr, list(values)[:8])) or 'none'}")
-    text = values[text_field]
+    return checked_value(values[text_field], text_field)
+
+
+def checked_value(text: object, text_field: str) -> str:
+    """The value of a text field, where it is text that UTF-8 can hold; ValueError says what is wrong with it."""
     if not isinstance(text, str):
         raise ValueError(f"field {text_field!r} is not text but {type(text).__name__}")
     try:
@@ -119,38 +124,43 @@ def _checked_text(values: object, text_field: str) -> str:
 
 
 def _read_lines(file: Path, text_field: str, quarantine: Quarantine) -> Iterator[tuple[int, str, int]]:
-    with open(file, "rb") as raw, _decompressed(file, raw) as stream:
+    with open(file, "rb") as raw, decompressed(raw, _COMPRESSIONS.get(file.suffix), str(file)) as stream:
         line = 0
         try:
             for line, content in enumerate(stream, 1):
-                data = content.removeprefix(_BOM) if line == 1 else content
+                data = content.removeprefix(BOM) if line == 1 else content
                 if not data.strip():
                     continue
                 try:
-                    text = _checked_text(_parse(data), text_field)
+                    text = checked_text(parse_json(data), text_field)
                 except ValueError as error:
                     quarantine.put(file, line, str(error), data)
                     continue
                 yield line, text, raw.tell()
-        except _broken_stream_errors() as error:
+        except broken_stream_errors() as error:
             quarantine.put(file, line + 1, f"the compressed data is damaged or ends early: {error}")
 
 
-def _parse(data: bytes) -> object:
+def parse_json(data: bytes, codec: str = "utf-8") -> object:
+    """The JSON value of a line of bytes; ValueError says what is wrong with it. `codec` is Python's name of it."""
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.decode(codec))
     except UnicodeDecodeError as error:
-        raise ValueError(f"invalid UTF-8 at byte {error.start} of the line") from None
+        raise ValueError(f"invalid {codec.upper()} at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"malformed JSON at character {error.pos}: {error.msg}") from None
     except RecursionError:
         raise ValueError("malformed JSON: nested too deeply") from None
 
 
-def _decompressed(file: Path, raw: BinaryIO) -> BinaryIO:
-    if file.suffix == ".gz":
+def decompressed(raw: BinaryIO, compression: str | None, file: str) -> BinaryIO:
+    """The bytes of an open file, whose `compression` is gz, zst or None; `file` is its name in errors.
+
+    Reading on past damage raises one of `broken_stream_errors`.
+    """
+    if compression == "gz":
         return gzip.GzipFile(fileobj=raw)
-    if file.suffix == ".zst":
+    if compression == "zst":
         return io.BufferedReader(_ZstdReader(file, raw), buffer_size=2**20)
     return io.BufferedReader(raw, buffer_size=2**20)
 
@@ -158,7 +168,7 @@ def _decompressed(file: Path, raw: BinaryIO) -> BinaryIO:
 class _ZstdReader(io.RawIOBase):
     """The frames of a .zst file, one after the other. The package's own reader takes a cut file for a whole one."""
 
-    def __init__(self, file: Path, raw: BinaryIO):
+    def __init__(self, file: str, raw: BinaryIO):
         try:
             import zstandard
         except ImportError:
@@ -187,7 +197,8 @@ class _ZstdReader(io.RawIOBase):
         return count
 
 
-def _broken_stream_errors() -> tuple[type[Exception], ...]:
+def broken_stream_errors() -> tuple[type[Exception], ...]:
+    """What reading a damaged compressed stream raises."""
     import zlib
 
     errors: list[type[Exception]] = [EOFError, gzip.BadGzipFile, zlib.error]
@@ -202,7 +213,7 @@ def _broken_stream_errors() -> tuple[type[Exception], ...]:
 
 def _read_text(file: Path, text_field: str, quarantine: Quarantine) -> Iterator[tuple[int, str, int]]:
     del text_field
-    data = file.read_bytes().removeprefix(_BOM)
+    data = file.read_bytes().removeprefix(BOM)
     try:
         yield 1, data.decode("utf-8"), len(data)
     except UnicodeDecodeError as error:
@@ -234,7 +245,7 @@ def _read_parquet(file: Path, text_field: str, quarantine: Quarantine) -> Iterat
                     row += 1
                     try:
                         text = value.decode("utf-8") if isinstance(value, bytes) else value
-                        text = _checked_text({text_field: text}, text_field)
+                        text = checked_text({text_field: text}, text_field)
                     except ValueError as error:
                         reason = "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
                         quarantine.put(file, row, reason, value if isinstance(value, bytes) else b"")
