@@ -1,0 +1,120 @@
+"""Rules for English, where words are what stands between blanks: Gopher (Rae et al. 2021, table A1) and C4's lines."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from data_prep.rules.ngrams import ngram_keys, repeated
+from data_prep.rules.registry import linear, logarithmic, rule
+from data_prep.rules.view import View, run_lengths
+
+_STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
+
+
+@rule("english_words", "G1", low=50, high=100_000, cost=60, edges=logarithmic(1, 1e6))
+def english_words(view: View) -> float:
+    """Words: pieces of the measured text between white space."""
+    return float(len(view.spaced_words))
+
+
+@rule("english_word_length", "G2", low=3, high=10, cost=61, edges=linear(0, 12))
+def english_word_length(view: View) -> float:
+    """Mean length of the words between blanks, punctuation at them counted."""
+    words = view.spaced_words
+    return sum(map(len, words)) / len(words) if words else 0.0
+
+
+@rule("english_symbol_fraction", "G3", high=0.1, cost=62, edges=linear(0, 0.2))
+def english_symbol_fraction(view: View) -> float:
+    """Occurrences of # or of ... (or …), whichever are more, / words."""
+    count = max(view.measured.count("#"), view.measured.count("...") + view.measured.count("…"))
+    return count / len(view.spaced_words) if view.spaced_words else 0.0
+
+
+@rule("english_alphabetic_fraction", "G4", low=0.8, cost=65)
+def english_alphabetic_fraction(view: View) -> float:
+    """Words with at least one letter / words."""
+    words = view.spaced_words
+    return sum(any(map(str.isalpha, word)) for word in words) / len(words) if words else 0.0
+
+
+@rule("english_stop_words", "G5", low=2, cost=64, edges=linear(0, 40))
+def english_stop_words(view: View) -> float:
+    """Distinct ones of the, be, to, of, and, that, have, with among the words, in any case."""
+    return float(len(_STOP_WORDS.intersection(word.lower() for word in view.spaced_words)))
+
+
+@rule("english_ellipsis_line_fraction", "G6", high=0.3, cost=63)
+def english_ellipsis_line_fraction(view: View) -> float:
+    """Lines that end in ... (or …) / lines that are not empty."""
+    lines = view.measured_lines
+    return sum(line.endswith(("...", "…")) for line in lines) / len(lines) if lines else 0.0
+
+
+@rule("duplicate_line_fraction", "G7", high=0.3, cost=66)
+def duplicate_line_fraction(view: View) -> float:
+    """Lines that stood there before / lines that are not empty."""
+    lines = view.measured_lines
+    return (len(lines) - len(set(lines))) / len(lines) if lines else 0.0
+
+
+@rule("duplicate_line_character_fraction", "G8", high=0.2, cost=67)
+def duplicate_line_character_fraction(view: View) -> float:
+    """Characters of the lines that stood there before / characters of the lines."""
+    counts = Counter(view.measured_lines)
+    total = sum(len(line) * count for line, count in counts.items())
+    return sum(len(line) * (count - 1) for line, count in counts.items()) / total if total else 0.0
+
+
+def _numbered(view: View) -> tuple[np.ndarray, np.ndarray]:
+    """A number for each word (equal for equal words), and its length; uint64 and int64 [words]."""
+    if "words" not in view.repeats:
+        numbers: dict[str, int] = {}
+        words = view.spaced_words
+        view.repeats["words"] = (
+            np.fromiter((numbers.setdefault(word, len(numbers)) for word in words), np.uint64, len(words)),
+            np.fromiter(map(len, words), np.int64, len(words)))
+    return view.repeats["words"]
+
+
+def _top_fraction(view: View, n: int) -> float:
+    ids, lengths = _numbered(view)
+    if len(ids) < n:
+        return 0.0
+    keys = ngram_keys(ids, n)
+    order = np.argsort(keys, kind="stable")
+    counts = run_lengths(keys[order])
+    if counts.max() < 2:
+        return 0.0
+    firsts = order[np.cumsum(counts) - counts][counts == counts.max()]
+    characters = np.convolve(lengths, np.ones(n, np.int64), "valid")[firsts].max()
+    return int(counts.max() * characters) / int(lengths.sum())
+
+
+def _covered_fraction(view: View, n: int) -> float:
+    ids, lengths = _numbered(view)
+    if "repeated_words" not in view.repeats:
+        view.repeats["repeated_words"] = repeated(ids)
+    places = view.repeats["repeated_words"][n - 5]
+    steps = np.zeros(len(ids) + 1, np.int64)
+    np.add.at(steps, places, 1)
+    np.add.at(steps, places + n, -1)
+    return int(lengths[np.cumsum(steps[:-1]) > 0].sum()) / int(lengths.sum()) if len(places) else 0.0
+
+
+def _register(n: int, code: str, high: float) -> None:
+    if n < 5:
+        name, measure = f"english_top_{n}gram_fraction", lambda view: _top_fraction(view, n)
+        measure.__doc__ = (f"Occurrences · characters of the most frequent {n}-gram of words / characters of the "
+                           "words; of equally frequent ones the longest; 0 where none occurs twice.")
+    else:
+        name, measure = f"english_repeated_{n}gram_fraction", lambda view: _covered_fraction(view, n)
+        measure.__doc__ = (f"Share of the words' characters that lie in a {n}-gram of words that occurs more than "
+                           "once; each position counts once, and the first occurrence too.")
+    rule(name, code, high=high, cost=70 + n)(measure)
+
+
+for _n, _high in ((2, 0.20), (3, 0.18), (4, 0.16), (5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10)):
+    _register(_n, f"G{_n + 7}", _high)

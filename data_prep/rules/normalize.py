@@ -1,0 +1,120 @@
+"""Text to text: what is measured (NFKC, then U2: punctuation as ASCII), and traditional to simplified characters.
+
+U2 is one code point to one, so that positions and lines of the NFKC text and of the measured text are the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+import unicodedata
+
+import numpy as np
+
+from ctllm_jax.config.errors import UserError
+
+PUNCTUATION = {
+    "。": ".", "｡": ".", "．": ".", "﹒": ".", "，": ",", "、": ",", "､": ",", "﹐": ",", "﹑": ",",
+    "：": ":", "∶": ":", "﹕": ":", "；": ";", "﹔": ";", "？": "?", "﹖": "?", "！": "!", "﹗": "!",
+    "“": '"', "”": '"', "„": '"', "‟": '"', "〝": '"', "〞": '"', "〟": '"', "＂": '"', "«": '"', "»": '"',
+    "「": '"', "」": '"', "『": '"', "』": '"', "｢": '"', "｣": '"', "《": '"', "》": '"',
+    "‘": "'", "’": "'", "‚": "'", "‛": "'", "´": "'", "＇": "'", "〈": "<", "〉": ">", "＜": "<", "＞": ">",
+    "（": "(", "）": ")", "〔": "[", "〕": "]", "【": "[", "】": "]", "〖": "[", "〗": "]", "［": "[", "］": "]",
+    "｛": "{", "｝": "}", "–": "-", "—": "-", "―": "-", "━": "-", "－": "-", "～": "~", "〜": "~", "％": "%",
+    "＃": "#", "＄": "$", "＆": "&", "＊": "*", "＋": "+", "／": "/", "＝": "=", "＠": "@", "＼": "\\", "＾": "^",
+    "＿": "_", "｀": "`", "｜": "|",
+}
+"""U2: full-width, CJK and typographic punctuation, and the ASCII mark that stands for each.
+
+After the table of CCNet (Wenzek et al. 2020), which the released corpus follows, with three differences: each mark
+becomes exactly one character, so — is "-" without blanks around it and … stays; the digit １ is no quotation mark.
+"""
+
+_SIZE = sys.maxunicode + 1
+_TABLED = 0x30000  # Planes 0 to 2 hold all text; anything beyond goes through unicodedata.
+
+
+def without_surrogates(text: str) -> tuple[str, int]:
+    """The text with each lone surrogate as U+FFFD, and how many there were. No encoder or tokenizer takes them."""
+    if text.isascii():
+        return text, 0
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return re.subn("[\ud800-\udfff]", "\ufffd", text)
+    return text, 0
+
+
+def normalize_punctuation(text: str) -> str:
+    """U2: `PUNCTUATION` applied. Idempotent, and of the same length."""
+    if text.isascii():
+        return text
+    for mark, ascii_mark in PUNCTUATION.items():
+        # 60 searches are ten times as fast as one str.translate: 470 against 50 MB/s.
+        text = text.replace(mark, ascii_mark)
+    return text
+
+
+def code_points(text: str) -> np.ndarray:
+    """Code points of a text, uint32 [characters]."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def from_code_points(codes: np.ndarray) -> str:
+    """The text of code points; `code_points` backwards."""
+    return codes.tobytes().decode("utf-32-le", "surrogatepass")
+
+
+@functools.cache
+def _tables() -> tuple[np.ndarray, np.ndarray]:
+    """By code point: NFKC as one code point, and whether NFKC is that in every context.
+
+    It is where the result is one code point that is no mark and no conjoining jamo: those may join with a neighbour.
+    """
+    mapped, simple = np.arange(_SIZE, dtype=np.uint32), np.zeros(_SIZE, bool)
+    for code in range(_TABLED):
+        if 0x3400 <= code < 0xA000 or 0xAC00 <= code < 0xD7A4 or 0x20000 <= code < 0x2F800:
+            simple[code] = True
+            continue
+        character = chr(code)
+        normal = unicodedata.normalize("NFKC", character)
+        if len(normal) == 1 and unicodedata.category(normal)[0] != "M" and not "\u1100" <= normal <= "\u11ff":
+            mapped[code], simple[code] = ord(normal), True
+    return mapped, simple
+
+
+@functools.cache
+def _punctuation_table() -> np.ndarray:
+    table = np.arange(_SIZE, dtype=np.uint32)
+    for mark, ascii_mark in PUNCTUATION.items():
+        table[ord(mark)] = ord(ascii_mark)
+    return table
+
+
+def nfkc_code_points(text: str) -> np.ndarray:
+    """Code points of NFKC(text), uint32; by a table where no character depends on its neighbours (8 times as fast)."""
+    codes = code_points(text.replace("…", "..."))
+    mapped, simple = _tables()
+    if not simple[codes].all():
+        codes = code_points(unicodedata.normalize("NFKC", text))
+    return mapped[codes]
+
+
+def measured_code_points(text: str) -> np.ndarray:
+    """Code points of U2(NFKC(text)), uint32: what the rules look at."""
+    return _punctuation_table()[nfkc_code_points(text)]
+
+
+@functools.cache
+def _converter():
+    try:
+        import opencc
+    except ImportError:
+        raise UserError("filter.simplify=true needs the package opencc: pip install 'ctllm-jax[prep]'") from None
+    return opencc.OpenCC("t2s")
+
+
+def simplify(text: str) -> str:
+    """Traditional characters as simplified ones (opencc t2s); a text without any stays as it is."""
+    return text if text.isascii() else _converter().convert(text)
