@@ -6,10 +6,10 @@ one document. A folder stands for all such files below it, sorted by path.
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import logging
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,22 +158,31 @@ def decompressed(raw: BinaryIO, compression: str | None, file: str) -> BinaryIO:
 
     Reading on past damage raises one of `broken_stream_errors`.
     """
+    if compression is None:
+        return io.BufferedReader(raw, buffer_size=2**20)
     if compression == "gz":
-        return gzip.GzipFile(fileobj=raw)
-    if compression == "zst":
-        return io.BufferedReader(_ZstdReader(file, raw), buffer_size=2**20)
-    return io.BufferedReader(raw, buffer_size=2**20)
-
-
-class _ZstdReader(io.RawIOBase):
-    """The frames of a .zst file, one after the other. The package's own reader takes a cut file for a whole one."""
-
-    def __init__(self, file: str, raw: BinaryIO):
+        # gzip.GzipFile hands on 8 kB at a time: 120 MB/s of JSON lines against 148.
+        def new_frame():
+            return zlib.decompressobj(zlib.MAX_WBITS | 16)
+    else:
         try:
             import zstandard
         except ImportError:
             raise UserError(f"{file} needs the package zstandard: pip install 'ctllm-jax[prep]'") from None
-        self._new_frame = lambda: zstandard.ZstdDecompressor().decompressobj()
+
+        def new_frame():
+            return zstandard.ZstdDecompressor().decompressobj()
+    return io.BufferedReader(_FrameReader(raw, new_frame), buffer_size=2**20)
+
+
+class _FrameReader(io.RawIOBase):
+    """The frames of a .zst file or the members of a .gz one, one after the other, each of which must be whole.
+
+    zstandard's own reader takes a cut file for a whole one.
+    """
+
+    def __init__(self, raw: BinaryIO, new_frame: Callable):
+        self._new_frame = new_frame
         self._raw = raw
         self._frame = None
         self._ready = memoryview(b"")
@@ -185,11 +194,14 @@ class _ZstdReader(io.RawIOBase):
         while not self._ready:
             if self._frame is None or self._frame.eof:
                 data = (self._frame.unused_data if self._frame else b"") or self._raw.read(_CHUNK)
-                if not data:
-                    return 0
+                if not data.lstrip(b"\0"):  # Zeros may follow the last member (gzip -d ignores them too).
+                    if not data:
+                        return 0
+                    self._frame = None
+                    continue
                 self._frame = self._new_frame()
             elif not (data := self._raw.read(_CHUNK)):
-                raise EOFError("the last frame is not complete")
+                raise EOFError("its last part is not complete")
             self._ready = memoryview(self._frame.decompress(data))
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]
@@ -199,9 +211,7 @@ class _ZstdReader(io.RawIOBase):
 
 def broken_stream_errors() -> tuple[type[Exception], ...]:
     """What reading a damaged compressed stream raises."""
-    import zlib
-
-    errors: list[type[Exception]] = [EOFError, gzip.BadGzipFile, zlib.error]
+    errors: list[type[Exception]] = [EOFError, zlib.error]
     try:
         import zstandard
 

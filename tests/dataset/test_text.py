@@ -122,7 +122,7 @@ def test_a_zst_file_cut_between_two_lines_is_not_taken_for_whole(tmp_path):
     (tmp_path / "a.jsonl.zst").write_bytes(cut)
     texts, quarantine = read([tmp_path], max_bad=1)
     assert (texts, quarantine.count) == (["one", "two"], 1)
-    with pytest.raises(UserError, match=r"a.jsonl.zst:3: .* the last frame is not complete"):
+    with pytest.raises(UserError, match=r"a.jsonl.zst:3: .* its last part is not complete"):
         read([tmp_path])
 
 
