@@ -6,9 +6,9 @@ from collections import Counter
 
 import numpy as np
 
-from data_prep.rules.ngrams import ngram_keys, repeated
+from data_prep.rules.ngrams import Repetition, repetition
 from data_prep.rules.registry import linear, logarithmic, rule
-from data_prep.rules.view import View, run_lengths
+from data_prep.rules.view import View
 
 _STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 
@@ -68,40 +68,34 @@ def duplicate_line_character_fraction(view: View) -> float:
     return sum(len(line) * (count - 1) for line, count in counts.items()) / total if total else 0.0
 
 
-def _numbered(view: View) -> tuple[np.ndarray, np.ndarray]:
-    """A number for each word (equal for equal words), and its length; uint64 and int64 [words]."""
-    if "words" not in view.repeats:
+def _repetition(view: View) -> tuple[Repetition, np.ndarray]:
+    """What is repeated in the sequence of words, and the length of each word, int64 [words]."""
+    if "words" not in view.shared:
         numbers: dict[str, int] = {}
         words = view.spaced_words
-        view.repeats["words"] = (
-            np.fromiter((numbers.setdefault(word, len(numbers)) for word in words), np.uint64, len(words)),
-            np.fromiter(map(len, words), np.int64, len(words)))
-    return view.repeats["words"]
+        ids = np.fromiter((numbers.setdefault(word, len(numbers)) for word in words), np.int64, len(words))
+        # 21 bits name a word; of a text with two million different ones the later share a name.
+        found = repetition(np.minimum(ids, (1 << 21) - 3))
+        view.shared["words"] = found, np.fromiter(map(len, words), np.int64, len(words))
+    return view.shared["words"]
 
 
 def _top_fraction(view: View, n: int) -> float:
-    ids, lengths = _numbered(view)
-    if len(ids) < n:
+    found, lengths = _repetition(view)
+    if found.top[n] < 2:
         return 0.0
-    keys = ngram_keys(ids, n)
-    order = np.argsort(keys, kind="stable")
-    counts = run_lengths(keys[order])
-    if counts.max() < 2:
-        return 0.0
-    firsts = order[np.cumsum(counts) - counts][counts == counts.max()]
-    characters = np.convolve(lengths, np.ones(n, np.int64), "valid")[firsts].max()
-    return int(counts.max() * characters) / int(lengths.sum())
+    characters = np.convolve(lengths, np.ones(n, np.int64), "valid")[found.top_places[n]].max()
+    return int(found.top[n] * characters) / int(lengths.sum())
 
 
 def _covered_fraction(view: View, n: int) -> float:
-    ids, lengths = _numbered(view)
-    if "repeated_words" not in view.repeats:
-        view.repeats["repeated_words"] = repeated(ids)
-    places = view.repeats["repeated_words"][n - 5]
-    steps = np.zeros(len(ids) + 1, np.int64)
-    np.add.at(steps, places, 1)
-    np.add.at(steps, places + n, -1)
-    return int(lengths[np.cumsum(steps[:-1]) > 0].sum()) / int(lengths.sum()) if len(places) else 0.0
+    found, lengths = _repetition(view)
+    if not len(found.places[n]):
+        return 0.0
+    steps = np.zeros(len(lengths) + 1, np.int64)
+    steps[found.places[n]] += 1
+    steps[found.places[n] + n] -= 1
+    return int(lengths[np.cumsum(steps[:-1]) > 0].sum()) / int(lengths.sum())
 
 
 def _register(n: int, code: str, high: float) -> None:

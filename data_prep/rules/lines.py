@@ -15,6 +15,7 @@ _BULLETS = tuple("•●○■□▪▫※·➢‣▶◀◦–")
 _TERMINAL = frozenset('.!?…;"')
 _CLOSERS = ")]}>'~*"
 _CHINESE = re.compile("[\u2e80-\u312f\u31a0-\u9fff\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff]")
+_NEEDLES = {"javascript": "javascript", "lorem_ipsum": "lorem ipsum"}
 _THREE = re.compile(r"(?:[^\W_][\W_]*){3}")
 
 
@@ -55,6 +56,9 @@ def ends_in_terminal_punctuation(line: str) -> bool:
 
 def has_three_words(line: str) -> bool:
     """W3 of a measured, stripped line."""
+    head = line[:3]
+    if len(head) == 3 and head.isalnum() and "\u3400" <= head[0] <= "\u9fff":
+        return True  # Nine lines of ten.
     if _CHINESE.search(line):
         return _THREE.search(line) is not None
     return sum(any(map(str.isalnum, word)) for word in line.split()[:1000]) >= 3
@@ -81,11 +85,11 @@ def drop_lines(text: str, names: Sequence[str], bad_words: BadWords | None = Non
     Idempotent.
     """
     measured = View(text).measured if measured is None else measured
-    tests = [(name, LINE_RULES[name].keeps) for name in LINE_RULES if name in names and name != "bad_words"]
     lowered = measured.lower()
-    tests = [(name, keeps) for name, keeps in tests
-             if name not in _NEEDLES or _NEEDLES[name] in lowered]
     bad = bad_words.lines(lowered) if bad_words is not None and "bad_words" in names else ()
+    # Most documents hold no javascript at all: then no line is asked.
+    tests = [(name, LINE_RULES[name].keeps) for name in LINE_RULES if name in names and name != "bad_words"
+             and (name not in _NEEDLES or _NEEDLES[name] in lowered)]
     if not tests and not bad:
         return text, {}
     kept, removed, after_gap = [], dict.fromkeys(names, 0), False
@@ -94,14 +98,15 @@ def drop_lines(text: str, names: Sequence[str], bad_words: BadWords | None = Non
             if not after_gap:
                 kept.append(raw)
             continue
-        flaw = next((name for name, keeps in tests if not keeps(line)), "bad_words" if number in bad else None)
+        flaw = "bad_words" if number in bad else None
+        for name, keeps in tests:
+            if not keeps(line):
+                flaw = name
+                break
         after_gap = flaw is not None
-        if flaw is None:
-            kept.append(raw)
-        else:
+        if after_gap:
             removed[flaw] += 1
+        else:
+            kept.append(raw)
     removed = {name: count for name, count in removed.items() if count}
     return ("\n".join(kept), removed) if removed else (text, {})
-
-
-_NEEDLES = {"javascript": "javascript", "lorem_ipsum": "lorem ipsum"}

@@ -32,6 +32,7 @@ becomes exactly one character, so — is "-" without blanks around it and … st
 """
 
 _SIZE = sys.maxunicode + 1
+_NOT_ALONE = 0xFFFFFFFF
 _TABLED = 0x30000  # Planes 0 to 2 hold all text; anything beyond goes through unicodedata.
 
 
@@ -67,43 +68,30 @@ def from_code_points(codes: np.ndarray) -> str:
 
 
 @functools.cache
-def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """By code point: NFKC as one code point, and whether NFKC is that in every context.
+def _table() -> np.ndarray:
+    """By code point: U2(NFKC), or `_NOT_ALONE`, uint32 [0x110000].
 
-    It is where the result is one code point that is no mark and no conjoining jamo: those may join with a neighbour.
+    The table serves where NFKC is one code point in every context: where it is no mark and no conjoining jamo, which
+    may join with a neighbour.
     """
-    mapped, simple = np.arange(_SIZE, dtype=np.uint32), np.zeros(_SIZE, bool)
+    table = np.arange(_SIZE, dtype=np.uint32)
+    table[_TABLED:] = _NOT_ALONE
     for code in range(_TABLED):
         if 0x3400 <= code < 0xA000 or 0xAC00 <= code < 0xD7A4 or 0x20000 <= code < 0x2F800:
-            simple[code] = True
             continue
-        character = chr(code)
-        normal = unicodedata.normalize("NFKC", character)
-        if len(normal) == 1 and unicodedata.category(normal)[0] != "M" and not "\u1100" <= normal <= "\u11ff":
-            mapped[code], simple[code] = ord(normal), True
-    return mapped, simple
-
-
-@functools.cache
-def _punctuation_table() -> np.ndarray:
-    table = np.arange(_SIZE, dtype=np.uint32)
-    for mark, ascii_mark in PUNCTUATION.items():
-        table[ord(mark)] = ord(ascii_mark)
+        normal = unicodedata.normalize("NFKC", chr(code))
+        alone = len(normal) == 1 and unicodedata.category(normal)[0] != "M" and not "\u1100" <= normal <= "\u11ff"
+        table[code] = ord(PUNCTUATION.get(normal, normal)) if alone else _NOT_ALONE
     return table
 
 
-def nfkc_code_points(text: str) -> np.ndarray:
-    """Code points of NFKC(text), uint32; by a table where no character depends on its neighbours (8 times as fast)."""
-    codes = code_points(text.replace("…", "..."))
-    mapped, simple = _tables()
-    if not simple[codes].all():
-        codes = code_points(unicodedata.normalize("NFKC", text))
-    return mapped[codes]
-
-
 def measured_code_points(text: str) -> np.ndarray:
-    """Code points of U2(NFKC(text)), uint32: what the rules look at."""
-    return _punctuation_table()[nfkc_code_points(text)]
+    """Code points of U2(NFKC(text)), uint32: what the rules look at. 8 times as fast as unicodedata on Chinese."""
+    # … is the one common character that becomes several.
+    codes = _table()[code_points(text.replace("…", "..."))]
+    if (codes == _NOT_ALONE).any():
+        return code_points(normalize_punctuation(unicodedata.normalize("NFKC", text)))
+    return codes
 
 
 @functools.cache

@@ -24,10 +24,10 @@ def sentences(view: View) -> float:
 
 
 def _repeated(view: View) -> tuple[Counter, int]:
-    if "sentences" not in view.repeats:
+    if "sentences" not in view.shared:
         pieces = [piece for piece in map(str.strip, _SPLIT.split(view.measured)) if piece]
-        view.repeats["sentences"] = Counter(pieces), len(pieces)
-    return view.repeats["sentences"]
+        view.shared["sentences"] = Counter(pieces), len(pieces)
+    return view.shared["sentences"]
 
 
 @rule("duplicate_sentence_fraction", "D10", high=0.30, cost=300)
