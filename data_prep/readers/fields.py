@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 TEXT_FIELDS = ("text", "content", "raw_content", "contents", "body", "article", "正文", "内容", "passage", "document",
@@ -25,9 +26,14 @@ def lookup(values: Mapping, name: str) -> object:
 
 
 def text_candidates(samples: Iterable[Mapping]) -> list[str]:
-    """The known names under which some of these records have text that is not empty."""
-    found = {name for values in samples for name in TEXT_FIELDS if isinstance(values.get(name), str) and values[name]}
-    return [name for name in TEXT_FIELDS if name in found]
+    """The known names that may be these records' text: those of a record that has text under several, else the one
+    that most records have."""
+    present = [[name for name in TEXT_FIELDS if isinstance(values.get(name), str) and values[name]]
+               for values in samples]
+    together = {name for names in present if len(names) > 1 for name in names}
+    if together:
+        return [name for name in TEXT_FIELDS if name in together]
+    return [name for name, _ in Counter(name for names in present for name in names).most_common(1)]
 
 
 def first_known(names: Sequence[str], fields: Iterable[str]) -> str | None:

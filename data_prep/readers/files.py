@@ -19,7 +19,6 @@ _BY_CONTENT = ("", ".json")
 """Suffixes that do not tell the kind: Spark's part-00000 has none, and .json may be JSON lines."""
 HEAD_BYTES = 2**16
 _ASCII_BYTES = 2**20
-_PAGE = 2**18
 
 
 class InputFile(NamedTuple):
@@ -167,18 +166,18 @@ def _is_zstd(start: bytes) -> bool:
 
 def _head(raw: BinaryIO, compression: str | None, file: str) -> bytes:
     """The first bytes, decompressed; more of them where they are all ASCII, so that an encoding shows."""
-    stream = decompressed(raw, compression, file)
     head = bytearray()
-    try:
-        while len(head) < HEAD_BYTES or head.isascii() and len(head) < _ASCII_BYTES:
-            piece = stream.read(HEAD_BYTES if len(head) < HEAD_BYTES else _PAGE)
-            if not piece:
-                break
-            head += piece
-            if head.startswith((b"PAR1", b"WARC/")):
-                break
-    except broken_stream_errors():
-        pass  # What came before the damage is what there is to look at.
+    with decompressed(raw, compression, file) as stream:
+        try:
+            while len(head) < HEAD_BYTES or head.isascii() and len(head) < _ASCII_BYTES:
+                piece = stream.read1(HEAD_BYTES)
+                if not piece:
+                    break
+                head += piece
+                if head.startswith((b"PAR1", b"WARC/")) and len(head) >= HEAD_BYTES:
+                    break
+        except broken_stream_errors():
+            pass  # What came before the damage is what there is to look at.
     return bytes(head)
 
 

@@ -86,22 +86,17 @@ def _inflate(body: bytes, bits: int) -> bytes:
 def decode(response: Response) -> tuple[str, str]:
     """The HTML as text, and the name of its encoding.
 
-    Valid UTF-8 beyond ASCII is UTF-8 whatever is claimed; else the first that fits of byte order mark, HTTP header,
-    meta tag and detection. Where none fits the whole page, bad bytes become U+FFFD, as in a browser.
+    Valid UTF-8 is UTF-8 whatever is claimed, since other text almost never is; else the first that fits of byte order
+    mark, HTTP header, meta tag and detection. Where none fits the whole page, bad bytes become U+FFFD, as in a browser.
     """
     body = response.body
-    if not body.isascii():
-        try:
-            return body.decode("utf-8-sig"), "utf-8"
-        except UnicodeDecodeError:
-            pass
-    candidates = list(_candidates(response))
+    candidates = [("utf-8", "utf-8-sig"), *_candidates(response)]
     for name, codec in candidates:
         try:
             return body.decode(codec), name
         except UnicodeDecodeError:
             continue
-    name, codec = candidates[0]
+    name, codec = candidates[1] if len(candidates) > 1 else candidates[0]
     return body.decode(codec, errors="replace"), name
 
 
@@ -115,7 +110,6 @@ def _candidates(response: Response):
     # Latin-1 is what many servers claim of every page, and any bytes fit it: the last to be believed.
     for name in sorted(filter(None, named), key=lambda name: name == _LATIN):
         yield _FAMILIES.get(name, (name, name))
-    yield "utf-8", "utf-8"
 
 
 def _declared(encoding, head: bytes) -> str | None:

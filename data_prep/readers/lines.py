@@ -47,10 +47,9 @@ def read_lines(unit: InputUnit, quarantine: Quarantine, tally: Tally) -> Iterato
         unit["text_field"], unit["id_field"], unit["url_field"], unit["time_field"])
     left = None if unit["start"] is None else unit["stop"] - unit["start"]
     line = unit["first"] - 1
-    with open_file(file) as raw:
+    with open_file(file) as raw, decompressed(raw, unit["compression"], file) as stream:
         if unit["start"]:
-            raw.seek(unit["start"])
-        stream = decompressed(raw, unit["compression"], file)
+            stream.seek(unit["start"])
         try:
             while (left is None or left > 0) and (data := stream.readline()):
                 line += 1
@@ -86,9 +85,9 @@ def _text(values: object, text_field: str) -> str:
 def read_text(unit: InputUnit, quarantine: Quarantine, tally: Tally) -> Iterator[Record]:
     """A plain text file as one record; damaged in any way, it is put aside whole."""
     file, encoding = unit["file"], unit["encoding"]
-    with open_file(file) as raw:
+    with open_file(file) as raw, decompressed(raw, unit["compression"], file) as stream:
         try:
-            data = decompressed(raw, unit["compression"], file).read().removeprefix(BOM)
+            data = stream.read().removeprefix(BOM)
         except broken_stream_errors() as error:
             quarantine.put(file, 1, f"the compressed data is damaged or ends early: {error}")
             return
