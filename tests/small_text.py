@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-from ctllm_jax.config.data import PrepareConfig
+from ctllm_jax.config.data import BuildConfig
 from data_prep.pipeline import prepare
 from data_prep.train_tokenizer import fit
 
@@ -38,6 +38,6 @@ def make_corpus(folder):
     # Of the rare characters one has a piece and the other is left to its bytes.
     tokenizer.write_bytes(fit(lines, vocab_size=VOCABULARY, character_coverage=0.998))
     for language in WORDS:
-        prepare(PrepareConfig(input=[str(folder / f"{language}.jsonl")], output=str(folder / language),
+        prepare(BuildConfig(input=[str(folder / f"{language}.jsonl")], output=str(folder / language),
                               tokenizer=str(tokenizer), name=language, record_tokens=RECORD, validation_fraction=0.1))
     return Corpus(folder, tokenizer)

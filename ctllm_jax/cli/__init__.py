@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "quickstart": "from nothing to a Chinese model that writes, in minutes on a laptop",
     "tokenizer": "train a SentencePiece tokenizer on text",
-    "prepare": "text to a dataset directory: deduplicated, split, tokenised, packed",
+    "prepare": "raw text to a corpus: filtered, deduplicated, tokenized, packed",
     "data": "look at a dataset (inspect), check its sums (verify)",
     "pretrain": "train a model from a config, or go on with a run",
     "generate": "text from a trained model",
@@ -40,6 +40,7 @@ class Context:
     targets: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     dry_run: bool = False
+    options: frozenset[str] = frozenset()
     config: Any = None
 
     @property
@@ -87,7 +88,7 @@ def _run(module, command: str, arguments: list[str]) -> int:
     options = [word for word in arguments if word.startswith("--")]
     overrides = [word for word in arguments if _OVERRIDE.match(word)]
     words = [word for word in arguments if word not in options and word not in overrides]
-    known = {"--help", "--print-config", "--dry-run"}
+    known = {"--help", "--print-config", "--dry-run", *getattr(module, "OPTIONS", ())}
     for option in options:
         if option not in known:
             hint = f"; keys are written without dashes: {option[2:]}" if "=" in option else ""
@@ -109,7 +110,7 @@ def _run(module, command: str, arguments: list[str]) -> int:
     target = words.pop(0) if takes_config and words else getattr(module, "DEFAULT_CONFIG", None)
     if takes_config and words:
         raise UserError(f"{command} takes one config; {' '.join(words)} is left over (a key is written key=value)")
-    if takes_config and target is None:
+    if takes_config and target is None and not getattr(module, "CONFIG_IS_OPTIONAL", False):
         raise UserError(f"{command} needs a config, such as {module.EXAMPLE}")
     config = load.load(schema, target=target, overrides=overrides)
     if "--print-config" in options:
@@ -118,8 +119,8 @@ def _run(module, command: str, arguments: list[str]) -> int:
     from rich.console import Console
 
     console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
-    context = Context(command, console, action=action, targets=[target] if takes_config else words,
-                      overrides=overrides, dry_run="--dry-run" in options, config=config)
+    context = Context(command, console, action=action, targets=[target] * bool(target) if takes_config else words,
+                      overrides=overrides, dry_run="--dry-run" in options, options=frozenset(options), config=config)
     return module.run(context)
 
 

@@ -1,56 +1,195 @@
-"""`launch.py prepare`: text to a dataset directory."""
+"""`launch.py prepare`: raw text to a corpus, and to dataset directories."""
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from ctllm_jax.cli.progress import stage_bars
-from ctllm_jax.config.data import PrepareConfig
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.prepare import PrepareConfig
+
+if TYPE_CHECKING:
+    from ctllm_jax.cli import Context
 
 SCHEMA = PrepareConfig
+TAKES_CONFIG = True
+CONFIG_IS_OPTIONAL = True
+OPTIONS = {"--estimate": "hours and disk of the whole input, from a sample of it"}
 USAGE = """
-usage: python launch.py prepare input=TEXT tokenizer=TOKENIZER output=DIR [key=value …] [--dry-run]
+usage: python launch.py prepare [CONFIG] input=TEXT output=DIR [tokenizer=TOKENIZER] [key=value …]
+                                [--dry-run | --estimate]
 
-Reads text (.jsonl, .jsonl.gz, .jsonl.zst, .parquet: a document a record; .txt: a document a file; folders of these),
-drops exact copies, holds documents out for validation, shuffles, tokenizes and packs them into a dataset directory.
+Raw text (JSONL, .gz, .zst, Parquet, plain text, WET, WARC; files or folders of these) is read, filtered by rules, freed
+of exact and near copies and of similar lines, and written as clean text below DIR/clean; with a tokenizer it is also
+held out, shuffled, tokenized and packed into a dataset directory DIR/NAME for each source. DIR/report.html shows what
+became of the documents. The same command goes on after Ctrl-C, and does again only what a changed key concerns.
 
-  python launch.py prepare input=corpus/ tokenizer=tokenizer.model output=data/corpus
-  python launch.py prepare input='[a.jsonl,b.parquet]' text_field=content tokenizer=t.json output=data/ab max_bad=9
+  python launch.py prepare input=crawl/ output=data/crawl limit=1000
+  python launch.py prepare input=corpus/ tokenizer=tokenizer.model output=data/corpus rules=light
+  python launch.py prepare configs/data/map_cc.yaml output=data/map_cc --estimate
+  python launch.py prepare explain=page.txt rules=web
 
-What cannot be read is listed in OUTPUT/quarantine.jsonl (beside OUTPUT if the command fails).
+What cannot be read is listed in DIR/quarantine.jsonl.
 """
+_SHOWN = 60
 
 
-def run(context) -> int:
-    """Prepare a dataset, and print what became of the documents."""
-    from ctllm_jax.dataset.text import find_files
-    from data_prep.pipeline import prepare
+def run(context: Context) -> int:
+    """Explain, plan, estimate or run."""
+    config, console = context.config, context.console
+    if config.explain:
+        return explain(config, console)
+    from data_prep.pipeline import plan
+
+    inputs = plan(config)
+    show_inputs(inputs, console)
+    if context.dry_run:
+        rules = ", ".join(sorted(_rules(config, inputs)))
+        console.print(f"would be prepared into {escape(config.output)}: rules {rules}; "
+                      f"{'clean text only' if config.tokenizer is None else 'clean text and datasets'}")
+        return 0
+    if "--estimate" in context.options:
+        return estimate(config, inputs, console)
+    return prepare(context, inputs)
+
+
+def prepare(context: Context, inputs: list) -> int:
+    """Run the stages, write the report, and say what became of the documents."""
+    from data_prep.pipeline import prepare as run_stages
+    from data_prep.report import write_report
 
     config, console = context.config, context.console
-    if context.dry_run:
-        files = find_files(config.input)
-        size = sum(file.stat().st_size for file in files)
-        console.print(f"{len(files)} files, {size / 1e6:,.1f} MB on disk, would become {config.output} "
-                      f"(records of {config.record_tokens} tokens, {config.shards} training shards)")
-        return 0
-    started = time.monotonic()
-    with stage_bars(console) as report:
-        summary = prepare(config, progress=report)
-    manifest = summary.manifest
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=config.output, title_justify="left",
-                  title_style="bold")
-    for column in ("split", "documents", "tokens", "text MB", "bytes/token", "records", "shards"):
-        table.add_column(column, justify="left" if column == "split" else "right")
-    for name, split in manifest.splits.items():
-        tokens, size = split.total("tokens"), split.total("text_bytes")
-        table.add_row(name, f"{split.total('documents'):,}", f"{tokens:,}", f"{size / 1e6:,.1f}",
-                      f"{size / tokens:.2f}", f"{split.total('records'):,}", f"{len(split.shards):,}")
-    console.print(table)
-    console.print(f"read {summary.read:,} documents: {summary.duplicates:,} copies dropped, {summary.empty:,} empty, "
-                  f"{summary.bad:,} bad{f' (see {config.output}/quarantine.jsonl)' if summary.bad else ''}; "
-                  f"{time.monotonic() - started:.1f} s")
-    console.print(f"next: [bold]python launch.py data inspect {config.output}[/bold]")
+    began = time.monotonic()
+    with stage_bars(console) as progress:
+        ran = run_stages(config, inputs=inputs, progress=progress)
+    page = Path(config.output) / "report.html"
+    if ran.worked or not page.exists():
+        report = write_report(config, ran, command=context.command_line)
+    else:
+        report = json.loads(page.with_suffix(".json").read_bytes())
+        console.print("[dim]nothing to do: all of it is there already[/]")
+    show_funnel(report, console)
+    if report["datasets"]:
+        show_datasets(report, console)
+    console.print(f"{time.monotonic() - began:.1f} s; report: {escape(str(page))}")
+    first = next(iter(ran.manifests), None)
+    console.print("next: [bold]" + escape(
+        f"python launch.py data inspect {config.output}/{first}" if first else
+        f"python launch.py tokenizer input={config.output}/clean output=tokenizer.model vocab_size=32000"
+        if config.tokenizer is None else f"less {page}") + "[/]")
     return 0
+
+
+def show_inputs(inputs: list, console) -> None:
+    """What was recognised: two lines a file, the second the beginning of its first record."""
+    from data_prep.readers import describe
+
+    rows = describe(inputs)
+    for row in rows[:_SHOWN]:
+        kind = row["kind"] + (f".{row['compression']}" if row["compression"] else "")
+        facts = [kind, row["encoding"], row["text_field"] and f"text field {row['text_field']}",
+                 f"{row['bytes'] / 1e6:,.1f} MB", row["units"] > 1 and f"{row['units']} parts"]
+        console.print(f"[bold]{row['source']}[/] {escape(Path(row['file']).name)}: "
+                      + escape(", ".join(str(fact) for fact in facts if fact)))
+        sample = row["sample"]
+        console.print("  [dim]" + (escape(f"{sample['id']} │ {' '.join(sample['text'].split())[:60]}") if sample else
+                                   "no record of it can be read") + "[/]")
+    if len(rows) > _SHOWN:
+        console.print(f"[dim]… and {len(rows) - _SHOWN:,} more files[/]")
+
+
+def show_funnel(report: dict, console) -> None:
+    """Documents and text through the stages."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for column in ("source", "stage", "in", "kept", "dropped", "bad", "MB kept", "most dropped by"):
+        table.add_column(column, justify="left" if column in ("source", "stage", "most dropped by") else "right")
+    for row in sorted(report["funnel"], key=lambda row: list(report["removed"]).index(row["source"])
+                      if row["source"] in report["removed"] else -1):
+        why = ""
+        if row["stage"] == "filter":
+            rules = sorted((rule for rule in report["rules"] if rule["source"] == row["source"] and rule["failed"]),
+                           key=lambda rule: -rule["failed"])
+            why = ", ".join(f"{rule['name']} {rule['failed']:,}" for rule in rules[:3])
+        table.add_row(row["source"], row["stage"], f"{row['in']:,}", f"{row['kept']:,}", f"{row['dropped']:,}",
+                      f"{row['quarantined']:,}", f"{row['kept_bytes'] / 1e6:,.2f}", why)
+    console.print(table)
+
+
+def show_datasets(report: dict, console) -> None:
+    """The splits of each dataset directory."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for column in ("dataset", "split", "documents", "tokens", "text MB", "bytes/token", "shards"):
+        table.add_column(column, justify="left" if column in ("dataset", "split") else "right")
+    for row in report["datasets"]:
+        table.add_row(escape(f"{report['output']}/{row['source']}"), row["split"], f"{row['documents']:,}",
+                      f"{row['tokens']:,}", f"{row['text_bytes'] / 1e6:,.1f}",
+                      f"{row['text_bytes'] / max(1, row['tokens']):.2f}", f"{row['shards']:,}")
+    console.print(table)
+
+
+def estimate(config: PrepareConfig, inputs: list, console) -> int:
+    """Time a sample, and print hours and disk for the whole."""
+    from data_prep.estimate import estimate as measure
+
+    with stage_bars(console) as progress:
+        found = measure(config, inputs, progress)
+    table = Table("stage", "CPU hours", "MB/s a core", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for stage, seconds in found.stages.items():
+        table.add_row(stage, f"{seconds / 3600:,.2f}", f"{found.total_bytes / 1e6 / max(seconds, 1e-9):,.1f}")
+    console.print(table)
+    console.print(f"from {found.sample_bytes / 1e6:,.1f} of {found.total_bytes / 1e6:,.1f} MB: about "
+                  f"{found.hours:,.2f} hours with {found.workers} workers, {found.disk_bytes / 1e9:,.2f} GB of disk")
+    tokens = f", {found.tokens / 1e9:,.3f} B tokens" if found.tokens else ""
+    console.print(f"kept: about {found.documents:,.0f} documents, {found.clean_bytes / 1e9:,.3f} GB of clean text"
+                  f"{tokens} (before copies across the whole are found)")
+    return 0
+
+
+def explain(config: PrepareConfig, console) -> int:
+    """Every rule's value for one text."""
+    from data_prep.pipeline import rule_set_name
+    from data_prep.rules import Filter
+    from data_prep.rules import explain as rows_of
+
+    path = Path(config.explain)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"explain={config.explain}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"explain={config.explain}: invalid UTF-8 at byte {error.start}") from None
+    chosen = {name: (rule_set_name(source.rules, "wet"), source.languages)
+              for name, source in config.all_sources().items()}
+    for name, (rules, languages) in chosen.items():
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1),
+                      title=escape(f"{path.name}: {len(text):,} characters, rule set {rules}"
+                                   + (f" of source {name}" if config.sources else "")),
+                      title_justify="left", title_style="bold")
+        for column in ("rule", "", "value", "kept if", "", "what it is"):
+            table.add_column(column, justify="right" if column == "value" else "left", overflow="fold")
+        chosen_rules = Filter(rules, config.filter, languages)
+        strict = {rule for rule, bounds in chosen_rules.rule_set.bounds.items() if bounds.above}
+        for rule, code, value, low, high, kept, doc in rows_of(text, None, chosen_rules):
+            table.add_row(rule, code, f"{value:,.4g}", _range(low, high, strict=rule in strict), "[green]kept[/]" if kept else
+                          "[bold red]dropped[/]", escape(doc.split("\n\n")[0].replace("\n", " ")))
+        console.print(table)
+    return 0
+
+
+def _range(low: float, high: float, *, strict: bool) -> str:
+    shown = [f"{'>' if strict else '≥'} {low:g}" if low != float("-inf") else "", f"≤ {high:g}" if high != float("inf") else ""]
+    return ", ".join(filter(None, shown)) or "any"
+
+
+def _rules(config: PrepareConfig, inputs: list) -> set[str]:
+    from data_prep.pipeline import rule_set_name
+
+    sources = config.all_sources()
+    return {rule_set_name(sources[unit["source"]].rules, unit["kind"]) for unit in inputs}

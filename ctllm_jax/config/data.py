@@ -68,8 +68,8 @@ class TokenizerTrainConfig(Section):
                        "bad records (malformed JSON, invalid UTF-8, no text) put aside before the command fails", ge=0)
 
 
-class PrepareConfig(Section):
-    """`launch.py prepare`: text to a dataset directory."""
+class BuildConfig(Section):
+    """Text straight to a dataset directory, in one process: what a training source that is still text goes through."""
 
     input: list[str] = key(..., "text to prepare: files or folders (JSONL, .gz, .zst, Parquet, plain)")
     output: str = key(..., "dataset directory to write")

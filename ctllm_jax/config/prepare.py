@@ -111,7 +111,7 @@ class PrepareConfig(Section):
     name: str = key("text", "name of the single source that `input` is", pattern=r"^[a-z][a-z0-9_]*$")
     rules: Literal["auto", "web", "book", "paper", "encyclopedia", "code", "english", "light", "none"] = key(
         "auto", "rule set of the single source that `input` is")
-    output: str = key(..., "directory to write: NAME/ (datasets), clean/ (text), report.html, stages/ (for resuming)")
+    output: str = key("", "directory to write: NAME/ (datasets), clean/ (text), report.html, stages/ (for resuming)")
     limit: int | None = key(None, "only the first records of each source: a trial", ge=1)
     explain: str | None = key(None, "a text file: show every rule's value for it, and stop", changeable=True)
 
@@ -145,6 +145,8 @@ class PrepareConfig(Section):
         if not self.explain and bool(self.input) == bool(self.sources):
             raise ValueError("give input, for a single source, or sources, for several" if not self.input else
                              "input and sources exclude each other: input is a single source")
+        if not self.explain and not self.output:
+            raise ValueError("output is missing: the directory to write")
         for name in self.sources:
             if not name.isidentifier() or name != name.lower() or name in RESERVED_NAMES:
                 raise ValueError(f"sources.{name}: a name has lower-case letters, digits and _, and is not "

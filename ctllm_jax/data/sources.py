@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ctllm_jax.config.data import DataConfig, PrepareConfig, SourceConfig
+from ctllm_jax.config.data import BuildConfig, DataConfig, SourceConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ctllm_jax.dataset.build import TRAIN, build, build_from_files
@@ -90,11 +90,11 @@ def _from_tfds(name: str, path: Path, source: SourceConfig, config: DataConfig, 
 
 
 def _options(path: Path, files: list[Path], source: SourceConfig, config: DataConfig,
-             tokenizer: Tokenizer, sequence_length: int) -> PrepareConfig:
+             tokenizer: Tokenizer, sequence_length: int) -> BuildConfig:
     """How a source is prepared, and where: the directory is named by all that decides its bytes."""
     from ctllm_jax import __version__
 
-    record_tokens = PrepareConfig.model_fields["record_tokens"].default
+    record_tokens = BuildConfig.model_fields["record_tokens"].default
     if sequence_length % record_tokens and record_tokens % sequence_length:
         record_tokens = sequence_length
     key = {"text": _content_sha256(files), "text_field": source.text_field, "record_tokens": record_tokens,
@@ -102,11 +102,11 @@ def _options(path: Path, files: list[Path], source: SourceConfig, config: DataCo
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
     output = Path(config.cache_dir) / name
     logger.info("%s, tokenized, is %s", path, output)
-    return PrepareConfig(input=[str(path)], output=str(output), tokenizer=config.tokenizer,
+    return BuildConfig(input=[str(path)], output=str(output), tokenizer=config.tokenizer,
                          text_field=source.text_field, record_tokens=record_tokens)
 
 
-def _made_once(options: PrepareConfig, make) -> Dataset:
+def _made_once(options: BuildConfig, make) -> Dataset:
     output = Path(options.output)
     if not output.exists():
         try:

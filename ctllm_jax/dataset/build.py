@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ctllm_jax.config.data import PrepareConfig
+from ctllm_jax.config.data import BuildConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.dataset.manifest import Manifest
 from ctllm_jax.dataset.pack import TextTokenizer, Tokenized, pack, tokenize
-from ctllm_jax.dataset.shuffle import held_out_below, read_bucket, spill
+from ctllm_jax.dataset.shuffle import held_out_limit, read_bucket, spill
 from ctllm_jax.dataset.staging import exclusive, staged
 from ctllm_jax.dataset.text import Document, Quarantine, find_files, read_documents
 from ctllm_jax.dataset.writer import finish, smallest_dtype
@@ -37,7 +37,7 @@ class Summary:
     duplicates: int
 
 
-def build_from_files(config: PrepareConfig, tokenizer: TextTokenizer, *,
+def build_from_files(config: BuildConfig, tokenizer: TextTokenizer, *,
                      progress: Progress = lambda stage, done, total: None) -> Summary:
     """Make the dataset directory `config.output` from the text files of `config.input`; see `build`."""
     files = find_files(config.input)
@@ -51,7 +51,7 @@ def build_from_files(config: PrepareConfig, tokenizer: TextTokenizer, *,
     return build(read, config, tokenizer, expected_bytes=expected, progress=progress)
 
 
-def build(read: Callable[[Quarantine], Iterator[Document]], config: PrepareConfig, tokenizer: TextTokenizer, *,
+def build(read: Callable[[Quarantine], Iterator[Document]], config: BuildConfig, tokenizer: TextTokenizer, *,
           expected_bytes: int, progress: Progress = lambda stage, done, total: None) -> Summary:
     """Make the dataset directory `config.output` from any documents: `read` gives them, and puts aside what is bad.
 
@@ -74,7 +74,7 @@ def build(read: Callable[[Quarantine], Iterator[Document]], config: PrepareConfi
     return summary
 
 
-def _fill(directory: Path, read, quarantine: Quarantine, tokenizer: TextTokenizer, eod_id: int, config: PrepareConfig,
+def _fill(directory: Path, read, quarantine: Quarantine, tokenizer: TextTokenizer, eod_id: int, config: BuildConfig,
           expected_bytes: int, progress: Progress) -> Summary:
     dtype = smallest_dtype(max(tokenizer.vocab_size, eod_id + 1))
     work = directory / "work"
@@ -83,7 +83,7 @@ def _fill(directory: Path, read, quarantine: Quarantine, tokenizer: TextTokenize
     if not spilled.documents:
         raise UserError(f"input={', '.join(config.input)} holds no text: {spilled.empty} empty documents, "
                         f"{quarantine.count} bad records")
-    limit = held_out_below(spilled, config.validation_fraction)
+    limit = held_out_limit(spilled.lowest_split_value, spilled.highest_split_value, config.validation_fraction)
     if config.validation_fraction and not limit:
         logger.warning("a single distinct document leaves nothing to hold out: there is no validation split")
     parts: dict[str, list[Tokenized]] = {TRAIN: [], VALIDATION: []}
@@ -112,7 +112,7 @@ def _fill(directory: Path, read, quarantine: Quarantine, tokenizer: TextTokenize
                    empty=spilled.empty, duplicates=spilled.documents - kept)
 
 
-def options_sha256(config: PrepareConfig, tokenizer: TextTokenizer, eod_id: int) -> str:
+def options_sha256(config: BuildConfig, tokenizer: TextTokenizer, eod_id: int) -> str:
     """Hash of what, beside the text, decides the bytes of a dataset."""
     values = config.model_dump(mode="json", exclude={"input", "output", "tokenizer", "eod_id", "max_bad"})
     values |= {"eod_id": eod_id, "tokenizer_sha256": tokenizer.sha256}

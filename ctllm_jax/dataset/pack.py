@@ -62,10 +62,8 @@ def pack(parts: Sequence[Tokenized], directory: Path, *, name: str, split: str, 
          dtype: str, eod_id: int) -> list[Shard]:
     """Write the documents of `parts`, in order, as at most `shards` streams of about the same number of tokens."""
     lengths = np.concatenate([part.tokens for part in parts]) + 1
-    starts = np.cumsum(lengths) - lengths
-    # A document goes where its middle falls; shards that a long document leaves empty are not made.
-    places = ((2 * starts + lengths) * shards // (2 * lengths.sum())).astype(np.int64)
-    used, places = np.unique(places, return_inverse=True)
+    # Shards that a long document leaves empty are not made.
+    used, places = np.unique(places_of(lengths, shards), return_inverse=True)
     if len(used) < shards:
         logger.warning("split %s: %d documents fill %d of %d shards", split, len(lengths), len(used), shards)
     written: list[Shard] = []
@@ -81,6 +79,12 @@ def pack(parts: Sequence[Tokenized], directory: Path, *, name: str, split: str, 
             document += 1
     written.append(writer.close())
     return written
+
+
+def places_of(lengths: np.ndarray, shards: int) -> np.ndarray:
+    """The shard of each document, int64, rising: a document goes where the middle of its tokens falls."""
+    starts = np.cumsum(lengths) - lengths
+    return ((2 * starts + lengths) * shards // (2 * lengths.sum())).astype(np.int64)
 
 
 def _chunks(texts: Sequence[Text]) -> Iterator[list[Text]]:

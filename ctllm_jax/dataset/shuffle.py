@@ -20,7 +20,8 @@ from ctllm_jax.dataset.text import Document
 BUCKET_BYTES = 64 * 2**20
 _MOST_BUCKETS = 256  # as many files are open at once
 _HEAD = struct.Struct("<Q16sQI")
-_RANGE = 2**64
+RANGE = 2**64
+"""Keys and split values lie below it."""
 
 
 class Text(NamedTuple):
@@ -45,28 +46,33 @@ class Spilled:
     documents: int = 0
     empty: int = 0
     text_bytes: int = 0
-    lowest_split_value: int = _RANGE
+    lowest_split_value: int = RANGE
     highest_split_value: int = -1
     sizes: list[int] = field(default_factory=list)
+
+
+def as_text(text: str, *, index: int, seed: int) -> Text:
+    """A document with its place in the order of this seed."""
+    data = text.encode("utf-8")
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    key = int.from_bytes(hashlib.blake2b(digest, digest_size=8, key=str(seed).encode()).digest(), "little")
+    return Text(key, digest, index, data)
 
 
 def spill(documents: Iterable[Document], directory: Path, *, seed: int, expected_bytes: int) -> Spilled:
     """Write documents into buckets; documents without text are only counted. `expected_bytes` sizes the buckets."""
     count = max(1, min(_MOST_BUCKETS, -(-expected_bytes // BUCKET_BYTES)))
     spilled = Spilled([directory / f"bucket-{index:03d}" for index in range(count)], sizes=[0] * count)
-    seed_key = str(seed).encode()
     with ExitStack() as stack:
         files = [stack.enter_context(open(bucket, "wb", buffering=2**18)) for bucket in spilled.buckets]
         for document in documents:
             if not document.text.strip():
                 spilled.empty += 1
                 continue
-            data = document.text.encode("utf-8")
-            digest = hashlib.blake2b(data, digest_size=16).digest()
-            key = int.from_bytes(hashlib.blake2b(digest, digest_size=8, key=seed_key).digest(), "little")
-            text = Text(key, digest, spilled.documents, data)
-            place = key * count // _RANGE
-            files[place].write(_HEAD.pack(text.key, digest, text.index, len(data)))
+            text = as_text(document.text, index=spilled.documents, seed=seed)
+            data = text.data
+            place = text.key * count // RANGE
+            files[place].write(_HEAD.pack(text.key, text.digest, text.index, len(data)))
             files[place].write(data)
             spilled.documents += 1
             spilled.text_bytes += len(data)
@@ -91,11 +97,11 @@ def _read_all(bucket: Path) -> Iterator[Text]:
             yield Text(key, digest, index, file.read(length))
 
 
-def held_out_below(spilled: Spilled, fraction: float) -> int:
-    """The split value below which a document is held out.
+def held_out_limit(lowest: int, highest: int, fraction: float) -> int:
+    """The split value below which a document is held out, for documents between these split values.
 
     About `fraction` of the documents are; at least one is, and at least one is not, where there are two to divide.
     """
-    if not fraction or spilled.lowest_split_value >= spilled.highest_split_value:
+    if not fraction or lowest >= highest:
         return 0
-    return min(max(int(fraction * _RANGE), spilled.lowest_split_value + 1), spilled.highest_split_value)
+    return min(max(int(fraction * RANGE), lowest + 1), highest)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from ctllm_jax.config.data import PrepareConfig
+from ctllm_jax.config.data import BuildConfig
 from data_prep.pipeline import prepare
 from data_prep.train_tokenizer import fit
 
@@ -34,12 +34,12 @@ def tokenizer_path(tmp_path_factory, make_texts):
 
 @pytest.fixture(scope="session")
 def make_dataset(tmp_path_factory, tokenizer_path):
-    """(texts, changes of PrepareConfig) -> the dataset directory made of them."""
+    """(texts, changes of BuildConfig) -> the dataset directory made of them."""
     def make(texts, **changes):
         directory = tmp_path_factory.mktemp("dataset")
         text = directory / "text.jsonl"
         text.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
-        prepare(PrepareConfig(**{"input": [str(text)], "output": str(directory / "out"), "shards": 2,
+        prepare(BuildConfig(**{"input": [str(text)], "output": str(directory / "out"), "shards": 2,
                                  "tokenizer": str(tokenizer_path), "record_tokens": 64, "validation_fraction": 0.1,
                                  **changes}))
         return directory / "out"

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from ctllm_jax.config.data import PrepareConfig
+from ctllm_jax.config.data import BuildConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.dataset import build as build_module
 from ctllm_jax.dataset import shuffle
@@ -46,7 +46,7 @@ def texts():
 
 def options(output, **changes):
     """Records of 64 tokens."""
-    return PrepareConfig(**{"input": ["-"], "output": str(output), "tokenizer": "byte.model", "record_tokens": 64,
+    return BuildConfig(**{"input": ["-"], "output": str(output), "tokenizer": "byte.model", "record_tokens": 64,
                             "validation_fraction": 0.1, **changes})
 
 

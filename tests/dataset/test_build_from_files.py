@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from ctllm_jax.config.data import PrepareConfig
+from ctllm_jax.config.data import BuildConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.dataset.reader import Dataset
-from data_prep.pipeline import prepare
+from ctllm_jax.dataset.build import build_from_files
 from data_prep.train_tokenizer import fit
 
 TEXTS = ["今天天气不错，我们去公园。\n\n明天再说。", "  spaces\tand tabs  ", "▁ 😀 \u2028 end", "<s>not special</s>",
@@ -33,7 +33,7 @@ def folder(tmp_path):
 
 def options(folder, output="out", **changes):
     """Records of 16 tokens, all for training."""
-    return PrepareConfig(**{"input": [str(folder)], "output": str(folder.parent / output), "record_tokens": 16,
+    return BuildConfig(**{"input": [str(folder)], "output": str(folder.parent / output), "record_tokens": 16,
                             "tokenizer": str(folder.parent / "t.model"), "validation_fraction": 0, **changes})
 
 

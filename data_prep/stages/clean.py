@@ -1,0 +1,65 @@
+"""Documents that no copy replaces to clean text: similar lines dropped, evaluation text kept out."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import TYPE_CHECKING, Any
+
+from data_prep.commits import Output, Unit
+from data_prep.stages.common import SHOWN_CHARACTERS, config_of, lowest, read_part, run_unit
+
+if TYPE_CHECKING:
+    from data_prep.dedup.decontaminate import NgramSet
+
+VERSION = 1
+COLUMNS = ("id", "url", "text", "source", "time")
+
+
+@functools.lru_cache(maxsize=1)
+def evaluation_text(files: tuple[str, ...], ngram: int) -> NgramSet:
+    """The n-grams of the evaluation sets; read once in a process."""
+    from data_prep.dedup.decontaminate import load
+
+    return load(list(files), ngram=ngram)
+
+
+def run(unit: Unit, options: dict[str, Any]) -> dict[str, Any]:
+    """Clean the documents at `unit["location"]` that are not in `unit["dropped"]`; write them as .jsonl.zst."""
+    return run_unit(unit, options, _clean)
+
+
+def _clean(unit: Unit, options: dict[str, Any], output: Output) -> None:
+    import zstandard
+
+    from data_prep.dedup.similar_lines import drop_similar_lines
+
+    config = config_of(options)
+    part = read_part(unit["location"], COLUMNS, without=unit["dropped"])
+    files, limit = tuple(config.decontaminate.files), config.decontaminate.max_matches
+    known = evaluation_text(files, config.decontaminate.ngram) if files else None
+    lines = documents_with_lines = characters = 0
+    kept: list[bytes] = []
+    kept_bytes = in_bytes = 0
+    contaminated: list[dict[str, Any]] = []
+    for record in zip(*(part[name] for name in COLUMNS), strict=True):
+        values = dict(zip(COLUMNS, record, strict=True))
+        in_bytes += len(values["text"].encode("utf-8"))
+        matches = known.matches(values["text"]) if known else 0
+        if matches > limit:
+            contaminated.append({"order": f"{matches:08d}", "id": values["id"], "url": values["url"], "value": matches,
+                                 "text": values["text"][:SHOWN_CHARACTERS]})
+            continue
+        if unit["similar_lines"]:
+            values["text"], dropped, shorter = drop_similar_lines(values["text"], config.lines)
+            lines, characters = lines + dropped, characters + shorter
+            documents_with_lines += dropped > 0
+        kept_bytes += len(values["text"].encode("utf-8"))
+        kept.append(json.dumps(values, ensure_ascii=False).encode("utf-8"))
+    if kept:
+        data = zstandard.ZstdCompressor(level=3).compress(b"\n".join(kept) + b"\n")
+        output.file(f"{unit['source']}/{unit['id']}.jsonl.zst").write_bytes(data)
+    output.counters |= {"in": len(part["id"]), "in_bytes": in_bytes, "kept": len(kept), "kept_bytes": kept_bytes,
+                        "contaminated": len(contaminated), "ngrams": len(known) if known else 0,
+                        "samples": lowest(contaminated, config.filter.samples),
+                        "documents_with_lines": documents_with_lines, "lines": lines, "characters": characters}

@@ -1,0 +1,171 @@
+"""Clean text to dataset directories: ids in parallel, then shards of documents in an order that only the seed decides.
+
+The same text and options give the same bytes as `ctllm_jax.dataset.build` does in one process.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.prepare import PrepareConfig
+from ctllm_jax.data.tokenizer import load_tokenizer
+from ctllm_jax.dataset.build import TRAIN, VALIDATION
+from ctllm_jax.dataset.manifest import Manifest, Shard, read_manifest
+from ctllm_jax.dataset.pack import places_of, tokenize
+from ctllm_jax.dataset.shuffle import RANGE, as_text, held_out_limit
+from ctllm_jax.dataset.staging import exclusive, staged
+from ctllm_jax.dataset.writer import ShardWriter, finish, shard_name, smallest_dtype
+from data_prep.commits import Commit, Output, Stage, Unit, fingerprint
+from data_prep.stages.common import config_of, read_jsonl_zst, run_unit
+
+VERSION = 1
+INDEX = np.dtype([("key", "<u8"), ("split", "<u8"), ("tokens", "<i8"), ("text_bytes", "<i8")])
+"""A document of a tokenized part: its place in the order, its place in the split, its length without EOD."""
+
+
+_SHARD_COUNTS = ("records", "tokens", "documents", "text_bytes", "size", "sha256")
+
+
+class Vocabulary(NamedTuple):
+    """What of a tokenizer decides a dataset's bytes, apart from the ids themselves."""
+
+    sha256: str
+    vocab_size: int
+    eod_id: int
+    dtype: str
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenizer(path: str):
+    return load_tokenizer(path)
+
+
+def vocabulary(config: PrepareConfig) -> Vocabulary:
+    """The tokenizer of a config. UserError where it cannot be loaded or nothing can end a document."""
+    tokenizer = _tokenizer(config.tokenizer)
+    eod_id = tokenizer.eos_id if config.eod_id is None else config.eod_id
+    if eod_id is None:
+        raise UserError(f"eod_id must be given: {config.tokenizer} has no EOS that could end documents")
+    dtype = smallest_dtype(max(tokenizer.vocab_size, eod_id + 1))
+    return Vocabulary(tokenizer.sha256, tokenizer.vocab_size, eod_id, dtype)
+
+
+def run(unit: Unit, options: dict[str, Any]) -> dict[str, Any]:
+    """Ids of the clean part at `unit["location"]`, its documents sorted by their key."""
+    return run_unit(unit, options, _tokenize)
+
+
+def _tokenize(unit: Unit, options: dict[str, Any], output: Output) -> None:
+    config = config_of(options)
+    records = read_jsonl_zst(unit["location"])
+    texts = sorted(as_text(record["text"], index=index, seed=config.seed) for index, record in enumerate(records))
+    ids = output.file(f"{unit['id']}.ids")
+    made = tokenize(texts, _tokenizer(config.tokenizer), ids, dtype=options["dtype"])
+    index = np.empty(len(texts), INDEX)
+    index["key"] = [text.key for text in texts]
+    index["split"] = [text.split_value for text in texts]
+    index["tokens"], index["text_bytes"] = made.tokens, made.text_bytes
+    with open(output.file(f"{unit['id']}.npy"), "wb") as file:
+        np.save(file, index)
+    split = index["split"]
+    output.counters |= {"documents": len(texts), "tokens": int(made.tokens.sum()),
+                        "text_bytes": int(made.text_bytes.sum()), "lowest": int(split.min()),
+                        "highest": int(split.max())}
+
+
+def plan_shards(tokenized: Sequence[tuple[Unit, Commit]], parts: Path, config: PrepareConfig, source: str
+                ) -> list[Unit]:
+    """The shards of a source: which documents, by range of key, go where."""
+    names = [f"{unit['id']}.npy" for unit, _ in tokenized]
+    index = np.concatenate([np.load(parts / name) for name in names])
+    index = index[np.argsort(index["key"], kind="stable")]
+    limit = held_out_limit(int(index["split"].min()), int(index["split"].max()), config.validation_fraction)
+    held_out = index["split"] < np.uint64(limit)
+    content = fingerprint([commit.key for _, commit in tokenized], config.record_tokens)
+    units = []
+    for split, chosen in ((TRAIN, index[~held_out]), (VALIDATION, index[held_out])):
+        if not len(chosen):
+            continue
+        places = places_of(chosen["tokens"] + 1, config.shards if split == TRAIN else 1)
+        # A shard is a range of keys, so documents of one key lie in one shard.
+        lows = np.unique(chosen["key"][np.unique(places, return_index=True)[1]]).tolist()
+        for shard, (low, high) in enumerate(zip([0, *lows[1:]], [*lows[1:], RANGE], strict=True)):
+            units.append({"id": shard_name(source, split, shard, len(lows)), "source": source, "split": split,
+                          "limit": limit, "low": low, "high": high, "content": content, "location": names})
+    return units
+
+
+def pack(unit: Unit, options: dict[str, Any]) -> dict[str, Any]:
+    """One shard: the documents of `unit["split"]` with low ≤ key < high, from all tokenized parts."""
+    return run_unit(unit, options, _pack)
+
+
+def _pack(unit: Unit, options: dict[str, Any], output: Output) -> None:
+    config, folder = config_of(options), Path(options["tokenized"])
+    found: list[tuple[int, int, np.ndarray, int]] = []
+    for name in unit["location"]:
+        index = np.load(folder / name)
+        low = int(np.searchsorted(index["key"], np.uint64(unit["low"])))
+        high = len(index) if unit["high"] == RANGE else int(np.searchsorted(index["key"], np.uint64(unit["high"])))
+        if low == high:
+            continue
+        ends = np.cumsum(index["tokens"])
+        ids = np.memmap(folder / name.replace(".npy", ".ids"), options["dtype"], "r") if ends[-1] else np.empty(0)
+        wanted = (index["split"][low:high] >= np.uint64(unit["limit"])) == (unit["split"] == TRAIN)
+        for place in (np.flatnonzero(wanted) + low).tolist():
+            tokens = ids[ends[place] - index["tokens"][place]:ends[place]]
+            found.append((int(index["key"][place]), len(found), tokens, int(index["text_bytes"][place])))
+    found.sort(key=lambda document: document[:2])
+    writer = ShardWriter(output.file(unit["id"]), record_tokens=config.record_tokens, dtype=options["dtype"],
+                         eod_id=options["eod_id"])
+    for _, _, tokens, text_bytes in found:
+        writer.add(tokens, text_bytes=text_bytes)
+    shard = writer.close()
+    output.counters |= {name: getattr(shard, name) for name in _SHARD_COUNTS}
+
+
+def assemble(target: Path, source: str, shards: Sequence[tuple[Unit, Commit]], stage: Stage, config: PrepareConfig,
+             known: Vocabulary, config_sha256: str) -> Manifest:
+    """The dataset directory `target` from its shards; what was there is replaced if it is another."""
+    splits: dict[str, list[Shard]] = {}
+    for unit, commit in shards:
+        counts = {name: commit.counters[name] for name in _SHARD_COUNTS}
+        splits.setdefault(unit["split"], []).append(Shard(file=unit["id"], **counts))
+    with exclusive(target):
+        if target.exists():
+            manifest = _standing(target)
+            wanted = [shard.sha256 for split in splits.values() for shard in split]
+            if manifest and manifest.config_sha256 == config_sha256 and wanted == [
+                    shard.sha256 for split in manifest.splits.values() for shard in split.shards]:
+                return manifest
+            shutil.rmtree(target)
+        with staged(target) as directory:
+            for unit, _ in shards:
+                _link(stage.parts / unit["id"], directory / unit["id"])
+            return finish(directory, name=source, record_tokens=config.record_tokens, dtype=known.dtype,
+                          eod_id=known.eod_id, tokenizer=Path(config.tokenizer), tokenizer_sha256=known.sha256,
+                          vocab_size=known.vocab_size, config_sha256=config_sha256, splits=splits)
+
+
+def _standing(target: Path) -> Manifest | None:
+    """The manifest of a dataset of ours. UserError where the folder is something else."""
+    try:
+        return read_manifest(target)
+    except UserError as error:
+        raise UserError(f"{target} is in the way, and no dataset directory that prepare may replace: {error}") from None
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, without a copy where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
