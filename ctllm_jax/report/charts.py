@@ -19,7 +19,8 @@ BUCKETS = 320
 _LATE = 0.2
 _SMOOTH_FROM = 60
 _DOTS_UP_TO = 60
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 12, 26
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 26
+"""Pixels around the plot of a drawing."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def _missing(lines: list[_Line]) -> str:
     return f'<p class="missing">× {"; ".join(told)}</p>' if told else ""
 
 
-class _Scale:
+class Scale:
     """Values to pixels, linear or logarithmic."""
 
     def __init__(self, low: float, high: float, start: float, stop: float, log: bool = False):
@@ -223,7 +224,7 @@ def _drawing(chart: Chart, lines: list[_Line], axis: str, span: str, attributes:
         left += (right - left) * _LATE
     if right <= left:
         left, right = left - 1, right + 1
-    x = _Scale(left, right, _LEFT, chart.width - _RIGHT)
+    x = Scale(left, right, LEFT, chart.width - RIGHT)
     shown = [value for line in lines for at, value in zip(line.over(axis), line.values, strict=True)
              if value is not None and at >= left]
     shown = shown or [value for line in lines for value in line.values if value is not None]
@@ -234,36 +235,36 @@ def _drawing(chart: Chart, lines: list[_Line], axis: str, span: str, attributes:
     parts += [_level(chart, level, y, shift) for level, shift in _spread(levels, y)]
     for line in lines:
         parts += _strokes(line, x, y, axis, chart)
-    plot_height = chart.height - _TOP - _BOTTOM
+    plot_height = chart.height - TOP - BOTTOM
     label = escape(f"{visible(chart.title)} over {axis}")
     return (f'<svg viewBox="0 0 {chart.width} {chart.height}" role="img" aria-label="{label}" {attributes} '
             f'data-span="{span}" data-domain="{x.low:.10g} {x.high:.10g} {y.low:.6g} {y.high:.6g} {int(y.log)}" '
-            f'data-plot="{_LEFT} {_TOP} {chart.width - _LEFT - _RIGHT} {plot_height}">{"".join(parts)}</svg>')
+            f'data-plot="{LEFT} {TOP} {chart.width - LEFT - RIGHT} {plot_height}">{"".join(parts)}</svg>')
 
 
-def _vertical(chart: Chart, values: list[float]) -> _Scale:
-    top, bottom = _TOP, chart.height - _BOTTOM
+def _vertical(chart: Chart, values: list[float]) -> Scale:
+    top, bottom = TOP, chart.height - BOTTOM
     low, high = min(values), max(values)
     if high - low < 1e-9 * abs(high):
         low = high
     if chart.log and low > 0 and high / low > 8:
         room = (high / low) ** 0.06
-        return _Scale(low / room, high * room, bottom, top, log=True)
+        return Scale(low / room, high * room, bottom, top, log=True)
     if chart.from_zero:
         low = min(low, 0.0)
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    return _Scale(low if chart.from_zero and low == 0 else low - room, high + room, bottom, top)
+    return Scale(low if chart.from_zero and low == 0 else low - room, high + room, bottom, top)
 
 
-def _grid(chart: Chart, x: _Scale, y: _Scale, axis: str) -> str:
-    bottom, right = chart.height - _BOTTOM, chart.width - _RIGHT
+def _grid(chart: Chart, x: Scale, y: Scale, axis: str) -> str:
+    bottom, right = chart.height - BOTTOM, chart.width - RIGHT
     parts = []
     levels = log_ticks(y.low, y.high) if y.log else ticks(y.low, y.high, max(3, chart.height // 38))
     step = min((b - a for a, b in zip(levels, levels[1:], strict=False)), default=1.0)
     for value in levels:
         at = y(value)
-        parts.append(f'<path class="gridline" d="M{_LEFT} {at}H{right}"/>'
-                     f'<text class="tick" x="{_LEFT - 7}" y="{at + 3.5}" text-anchor="end">'
+        parts.append(f'<path class="gridline" d="M{LEFT} {at}H{right}"/>'
+                     f'<text class="tick" x="{LEFT - 7}" y="{at + 3.5}" text-anchor="end">'
                      f"{_tick(chart.kind, value, step, y.log)}</text>")
     across = ticks(x.low, x.high, max(2, chart.width // 85))
     for value in across:
@@ -272,7 +273,7 @@ def _grid(chart: Chart, x: _Scale, y: _Scale, axis: str) -> str:
         place = f'x="{right if edge else at}" y="{bottom + 17}" text-anchor="{"end" if edge else "middle"}"'
         parts.append(f'<path class="axis" d="M{at} {bottom}v4"/><text class="tick" {place}>'
                      f"{trimmed(value)}{f' {axis}' if last else ''}</text>")
-    parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>')
+    parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
     return "".join(parts)
 
 
@@ -289,17 +290,17 @@ def _tick(kind: str, value: float, step: float, log: bool) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def _restarts(chart: Chart, x: _Scale, axis: str) -> list[str]:
+def _restarts(chart: Chart, x: Scale, axis: str) -> list[str]:
     found = []
     for step, tokens in chart.restarts:
         at = step if axis == "steps" else tokens
         if at is not None and x.low < at <= x.high:
-            found.append(f'<path class="restart" d="M{x(at)} {_TOP}V{chart.height - _BOTTOM}">'
+            found.append(f'<path class="restart" d="M{x(at)} {TOP}V{chart.height - BOTTOM}">'
                          f"<title>resumed at step {step:,}</title></path>")
     return found
 
 
-def _spread(levels: Sequence[Level], y: _Scale) -> list[tuple[Level, float]]:
+def _spread(levels: Sequence[Level], y: Scale) -> list[tuple[Level, float]]:
     """The levels from the top down, each with how far its label moves so that no two overlap."""
     placed, lowest = [], -math.inf
     for level in sorted(levels, key=lambda level: -level.value):
@@ -309,15 +310,15 @@ def _spread(levels: Sequence[Level], y: _Scale) -> list[tuple[Level, float]]:
     return placed
 
 
-def _level(chart: Chart, level: Level, y: _Scale, baseline: float) -> str:
-    right = chart.width - _RIGHT
+def _level(chart: Chart, level: Level, y: Scale, baseline: float) -> str:
+    right = chart.width - RIGHT
     color = "" if level.color is None else f" c{level.color}"
-    return (f'<path class="level{color}" d="M{_LEFT} {y(level.value)}H{right}"/>'
+    return (f'<path class="level{color}" d="M{LEFT} {y(level.value)}H{right}"/>'
             f'<text class="label{color}" x="{right - 2}" y="{round(baseline, 1)}" text-anchor="end">'
             f"{escape(visible(level.name))} {spell(chart.kind, level.value)}</text>")
 
 
-def _strokes(line: _Line, x: _Scale, y: _Scale, axis: str, chart: Chart) -> list[str]:
+def _strokes(line: _Line, x: Scale, y: Scale, axis: str, chart: Chart) -> list[str]:
     color = f"c{line.series.color}"
     at = line.over(axis)
     first = next((index for index, value in enumerate(at) if value >= x.low), len(at))
@@ -334,12 +335,12 @@ def _strokes(line: _Line, x: _Scale, y: _Scale, axis: str, chart: Chart) -> list
                   for place, value in zip(at, values, strict=True) if value is not None]
     missing = [x(place) for place, value in zip(at, values, strict=True) if value is None]
     if missing:
-        marks = "".join(f"M{round(place - 3, 1)} {_TOP}l6 6m0 -6l-6 6" for place in missing)
+        marks = "".join(f"M{round(place - 3, 1)} {TOP}l6 6m0 -6l-6 6" for place in missing)
         parts.append(f'<path class="cross {color}" d="{marks}"><title>not a finite number</title></path>')
     return parts
 
 
-def _path(at: Sequence[float], values: Sequence[float | None], x: _Scale, y: _Scale) -> str:
+def _path(at: Sequence[float], values: Sequence[float | None], x: Scale, y: Scale) -> str:
     """Points joined by lines, with a gap where a value is missing."""
     pieces, pen = [], "M"
     for place, value in zip(at, values, strict=True):

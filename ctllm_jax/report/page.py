@@ -41,6 +41,11 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
         if directory.resolve() in [other.resolve() for other in directories[:index]]:
             raise UserError(f"{directory}: given twice; each run is compared once")
     page = render([read_run(directory) for directory in directories])
+    return save(page, output)
+
+
+def save(page: str, output: str | Path) -> Path:
+    """Write a page to a file, at once or not at all, and return its path; UserError where that cannot be done."""
     output = Path(output)
     if output.is_dir():
         raise UserError(f"{output}: a directory; the report is a file, such as {output / 'report.html'}")
@@ -58,10 +63,6 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
 def render(runs: Sequence[Run]) -> str:
     """The page of these runs as HTML text."""
     names = labels([run.directory for run in runs])
-    style, script = _STYLE.read_text(encoding="utf-8"), _SCRIPT.read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
-    title = escape(visible(" · ".join(names)))
     heads = "".join(_head(run, name, index, len(runs) > 1)
                     for index, (run, name) in enumerate(zip(runs, names, strict=True)))
     body = [
@@ -78,11 +79,19 @@ def render(runs: Sequence[Run]) -> str:
         tables.events(runs, names),
         tables.details(runs, names),
     ]
-    return (f'<!doctype html>\n<html lang="en" data-x="steps" data-span="whole"><head><meta charset="utf-8">'
-            f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
+    return frame(" · ".join(names), body)
+
+
+def frame(title: str, body: Sequence[str]) -> str:
+    """A page around sections that are HTML already: style and script in it, and a policy that lets nothing else in."""
+    style, script = _STYLE.read_text(encoding="utf-8"), _SCRIPT.read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
+    return (f'<!doctype html>\n<html lang="en" data-x="steps" data-span="whole" data-counts="linear"><head>'
+            f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">'
             f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-            f"<title>{title}</title><style>{style}</style></head>\n<body><main>"
+            f"<title>{tables.shown(title)}</title><style>{style}</style></head>\n<body><main>"
             + "\n".join(part for part in body if part) + f"</main><script>{script}</script></body></html>\n")
 
 
@@ -135,11 +144,7 @@ def _cards(run: Run) -> str:
     parameters = finite(run.start.get("parameters"))
     if parameters is not None:
         cards.append(("parameters", compact(parameters), f"{parameters:,.0f}"))
-    if not cards:
-        return ""
-    items = "".join(f"<li><span>{escape(visible(label))}</span><b>{escape(value)}</b>"
-                    f"<small>{escape(visible(note))}</small></li>" for label, value, note in cards)
-    return f'<ul class="cards">{items}</ul>'
+    return tables.cards(cards)
 
 
 def typical(run: Run, key: str) -> float | None:
@@ -196,13 +201,8 @@ def _charts(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def _switches() -> str:
-    def switch(name: str, choices: dict[str, str]) -> str:
-        buttons = "".join(f'<button type="button" data-set="{name}" data-to="{value}">{words}</button>'
-                          for value, words in choices.items())
-        return f'<span class="switch">{buttons}</span>'
-
-    return ('<div class="switches"><h2>Training</h2>' + switch("x", {"steps": "steps", "tokens": "tokens"})
-            + switch("span", {"whole": "whole run", "late": "last 80%"}) + "</div>")
+    return ('<div class="switches"><h2>Training</h2>' + tables.switch("x", {"steps": "steps", "tokens": "tokens"})
+            + tables.switch("span", {"whole": "whole run", "late": "last 80%"}) + "</div>")
 
 
 def _bits(runs: Sequence[Run], names: Sequence[str], restarts: list) -> list[Chart]:

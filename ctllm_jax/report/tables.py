@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from ctllm_jax.report.readable import clock, compact, duration, finite, visible
@@ -18,12 +18,27 @@ def shown(value: object) -> str:
     return escape(visible(str(value)))
 
 
-def _section(title: str, content: str, note: str = "") -> str:
+def cards(facts: Sequence[tuple[str, str, str]]) -> str:
+    """Headline figures: (label, figure, note) each; nothing where there are none."""
+    items = "".join(f"<li><span>{shown(label)}</span><b>{shown(figure)}</b><small>{shown(note)}</small></li>"
+                    for label, figure, note in facts)
+    return f'<ul class="cards">{items}</ul>' if items else ""
+
+
+def switch(name: str, choices: Mapping[str, str]) -> str:
+    """Buttons that set an attribute of the page, `data-NAME`, to one of the choices: value -> words on the button."""
+    buttons = "".join(f'<button type="button" data-set="{name}" data-to="{value}">{words}</button>'
+                      for value, words in choices.items())
+    return f'<span class="switch">{buttons}</span>'
+
+
+def section(title: str, content: str, note: str = "") -> str:
+    """A section of the page, of content that is HTML already."""
     small = f" <small>{shown(note)}</small>" if note else ""
     return f"<section><h2>{shown(title)}{small}</h2>{content}</section>"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
     """A table of cells that are HTML already."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
@@ -76,7 +91,7 @@ def overview(runs: Sequence[Run], names: Sequence[str]) -> str:
             "–" if parameters is None else compact(parameters),
         ])
     head = ["run", "final loss", "step", "tokens", "time", "tokens/s", "parameters"]
-    return _section("Runs", _table(head, rows, "figures"))
+    return section("Runs", table(head, rows, "figures"))
 
 
 def evaluation(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -97,8 +112,8 @@ def evaluation(runs: Sequence[Run], names: Sequence[str]) -> str:
         best[source], worst[source] = min(values, default=None), max(values, default=None)
     cells = [[label, *(_measure(found, source, best[source], worst[source], kind) for source in sources)]
              for label, found, kind in rows]
-    table = _table(["", *(shown(source) for source in sources)], cells, "bits")
-    return _section("Held-out text", table, "bits per byte, lower is better")
+    bits = table(["", *(shown(source) for source in sources)], cells, "bits")
+    return section("Held-out text", bits, "bits per byte, lower is better")
 
 
 def _merged_baselines(runs: Sequence[Run]) -> list[tuple[str, dict[str, dict]]]:
@@ -145,11 +160,11 @@ def config_differences(runs: Sequence[Run], names: Sequence[str]) -> str:
         return ""
     rows = differences(list(runs))
     if not rows:
-        return _section("Config", '<p class="none">The runs do not differ in any key.</p>')
+        return section("Config", '<p class="none">The runs do not differ in any key.</p>')
     cells = [[f"<code>{shown(key)}</code>", *("–" if value is None else f"<code>{shown(value)}</code>"
                                               for value in values)] for key, values in rows]
     head = ["key", *(_name(names, index) for index in range(len(runs)))]
-    return _section("Config", _table(head, cells, "config"), "keys that differ")
+    return section("Config", table(head, cells, "config"), "keys that differ")
 
 
 def samples(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -171,7 +186,7 @@ def samples(runs: Sequence[Run], names: Sequence[str]) -> str:
                 if rest > 0 else "")
         title = f"<h3>{_name(names, index)}</h3>" if len(runs) > 1 else ""
         parts.append(f'{title}<div class="samples">{rows}</div>{more}')
-    return _section("What it wrote", "".join(parts), "newest first; the prompt is highlighted") if parts else ""
+    return section("What it wrote", "".join(parts), "newest first; the prompt is highlighted") if parts else ""
 
 
 def _sample_row(run: Run, step: int, records: list[dict], prompts: list[str], extra: str) -> str:
@@ -197,7 +212,7 @@ def data(runs: Sequence[Run], names: Sequence[str]) -> str:
             rows.append([*([_name(names, index)] if len(runs) > 1 else []), shown(source),
                          "–" if count is None else compact(count), "–" if times is None else f"{times:.2f}"])
     head = [*(["run"] if len(runs) > 1 else []), "source", "tokens", "epochs"]
-    return _section("Data", _table(head, rows, "figures"), "what all steps take of each source") if rows else ""
+    return section("Data", table(head, rows, "figures"), "what all steps take of each source") if rows else ""
 
 
 def _mapping(value: object) -> dict:
@@ -219,7 +234,7 @@ def stages(runs: Sequence[Run], names: Sequence[str]) -> str:
     rows = [[shown(stage), *(_seconds(by_run.get(index, [])) for index in range(len(runs)))]
             for stage, by_run in totals.items()]
     head = ["stage", *(_name(names, index) if len(runs) > 1 else "time" for index in range(len(runs)))]
-    return _section("Stages", _table(head, rows, "figures"), "seconds that were not steps")
+    return section("Stages", table(head, rows, "figures"), "seconds that were not steps")
 
 
 def _seconds(values: list[float]) -> str:
@@ -239,8 +254,8 @@ def events(runs: Sequence[Run], names: Sequence[str]) -> str:
         title = f"<h3>{_name(names, index)}</h3>" if len(runs) > 1 else ""
         more = len(rows) - _EVENTS_SHOWN
         left_out = f'<p class="none">… and {more:,} more in metrics.jsonl.</p>' if more > 0 else ""
-        parts.append(title + _table(["time (UTC)", "step", "event", ""], rows[:_EVENTS_SHOWN], "events") + left_out)
-    return _section("Events", "".join(parts)) if parts else ""
+        parts.append(title + table(["time (UTC)", "step", "event", ""], rows[:_EVENTS_SHOWN], "events") + left_out)
+    return section("Events", "".join(parts)) if parts else ""
 
 
 def _event_rows(run: Run) -> list[list[str]]:
@@ -295,7 +310,7 @@ def details(runs: Sequence[Run], names: Sequence[str]) -> str:
         if run.environment:
             rows = [[f"<code>{shown(key)}</code>", f"<code>{shown(value)}</code>"]
                     for key, value in flatten(run.environment).items()]
-            parts.append(f"<details><summary>{label}environment</summary>{_table(['key', 'value'], rows, 'config')}"
+            parts.append(f"<details><summary>{label}environment</summary>{table(['key', 'value'], rows, 'config')}"
                          f"</details>")
-    return _section("Config and environment" if len(runs) == 1 else "Whole configs and environments",
+    return section("Config and environment" if len(runs) == 1 else "Whole configs and environments",
                     "".join(parts)) if parts else ""
