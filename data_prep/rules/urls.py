@@ -6,7 +6,7 @@ import functools
 import logging
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,12 @@ class Blacklist:
 
     def __init__(self, domains: np.ndarray, urls: np.ndarray):
         self._domains, self._urls = domains, urls
+
+    @classmethod
+    def of(cls, domains: Iterable[str], urls: Iterable[str]) -> Blacklist:
+        """The blacklist of some lines of `domains` and `urls` files."""
+        return cls(*(np.unique(_hashes("\n".join(lines).encode(), kind))
+                     for kind, lines in (("domains", domains), ("urls", urls))))
 
     def __len__(self) -> int:
         return len(self._domains) + len(self._urls)
