@@ -87,7 +87,7 @@ def document(rng, lines):
 def test_what_goes_is_what_the_rule_says(changes, seed):
     config, rng = SimilarLinesConfig(**changes), random.Random(seed)
     went = 0
-    for lines in (2, 10, 40):
+    for lines in (2, 10, 60):
         text = document(rng, lines)
         result = drop_similar_lines(text, config)
         assert result.text == reference(text, config)
