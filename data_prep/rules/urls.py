@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import posixpath
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,6 +46,11 @@ class Blacklist:
 
     def __len__(self) -> int:
         return len(self._domains) + len(self._urls)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the hashes."""
+        return self._domains.nbytes + self._urls.nbytes
 
     def __reduce__(self):
         raise TypeError("a Blacklist holds hashes of this process; load it in the other one")
@@ -167,7 +173,8 @@ def _lists(path: Path) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
     try:
         with tarfile.open(path) as archive:
             members = {member.name.removeprefix("./"): member for member in archive.getmembers()}
-            links = {name: member.linkname for name, member in members.items() if member.issym()}
+            links = {name: posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+                     for name, member in members.items() if member.issym()}
             for name, member in members.items():
                 category, _, kind = name.rpartition("/")
                 if kind in _KINDS and category and member.isfile():
