@@ -75,7 +75,7 @@ def _repetition(view: View) -> tuple[Repetition, np.ndarray]:
         words = view.spaced_words
         ids = np.fromiter((numbers.setdefault(word, len(numbers)) for word in words), np.int64, len(words))
         # 21 bits name a word; of a text with two million different ones the later share a name.
-        found = repetition(np.minimum(ids, (1 << 21) - 3))
+        found = repetition(np.minimum(ids, (1 << 21) - 16))
         view.shared["words"] = found, np.fromiter(map(len, words), np.int64, len(words))
     return view.shared["words"]
 

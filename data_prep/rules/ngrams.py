@@ -1,7 +1,7 @@
 """D1 to D9: repetition of character n-grams. A position is a character; white space is no character.
 
-Everything comes from one sort: three ids of 21 bits fit into 63, and the sorted 3-grams hold the counts of the 1-, 2-
-and 3-grams. A repeated (n+1)-gram holds two repeated n-grams, so each longer n only looks at what n-1 left. Nothing is
+Everything comes from two sorts. Three ids of 21 bits fit into 63: the sorted 3-grams hold the counts of the 1-, 2- and
+3-grams. Where a 3-gram is repeated, the ids behind it decide in the second sort how far the repetition goes. Nothing is
 hashed: the values are exact.
 """
 
@@ -33,35 +33,47 @@ class Repetition(NamedTuple):
 
 
 def repetition(ids: np.ndarray) -> Repetition:
-    """What is repeated in a sequence of ids below 2^21 - 2 (code points are); O(N log N)."""
+    """What is repeated in a sequence of ids below 2^21 - 9 (code points are); O(N log N)."""
     size = len(ids)
-    wide = np.empty(size + 2, np.uint64)
-    # Two ids that do not occur fill up the last 3-grams, which are so made unique.
-    wide[:size], wide[size:] = ids, ((1 << 21) - 1, (1 << 21) - 2)
-    keys = (((wide[:size] << _BITS) | wide[1:size + 1]) << _BITS) | wide[2:]
-    order = np.argsort(keys, kind="stable")
+    # Nine ids that do not occur stand behind the end: no n-gram that reaches over it is repeated.
+    padded = np.empty(size + LONGEST - 1, np.uint32)
+    padded[:size], padded[size:] = ids, (1 << 21) - 1 - np.arange(LONGEST - 1)
+    wide = padded.astype(np.uint64)
+    grams = (((wide[:-2] << _BITS) | wide[1:-1]) << _BITS) | wide[2:]
+    keys = grams[:size]
+    order = _order(keys, padded)
     ordered = keys[order]
+    starts = _starts(ordered)
     counts = np.diff(_starts(ordered >> (_BITS + _BITS)))
     top, top_places = {}, {}
     top[2], top_places[2] = _most_frequent(_starts(ordered >> _BITS), order, size >= 2)
-    starts = _starts(ordered)
     top[3], top_places[3] = _most_frequent(starts, order, size >= 3)
-    places, ranks = _repeated(starts, order)
+    places, runs = _repeated(starts, order)
     found = {3: places}
-    for n in range(4, LONGEST + 1):
-        # The n-gram at a place is the (n-1)-gram there and the next id; both (n-1)-grams inside must be repeated.
-        chosen = np.flatnonzero(places[1:] == places[:-1] + 1)
-        places = places[chosen]
-        keys = (ranks[chosen] << _BITS) | wide[places + (n - 1)]
-        order = np.argsort(keys, kind="stable")
-        starts = _starts(keys[order])
-        if n == 4:
-            top[4], top_places[4] = _most_frequent(starts, places[order], len(places) > 0)
-            top[4] = top[4] or int(size >= 4)
-        local, ranks = _repeated(starts, order)
-        places = places[local]
-        found[n] = places
+    # A repeated 4-gram starts where two repeated 3-grams start one after the other: an eighth of the places in prose.
+    both = np.flatnonzero(places[1:] == places[:-1] + 1)
+    places, runs = places[both], runs[both]
+    order = np.lexsort((padded[places + 9], grams[places + 6], grams[places + 3], runs))
+    tails = padded[places[:, None] + np.arange(3, LONGEST)]
+    same = tails[order[1:]] == tails[order[:-1]]
+    same[:, 0] &= runs[order[1:]] == runs[order[:-1]]
+    # How long the n-gram is that a place has in common with the one before it in order, 4 … 10; 3: less than four.
+    common = np.full(len(places) + 1, 3)
+    common[1:-1] = 3 + np.logical_and.accumulate(same, axis=1).sum(axis=1) if len(places) else 3
+    longest = np.empty(len(places), np.int64)
+    longest[order] = np.maximum(common[1:], common[:-1]) if len(places) else 0
+    top[4], top_places[4] = _most_frequent(np.flatnonzero(common < 4), places[order], len(places) > 0)
+    top[4] = top[4] or int(size >= 4)
+    found |= {n: places[longest >= n] for n in range(4, LONGEST + 1)}
     return Repetition(counts, top, top_places, found)
+
+
+def _order(keys: np.ndarray, padded: np.ndarray) -> np.ndarray:
+    """What sorts the 3-grams: by radix, three times as fast, where all ids fit into 16 bits beside the two behind."""
+    if len(keys) and padded[:len(keys)].max() < 2**16 - 2:
+        short = padded[:len(keys) + 2].astype(np.uint16)
+        return np.lexsort((short[2:], short[1:-1], short[:-2]))
+    return np.argsort(keys, kind="stable")
 
 
 def _starts(ordered: np.ndarray) -> np.ndarray:
@@ -83,16 +95,13 @@ def _most_frequent(starts: np.ndarray, order: np.ndarray, any_there: bool) -> tu
 
 
 def _repeated(starts: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The indices in runs of two and more, ascending, and for each the number of its run, uint64."""
+    """The places in runs of two and more, ascending, and for each the number of its run, int64."""
     lengths = np.diff(starts)
-    several = np.repeat(lengths > 1, lengths)
-    run = np.repeat(np.arange(len(lengths), dtype=np.uint64), lengths)
-    ranks = np.empty(len(order), np.uint64)
-    ranks[order] = run
-    member = np.zeros(len(order), bool)
-    member[order[several]] = True
-    indices = np.flatnonzero(member)
-    return indices, ranks[indices]
+    several = lengths > 1
+    run_of = np.full(len(order), -1)
+    run_of[order] = np.repeat(np.where(several, np.arange(len(lengths)), -1), lengths)
+    places = np.flatnonzero(run_of >= 0)
+    return places, run_of[places]
 
 
 def covered(places: np.ndarray, n: int) -> int:
