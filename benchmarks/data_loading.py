@@ -31,7 +31,8 @@ PACKAGES = ("array-record", "grain", "numpy", "tensorflow-datasets")
 def make_dataset(directory: Path, *, megabytes: int) -> Path:
     """A dataset of random Chinese characters by Zipf's law, in documents of some 600 characters."""
     from ctllm_jax.config.data import BuildConfig
-    from data_prep.pipeline import prepare
+    from ctllm_jax.data.tokenizer import load_tokenizer
+    from ctllm_jax.dataset.build import build_from_files
     from data_prep.train_tokenizer import fit
 
     draw = np.random.default_rng(0)
@@ -49,8 +50,9 @@ def make_dataset(directory: Path, *, megabytes: int) -> Path:
                     sample.write(text[:200] + "\n")
     lines = (directory / "sample.txt").read_text(encoding="utf-8").splitlines()
     (directory / "tokenizer.model").write_bytes(fit(lines, vocab_size=8000, character_coverage=1.0))
-    prepare(BuildConfig(input=[str(directory / "text.jsonl")], output=str(directory / "dataset"), shards=4,
-                          tokenizer=str(directory / "tokenizer.model")))
+    tokenizer = directory / "tokenizer.model"
+    build_from_files(BuildConfig(input=[str(directory / "text.jsonl")], output=str(directory / "dataset"), shards=4,
+                                 tokenizer=str(tokenizer)), load_tokenizer(tokenizer))
     return directory / "dataset"
 
 

@@ -57,8 +57,7 @@ class Engine:
         self._daft = _import_daft()
         if kind == "ray":
             self._start_ray(address)
-        else:
-            self._daft.set_runner_native()
+        _set_runner(kind)
 
     def run(self, function: Callable[[dict, dict], dict], units: Sequence[dict], options: dict,
             ) -> Iterator[dict | UnitFailed]:
@@ -77,7 +76,7 @@ class Engine:
         worker = runner(pickle.dumps(function), json.dumps(options))
         frame = daft.from_pydict({"unit": [json.dumps(unit) for unit in units]}).into_batches(1)
         if self.kind == "ray":
-            frame = frame.repartition(len(units))
+            frame = frame.into_partitions(len(units))
         for row in frame.select(worker.run(frame["unit"]).alias("result")).iter_rows(results_buffer_size=None):
             yield _parse(row["result"])
 
@@ -106,6 +105,8 @@ class Engine:
         import numpy as np
         from daft import col
 
+        if not parts:
+            return np.empty((0, 2), np.int64)
         documents = self._documents(parts, [key])
         groups = documents.groupby(key).agg(col("node").min().alias("first"), col("node").count().alias("group"))
         stars = documents.join(groups.where(col("group") > 1), on=key).where(col("node") != col("first"))
@@ -175,7 +176,6 @@ class Engine:
             own = {"num_cpus": self.workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
             ray.init(address=address, logging_level="warning", log_to_driver=False, **({} if address else own))
         self.workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        self._daft.set_runner_ray(noop_if_initialized=True)
 
 
 @functools.cache
@@ -214,6 +214,21 @@ def _parse(text: str) -> dict | UnitFailed:
     if "failed" in values:
         return UnitFailed(values["unit"], values["failed"], values["user_error"])
     return values
+
+
+_chosen: str | None = None
+
+
+def _set_runner(kind: str) -> None:
+    """Choose Daft's runner: once in a process, for it keeps the first."""
+    global _chosen
+    import daft
+
+    if _chosen is None:
+        daft.set_runner_ray() if kind == "ray" else daft.set_runner_native()
+        _chosen = kind
+    elif _chosen != kind:
+        raise UserError(f"engine={kind}: this process has run engine={_chosen} before, and Daft keeps the first")
 
 
 def _import_daft():

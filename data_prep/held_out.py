@@ -1,20 +1,18 @@
-"""Documents without their copies, divided into training and held-out text, as `prepare` will divide them."""
+"""Clean documents, divided into training and held-out text as the datasets made of them are."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
 
-from ctllm_jax.dataset.shuffle import Text
+from ctllm_jax.dataset.shuffle import RANGE, as_text
+from data_prep.stages.common import read_jsonl_zst
 
 
 class Division(NamedTuple):
-    """What a source came to: documents read, exact copies dropped, and the rest on both sides with its UTF-8 bytes."""
+    """Documents on both sides, and their UTF-8 bytes."""
 
-    read: int
-    copies: int
     train: int
     held_out: int
     train_bytes: int
@@ -22,29 +20,21 @@ class Division(NamedTuple):
 
 
 def divide(source: Path, train: Path, held_out: Path, *, fraction: float) -> Division:
-    """Write the distinct records of a JSONL file to two others; about `fraction` of them to `held_out`.
+    """Write the documents below `clean/SOURCE` to two JSONL files; about `fraction` of them to `held_out`.
 
-    Copies are dropped before the division: after it, they would carry held-out documents into training. A document's
-    side depends on a hash of its text alone, the one that `prepare` uses: what is trained on before `prepare` (a
-    tokenizer) has then seen nothing of what is held out.
+    A document's side depends on a hash of its text alone, the one that `prepare` uses: what is trained on before
+    `prepare` tokenizes (the tokenizer itself) has then seen nothing of what is held out.
     """
-    seen: set[bytes] = set()
-    read = 0
     counts, sizes = [0, 0], [0, 0]
-    with open(source, encoding="utf-8") as lines, open(train, "w", encoding="utf-8") as kept, \
-            open(held_out, "w", encoding="utf-8") as apart:
-        for line in lines:
-            read += 1
-            data = json.loads(line)["text"].encode()
-            digest = hashlib.blake2b(data, digest_size=16).digest()
-            if digest in seen:
-                continue
-            seen.add(digest)
-            side = int(Text(0, digest, 0, data).split_value < int(fraction * 2**64))
-            (apart if side else kept).write(line)
-            counts[side] += 1
-            sizes[side] += len(data)
-    return Division(read, read - len(seen), *counts, *sizes)
+    with open(train, "w", encoding="utf-8") as kept, open(held_out, "w", encoding="utf-8") as apart:
+        for path in sorted(source.glob("*.jsonl.zst")):
+            for record in read_jsonl_zst(path):
+                text = as_text(record["text"], index=0, seed=0)
+                side = int(text.split_value < int(fraction * RANGE))
+                (apart if side else kept).write(json.dumps({"text": record["text"]}, ensure_ascii=False) + "\n")
+                counts[side] += 1
+                sizes[side] += len(text.data)
+    return Division(*counts, *sizes)
 
 
 def read_texts(path: Path) -> list[str]:

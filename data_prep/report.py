@@ -86,7 +86,8 @@ def _funnel(ran: Ran) -> list[dict[str, Any]]:
     """What came into each stage and what became of it. `in`, `kept` and `dropped` are counted apart from each other:
     what a stage gave is what the next one counts as coming in."""
     rows = []
-    stages = {name: _by_source(done) for name, done in ran.stages.items()}
+    stages = {name: _by_source(ran.stages[name]) for name in ("read", "filter", "minhash", "clean")
+              if name in ran.stages}
     for source, read in stages["read"].items():
         def total(stage: str, name: str, source: str = source) -> int:
             return _total(stages[stage].get(source, []), name)
@@ -100,7 +101,7 @@ def _funnel(ran: Ran) -> list[dict[str, Any]]:
                          total("filter", "kept_bytes")))
         after = ("clean", "in", "in_bytes")
         then = ("minhash", "documents", "bytes") if "minhash" in stages else after
-        if "exact" in stages:
+        if "exact" in ran.stages:
             rows.append(_row("exact", source, total("filter", "kept"), total(*then[:2]), gone(then[0]), 0,
                              total("filter", "kept_bytes"), total(then[0], then[2])))
         if "minhash" in stages:

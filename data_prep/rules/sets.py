@@ -115,6 +115,15 @@ def with_thresholds(sets: Mapping[str, RuleSet], thresholds: Mapping[str, Mappin
     return changed
 
 
+def for_languages(rule_set: RuleSet, languages: Sequence[str]) -> RuleSet:
+    """The set for a source that keeps these languages (none: any); it comes to look at the language if it did not."""
+    if languages and "language" not in rule_set.bounds:
+        bounds = _cheap_first({**rule_set.bounds, "language": RULES["language"].default})
+        left_out = {name: why for name, why in rule_set.left_out.items() if name != "language"}
+        rule_set = dataclasses.replace(rule_set, bounds=bounds, left_out=left_out)
+    return dataclasses.replace(rule_set, languages=tuple(languages))
+
+
 def _with_rule(rule_set: RuleSet, name: str, given: RuleBounds) -> RuleSet:
     bounds, left_out = dict(rule_set.bounds), dict(rule_set.left_out)
     if not given.enabled:

@@ -1,6 +1,7 @@
 """`quickstart` over a little text in place of the installed packages': every stage, once."""
 
 import json
+import random
 
 import pytest
 
@@ -9,8 +10,7 @@ from ctllm_jax.report.run import read_run
 from tests.cli.conftest import call
 from tests.small_text import write_texts
 
-CODE = ["def f(x):\n    return x + 1\n", "for name in names:\n    print(name)\n", "import os\n", "class A:\n    pass\n"]
-STAGES = ["text", "tokenizer", "prepare zh", "prepare en", "prepare code", "baselines"]
+STAGES = ["text", "clean", "tokenizer", "datasets", "baselines"]
 
 
 def write_small_text(folder):
@@ -18,8 +18,11 @@ def write_small_text(folder):
     folder.mkdir(parents=True, exist_ok=True)
     write_texts(folder / "zh.jsonl", "zh", count=150)
     write_texts(folder / "en.jsonl", "en", count=150)
-    (folder / "code.jsonl").write_text("".join(
-        json.dumps({"text": f"# {index}\n" + CODE[index % 4] * (1 + index % 5)}) + "\n" for index in range(150)))
+    draw = random.Random(0)
+    names = ["".join(draw.choices("abcdefgh", k=5)) for _ in range(60)]
+    functions = ["".join(f"def {one}({two}):\n    return {three} + {draw.randrange(99)}\n" for one, two, three in
+                         (draw.sample(names, 3) for _ in range(1 + index % 5))) for index in range(150)]
+    (folder / "code.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in functions))
     for path in folder.iterdir():
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join([*lines, lines[0]]))
@@ -45,7 +48,7 @@ def test_from_nothing_to_a_report_and_again(command, tmp_path, monkeypatch):
     figures = run.evaluation[-1]["sources"]
     for source in quickstart.SOURCES:
         rows = [line.split() for line in printed.out.splitlines() if line.split()[:1] == [source]]
-        assert rows[0][1] == "151" and rows[0][2] == "1"
+        assert rows[0][1] == "151" and rows[0][3] == "1"
         assert rows[-1][1] == f"{figures[source]['bits_per_byte']:.3f}"
         assert len(rows[-1]) == 3 + len(run.baselines)
 
@@ -62,7 +65,7 @@ def test_another_vocabulary_makes_tokenizer_and_datasets_anew(command, tmp_path,
     again = call(*command, "model.vocab_size=350", "log.report=false")
     assert again.status == 0, again.err
     assert "text: there already" in again.out and "tokenizer: there already" not in again.out
-    assert "prepare zh: there already" not in again.out and "baselines: there already" in again.out
+    assert "datasets: there already" not in again.out and "baselines: there already" in again.out
     manifest = json.loads((tmp_path / "data/zh/manifest.json").read_text())
     assert manifest["tokenizer"]["vocab_size"] == 350
 
