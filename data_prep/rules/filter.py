@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from data_prep.rules import bad_words, language, normalize, urls
 from data_prep.rules.lines import LINE_RULES, drop_lines
 from data_prep.rules.links import remove_links
 from data_prep.rules.registry import RULES, unknown
-from data_prep.rules.sets import SETS, RuleSet, with_thresholds
+from data_prep.rules.sets import SETS, RuleSet, for_languages, with_thresholds
 from data_prep.rules.view import View
 
 EMPTY = "empty"
@@ -41,15 +40,15 @@ class Filter:
     The order is: lone surrogates become U+FFFD; links go; the rules are measured, cheap ones first, URL and language on
     the raw text; lines that break a line rule go; characters are simplified and punctuation normalized, where the
     config wants it. A document of which the lines leave nothing, or less than the set's smallest length, fails with
-    the rule `empty`. `languages` are the labels that a source keeps; None: the set's own; empty: any.
+    the rule `empty`. `languages` are the labels that a source keeps, also where its set does not look at the language;
+    None: the set's own; empty: any.
     """
 
     def __init__(self, rule_set: str, config: FilterConfig, languages: Sequence[str] | None = None):
         if rule_set not in SETS:
             raise unknown("rule set", rule_set, list(SETS))
         chosen = with_thresholds(SETS, config.thresholds)[rule_set]
-        self.rule_set: RuleSet = chosen if languages is None else dataclasses.replace(
-            chosen, languages=tuple(languages))
+        self.rule_set: RuleSet = chosen if languages is None else for_languages(chosen, languages)
         self.config = config
         self._rules = [(name, RULES[name].measure, bounds) for name, bounds in self.rule_set.bounds.items()]
         self._blacklist = urls.load(config.url_blacklists, config.blacklist_categories)

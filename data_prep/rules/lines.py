@@ -25,6 +25,8 @@ def more_line_fraction(view: View) -> float:
 
     Looked for in the measured text, where 。。。, ... and … are all three full stops: the teaser of an article.
     """
+    if not any(map(view.measured.lower().__contains__, _MORE)):
+        return 0.0
     lines = view.measured_lines
     return sum(line[-9:].lower().endswith(_MORE) for line in lines) / len(lines) if lines else 0.0
 
@@ -35,6 +37,8 @@ def bullet_line_fraction(view: View) -> float:
 
     Looked for in the text itself: U2 would make – a hyphen, which is no bullet here.
     """
+    if not any(map(view.text.__contains__, _BULLETS)):
+        return 0.0
     lines = view.lines
     return sum(line.startswith(_BULLETS) for line in lines) / len(lines) if lines else 0.0
 

@@ -1,12 +1,13 @@
 """The filter as a whole: modes, order, what is written, rule sets, thresholds, explain."""
 
 import pickle
+import sys
 
 import pytest
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.prepare import RULE_SETS, FilterConfig, RuleBounds
-from data_prep.rules import EMPTY, RULES, SETS, Bounds, Filter, explain, with_thresholds
+from data_prep.rules import EMPTY, RULES, SETS, Bounds, Filter, explain, language, normalize, view, with_thresholds
 from data_prep.rules.lines import LINE_RULES
 from tests.data_prep.rules.test_release_faults import GOOD, statistics
 
@@ -78,6 +79,24 @@ def test_a_source_may_keep_other_languages():
     for languages in (["en", "zh"], []):
         chosen = Filter("web", FilterConfig(mode="statistics"), languages=languages)
         assert "language" not in chosen.apply(english, None).failed
+
+
+def test_a_source_s_languages_count_also_where_its_set_asks_for_none():
+    assert "language" not in SETS["light"].bounds
+    chosen = Filter("light", FilterConfig(), languages=["zh"])
+    assert chosen.apply("The weather is fine, and we walk in the park.", None).failed == ("language",)
+    outcome = chosen.apply(GOOD, None)
+    assert outcome.failed == () and outcome.language == "zh" and "language" not in chosen.rule_set.left_out
+
+
+@pytest.mark.parametrize(("package", "use"), [
+    ("rjieba", lambda: view._cut.__wrapped__()), ("opencc", lambda: normalize._converter.__wrapped__()),
+    ("fasttext", lambda: language.load.__wrapped__(None)),
+])
+def test_a_package_that_is_not_there_is_named(monkeypatch, package, use):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=r"needs the package .*pip install 'ctllm-jax\[prep\]'"):
+        use()
 
 
 def test_a_filter_travels_to_another_process():
