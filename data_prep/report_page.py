@@ -95,7 +95,8 @@ def _head(report: Report) -> str:
         said.append((f"a trial: the first {report['limit']:,} records of each source", "note"))
     states = "".join(f'<span class="state {kind}">{shown(words)}</span>' for words, kind in said)
     command = f'<p class="command"><code>{shown(report["command"])}</code></p>' if report.get("command") else ""
-    return f"<header><h1>Corpus {shown(report.get('output') or '')}</h1><p>{states}</p>{command}</header>"
+    title = f"Corpus {shown(report.get('output') or '')}"
+    return f'<header><h1>{title}</h1><p class="states">{states}</p>{command}</header>'
 
 
 def _problems(report: Report) -> str:
@@ -189,7 +190,7 @@ def _inputs(report: Report) -> str:
                       _number(row.get("records")), _number(row.get("quarantined")), _size(_count(row, "bytes")),
                       f'<div class="cell clip">{shown(str(sample or "–")[:120])}</div>'])
     more = f'<p class="none">… and {len(files) - _FILES_SHOWN:,} more files.</p>' if len(files) > _FILES_SHOWN else ""
-    encodings = ", ".join(f"{name} {count:,}" for name, count in _map(report, "encodings").items())
+    encodings = ", ".join(f"{name} {_number(count)}" for name, count in _map(report, "encodings").items())
     head = ["source", "file", "kind", "encoding", "text field", "records", "bad", "size", "first record"]
     return section("Input", table(head, cells) + more, f"documents by encoding: {encodings}" if encodings else "")
 
@@ -256,7 +257,7 @@ def _rule_figure(row: Mapping) -> str:
                f"{_bounds(row)}</small></figcaption>")
     if len(edges) == len(counts) + 1 and any(counts):
         drawn = histogram(Histogram(str(row.get("name")), edges, counts, finite(row.get("low")),
-                                    finite(row.get("high")), _count(row, "failed")))
+                                    finite(row.get("high")), bool(row.get("above")), _count(row, "failed")))
     else:
         drawn = '<p class="none">Nothing was measured.</p>'
     return f'<figure class="chart">{caption}{drawn}<small>{shown(doc)}</small></figure>'

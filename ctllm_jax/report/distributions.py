@@ -19,8 +19,9 @@ class Histogram:
     """Counts of values between edges, and the bounds that values must keep to (None: open on that side).
 
     `len(edges) == len(counts) + 1`; edges ascend. Values beyond the edges are in the end bins. Edges in equal
-    proportion are drawn on a logarithmic axis. `failed` is how many values the bounds cut off: it decides for an end
-    bin whose outer edge is a bound, such as that of 0 and 1 where only 1 is kept.
+    proportion are drawn on a logarithmic axis. `above`: values must be over the low bound, not at it. `failed` is how
+    many values the bounds cut off: it decides for an end bin whose outer edge is a bound, as with 0 and 1 where only 1
+    is kept.
     """
 
     title: str
@@ -28,6 +29,7 @@ class Histogram:
     counts: Sequence[int]
     low: float | None = None
     high: float | None = None
+    above: bool = False
     failed: int | None = None
     width: int = 420
     height: int = 170
@@ -46,14 +48,14 @@ def _drawing(chart: Histogram, log: bool) -> str:
     x = Scale(edges[0], edges[-1], LEFT, chart.width - RIGHT, log=_is_geometric(edges))
     bottom, top = chart.height - BOTTOM, TOP + 12
     kept, cut = [], []
-    for index, (start, stop, count) in enumerate(zip(edges, edges[1:], chart.counts, strict=False)):
+    for index, count in enumerate(chart.counts):
         if not count:
             continue
         share = math.log1p(count) / math.log1p(most) if log else count / most
         height = round(max(_SMALLEST, share * (bottom - top)), 1)
         for first, last, stays in _parts(index, chart):
             # A gap of half a pixel between bars, but none inside one that a bound divides.
-            left, right = x(first), max(x(last) - (0.6 if last == stop else 0), x(first) + 0.4)
+            left, right = x(first), max(x(last) - (0.6 if last == edges[index + 1] else 0), x(first) + 0.4)
             (kept if stays else cut).append(f"M{left} {bottom}v-{height}H{round(right, 1)}v{height}z")
     parts = [_vertical(chart, most, log, bottom, top), _horizontal(x, chart, bottom)]
     parts += [f'<path class="{name}" d="{"".join(paths)}"/>' for name, paths in (("bars", kept), ("bars cut", cut))
@@ -124,7 +126,7 @@ def _bound(value: float, side: str, x: Scale, chart: Histogram, bottom: int) -> 
     """A threshold; one beyond the edges stands at the edge, with an arrow."""
     beyond = "‹ " if value < x.low else " ›" if value > x.high else ""
     at = x(min(max(value, x.low), x.high))
-    sign, anchor, shift = ("≥", "start", 4) if side == "low" else ("≤", "end", -4)
+    sign, anchor, shift = (">" if chart.above else "≥", "start", 4) if side == "low" else ("≤", "end", -4)
     if anchor == "start" and at > chart.width - 70 or anchor == "end" and at < LEFT + 40:
         anchor, shift = ("end", -4) if anchor == "start" else ("start", 4)
     text = f"{sign} {_spelled(value)}"
