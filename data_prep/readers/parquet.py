@@ -46,8 +46,18 @@ def layout(file: str) -> Layout | None:
                 return Layout(list(fields), [name for name in TEXT_FIELDS if _is_text(pyarrow, fields.get(name))],
                               [(group.num_rows, group.total_byte_size, size)
                                for group, size in zip(groups, stored, strict=True)])
-        except (pyarrow.ArrowException, OSError):
+        except (pyarrow.ArrowException, OSError) as error:
+            _raise_unless_damage(pyarrow, error)
             return None
+
+
+def _raise_unless_damage(pyarrow, error: Exception) -> None:
+    """Raise again what is no fault of the data: a connection that broke, a disk that cannot be read.
+
+    pyarrow tells of damaged data by its own exceptions and by plain OSErrors without a number.
+    """
+    if not isinstance(error, pyarrow.ArrowException) and (type(error) is not OSError or error.errno is not None):
+        raise error
 
 
 def _is_text(pyarrow, kind) -> bool:
@@ -78,6 +88,7 @@ def read_parquet(unit: InputUnit, quarantine: Quarantine, tally: Tally) -> Itera
         try:
             table = pyarrow.parquet.ParquetFile(raw, buffer_size=2**20)
         except (pyarrow.ArrowException, OSError) as error:
+            _raise_unless_damage(pyarrow, error)
             quarantine.put(file, row, f"the Parquet file is damaged: {error}")
             return
         names = table.schema_arrow.names
@@ -95,6 +106,7 @@ def read_parquet(unit: InputUnit, quarantine: Quarantine, tally: Tally) -> Itera
                     if not isinstance(record, int):
                         yield record
             except (pyarrow.ArrowException, OSError) as error:
+                _raise_unless_damage(pyarrow, error)
                 quarantine.put(file, row, f"row group {group} is damaged, rows {row:,} to {after - 1:,} are lost: "
                                           f"{error}")
             row = after

@@ -1,10 +1,14 @@
 """Parquet: row groups are units, any column type that holds text, and damage costs a row or a row group."""
 
 import datetime
+import io
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+
+from ctllm_jax.config.prepare import PrepareConfig
+from data_prep.readers import parquet, read_unit
 
 
 def write(path, table, rows=2, **options):
@@ -86,3 +90,18 @@ def test_a_damaged_page_costs_its_row_group(tmp_path, read):
     assert [record.position for record in reading.records] == [1, 2, 3, 7, 8, 9]
     (bad,) = reading.bad
     assert bad.position == 4 and "row group 1 is damaged, rows 4 to 6 are lost" in bad.reason
+
+
+def test_a_connection_that_breaks_is_no_damage(tmp_path, read, monkeypatch):
+    write(tmp_path / "a.parquet", pyarrow.table({"text": ["x" * 1000] * 9}), rows=3, compression=None)
+    (unit,) = read([tmp_path]).units
+
+    class Breaking(io.FileIO):
+        def read(self, size=-1):
+            if 0 < self.tell() < 1000:
+                raise ConnectionResetError("gone")
+            return super().read(size)
+
+    monkeypatch.setattr(parquet, "open_file", Breaking)
+    with pytest.raises(ConnectionResetError):
+        list(read_unit(unit, PrepareConfig(input=["x"], output="x"), None))

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import sys
 
 import fsspec
 import pyarrow
@@ -207,3 +208,15 @@ def test_a_file_without_a_whole_line_has_the_field_of_the_others(tmp_path, read,
 def test_json_with_records_is_read_like_jsonl(tmp_path, read):
     (tmp_path / "a.json").write_text(json.dumps({"text": "one"}) + "\n" + json.dumps({"text": "two"}))
     assert read([tmp_path]).texts == ["one", "two"]
+
+
+@pytest.mark.parametrize(("package", "name", "data"), [
+    ("pyarrow", "a.parquet", b"PAR1"), ("zstandard", "a.jsonl.zst", zstandard.compress(b'{"text": "one"}\n')),
+    ("resiliparse.parse", "a.warc", b"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: 48\r\n\r\n"
+     b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<p>\xff\r\n\r\n")])
+def test_a_missing_package_is_named(tmp_path, read, monkeypatch, package, name, data):
+    (tmp_path / name).write_bytes(data)
+    monkeypatch.setitem(sys.modules, package, None)
+    needed = package.partition(".")[0]
+    with pytest.raises(UserError, match=rf"needs? the package {needed}: pip install 'ctllm-jax\[prep\]'"):
+        read([tmp_path])

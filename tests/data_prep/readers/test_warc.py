@@ -7,6 +7,8 @@ import zlib
 
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
@@ -240,3 +242,21 @@ def test_a_page_that_the_parser_chokes_on_is_put_aside(tmp_path, read, monkeypat
     with caplog.at_level(logging.WARNING):
         reading = one(read, tmp_path, page().encode())
     assert [bad.reason for bad in reading.bad] == ["resiliparse cannot parse the page: no tree"]
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), gz=st.booleans())
+def test_damage_anywhere_costs_a_few_records_and_is_told(data, gz):
+    parts = [b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: 12\r\n\r\nrecord %05d\r\n\r\n" % index
+             for index in range(20)]
+    whole = b"".join(map(gzip.compress, parts) if gz else parts)
+    at = data.draw(st.integers(0, len(whole) - 1))
+    length, noise = data.draw(st.integers(0, 40)), data.draw(st.binary(max_size=40))
+    bad = []
+    found = [record.block for record in
+             warc_records(io.BytesIO(whole[:at] + noise + whole[at + length:]), "gz" if gz else None, file="a",
+                          wanted=lambda headers: True, damaged=lambda *entry: bad.append(entry))]
+    good = [block for block in found if block in [part.split(b"\r\n\r\n")[1] for part in parts]]
+    assert len(good) >= 16 and good == sorted(good)
+    # Of what is cut out, one record may vanish without a trace: its end and the next one's beginning.
+    assert len(good) >= 19 or bad
