@@ -23,6 +23,9 @@ _MB = 1e6
 _STAGES = {"read": "bad records put aside", "filter": "rules", "exact": "exact copies", "minhash": "near copies",
            "lines": "similar lines within documents, evaluation text", "tokenize": "into the dataset"}
 
+_TIMED_AS = {"lines": "clean"}
+"""Rows of the funnel whose time is told under another name."""
+
 
 def write_page(report: Report, path: str | Path) -> Path:
     """Write the page of a report to a file, at once or not at all; UserError where it cannot be written."""
@@ -192,6 +195,10 @@ def _inputs(report: Report) -> str:
     more = f'<p class="none">… and {len(files) - _FILES_SHOWN:,} more files.</p>' if len(files) > _FILES_SHOWN else ""
     encodings = ", ".join(f"{name} {_number(count)}" for name, count in _map(report, "encodings").items())
     head = ["source", "file", "kind", "encoding", "text field", "records", "bad", "size", "first record"]
+    others = [[shown(reason), _number(count)] for reason, count in _map(report, "left_out").items()]
+    if others:
+        more += (f"<details><summary>what is no text, and was left out</summary>"
+                 f"{table(['records', 'count'], others, 'figures')}</details>")
     return section("Input", table(head, cells) + more, f"documents by encoding: {encodings}" if encodings else "")
 
 
@@ -365,7 +372,8 @@ def _time(report: Report) -> str:
     wall, cores = _map(report, "seconds"), _map(report, "cpu_seconds")
     sizes: dict[str, int] = {}
     for row in _list(report, "funnel"):
-        sizes[row.get("stage")] = sizes.get(row.get("stage"), 0) + _count(row, "in_bytes")
+        stage = _TIMED_AS.get(row.get("stage"), row.get("stage"))
+        sizes[stage] = sizes.get(stage, 0) + _count(row, "in_bytes")
     cells = []
     for stage in dict.fromkeys([*wall, *cores]):
         seconds, used = finite(wall.get(stage)), finite(cores.get(stage))

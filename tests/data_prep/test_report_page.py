@@ -42,8 +42,9 @@ def report():
     found = {
         "version": 1, "output": "corpora/small", "command": "launch.py prepare configs/data/small.yaml",
         "mode": "statistics", "writes_punctuation": False, "limit": None, "config": {"minhash": {"bands": 9}},
-        "seconds": {"read": 2.0, "filter": 7.0, "clusters": 1.0}, "cpu_seconds": {"read": 3.0, "filter": 12.0},
-        "peak_memory": 512_000_000, "encodings": {"utf-8": 1900, "gb18030": 80},
+        "seconds": {"read": 2.0, "filter": 6.0, "clusters": 1.0, "clean": 1.0},
+        "cpu_seconds": {"read": 3.0, "filter": 12.0}, "peak_memory": 512_000_000,
+        "encodings": {"utf-8": 1900, "gb18030": 80}, "left_out": {"record of type request": 990},
         "inputs": [{"source": "web", "file": "/data/a.warc.gz", "kind": "warc", "encoding": None, "text_field": None,
                     "records": 990, "bytes": 4_000_000, "quarantined": 10, "sample": {"text": "一个网页"}},
                    {"source": "wiki", "file": "/data/b.jsonl.zst", "kind": "jsonl", "compression": "zst",
@@ -128,7 +129,7 @@ def test_a_whole_report_is_shown(report):
                  "太短的文", "什么也不剩", "留下来的文章", "lines javascript", "4,120 characters",
                  "20 texts occur more than once", "198 of them verified with Jaccard ≥ 0.8", "9 bands × 13 rows",
                  "half are found at 1", "考试题", "4 documents hold some of the 184,220", "900", "8.00MB", "1,200,000",
-                 '"bands": 9'):
+                 "record of type request", "clean1.0s–9.8–", '"bands": 9'):
         assert text in page.text, text
     assert "More of it" not in page.text and 'class="problems"' not in html
 
