@@ -155,7 +155,7 @@ def test_a_chain_of_similar_lines_is_measured_from_those_that_stay():
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("count", "make"), [
     (20_000, lambda rng: "".join(chr(0x4E00 + rng.randrange(2000)) for _ in range(rng.randrange(16, 60))) + "。"),
-    (8_000, lambda rng: f"编号{rng.randrange(10**6):06d}的价格为{rng.randrange(10**4)}元，库存{rng.randrange(10**3)}。"),
+    (8000, lambda rng: f"编号{rng.randrange(10**6):06d}价格为{rng.randrange(10**4)}元，库存{rng.randrange(10**3)}。"),
     (20_000, lambda rng: f"这一行和其他行几乎完全一样，只有一个数字不同{rng.randrange(10)}。"),
     (20_000, lambda rng: "a。"), (20_000, lambda rng: "。"),
 ], ids=["different", "template", "similar", "short", "marks"])
