@@ -82,19 +82,21 @@ def _repetition(view: View) -> tuple[Repetition, np.ndarray]:
 
 def _top_fraction(view: View, n: int) -> float:
     found, lengths = _repetition(view)
-    if found.top[n] < 2:
+    count = found.top_count(n)
+    if count < 2:
         return 0.0
-    characters = np.convolve(lengths, np.ones(n, np.int64), "valid")[found.top_places[n]].max()
-    return int(found.top[n] * characters) / int(lengths.sum())
+    characters = np.convolve(lengths, np.ones(n, np.int64), "valid")[found.top_places(n)].max()
+    return int(count * characters) / int(lengths.sum())
 
 
 def _covered_fraction(view: View, n: int) -> float:
     found, lengths = _repetition(view)
-    if not len(found.places[n]):
+    places = found.places_of(n)
+    if not len(places):
         return 0.0
     steps = np.zeros(len(lengths) + 1, np.int64)
-    steps[found.places[n]] += 1
-    steps[found.places[n] + n] -= 1
+    steps[places] += 1
+    steps[places + n] -= 1
     return int(lengths[np.cumsum(steps[:-1]) > 0].sum()) / int(lengths.sum())
 
 

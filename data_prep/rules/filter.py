@@ -74,7 +74,7 @@ class Filter:
                 failed.append(name)
                 if stop_early:
                     return _outcome(view, view.text, failed, values, removed)
-        text, dropped = drop_lines(view.text, self.rule_set.line_rules, self._bad_words, view.measured)
+        text, dropped = drop_lines(view, self.rule_set.line_rules, self._bad_words)
         removed |= {f"lines_{name}": count for name, count in dropped.items()}
         if not text.strip() or dropped and View(text).length < self.smallest:
             failed.append(EMPTY)

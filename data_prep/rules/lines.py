@@ -25,7 +25,7 @@ def more_line_fraction(view: View) -> float:
 
     Looked for in the measured text, where 。。。, ... and … are all three full stops: the teaser of an article.
     """
-    if not any(map(view.measured.lower().__contains__, _MORE)):
+    if not any(map(view.lowered.__contains__, _MORE)):
         return 0.0
     lines = view.measured_lines
     return sum(line[-9:].lower().endswith(_MORE) for line in lines) / len(lines) if lines else 0.0
@@ -81,15 +81,12 @@ LINE_RULES = {line_rule.name: line_rule for line_rule in (
 )}
 
 
-def drop_lines(text: str, names: Sequence[str], bad_words: BadWords | None = None,
-               measured: str | None = None) -> tuple[str, dict[str, int]]:
-    """The text without the lines that break one of the named rules, and how many broke each, the first in order.
+def drop_lines(view: View, names: Sequence[str], bad_words: BadWords | None = None) -> tuple[str, dict[str, int]]:
+    """The text of a view without the lines that break one of the named rules, and how many broke each, as the first.
 
-    Empty lines stay, but for those directly after a line that goes. `measured` is the measured text, if it is at hand.
-    Idempotent.
+    Empty lines stay, but for those directly after a line that goes. Idempotent.
     """
-    measured = View(text).measured if measured is None else measured
-    lowered = measured.lower()
+    text, measured, lowered = view.text, view.measured, view.lowered
     bad = bad_words.lines(lowered) if bad_words is not None and "bad_words" in names else ()
     # Most documents hold no javascript at all: then no line is asked.
     tests = [(name, LINE_RULES[name].keeps) for name in LINE_RULES if name in names and name != "bad_words"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 _TLDS = ("com|net|org|edu|gov|mil|info|biz|name|xyz|top|vip|club|site|online|shop|wang|mobi|asia|tel|int|app|dev|"
-         "cn|hk|tw|mo|jp|kr|sg|us|uk|ca|au|de|fr|ru|in|eu|it|es|nl|br|se|ch|no|at|be|io|cc|tv|me|co|la|ws|im")
+         "cn|hk|tw|mo|jp|kr|sg|us|uk|ca|au|de|fr|ru|eu|es|nl|br|se|ch|io|cc|tv|me|co|la|ws")
+"""Common top-level domains, without the English words among them: in, it and at stand behind many a full stop."""
+
 _LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]*+(?<!-))?+"
 # A link is ASCII, since Chinese text follows one without a blank; it does not end in a mark of the sentence around it.
 _LAST = "[A-Za-z0-9/_~=&#%+-]"
@@ -16,7 +18,7 @@ _LINKS = re.compile(rf"""
         (?:https?|ftp)://[!-~]*{_LAST}
       | www\.[!-~]*{_LAST}
       | (?:{_LABEL}\.){{3,}}{_LABEL}(?![A-Za-z0-9@-]){_TAIL}         # a.b.c.d: hosts of four parts and more, addresses
-      | (?<![\u3400-\u9fff])(?:{_LABEL}\.)+(?:{_TLDS})(?![A-Za-z0-9@-]|\.[A-Za-z0-9]){_TAIL}       # name.tld
+      | (?<![\u3400-\u9fff])(?:{_LABEL}\.)+(?-i:{_TLDS})(?![A-Za-z0-9@-]|\.[A-Za-z0-9]){_TAIL}       # name.tld
     )
 """, re.VERBOSE | re.IGNORECASE)
 
@@ -25,8 +27,8 @@ def remove_links(text: str) -> tuple[str, int]:
     """The text without links, and how many there were: `http(s)://…`, `www.…`, a.b.c.d hosts, bare `name.tld`.
 
     A bare name.tld directly after a Chinese character stays: there it is often the end of a sentence and the start of
-    the next one. Mail addresses and file names (main.py) stay too: only common top-level domains count. Idempotent;
-    linear in the length of the text.
+    the next one. Mail addresses, file names (main.py) and names such as ASP.NET stay too: only common top-level domains
+    count, in lower case. Idempotent; linear in the length of the text.
     """
     if "." not in text and "://" not in text:
         return text, 0

@@ -16,105 +16,102 @@ from data_prep.rules.view import View
 
 LONGEST = 10
 _BITS = np.uint64(21)
+_NONCHARACTERS = 0xFDD0
 
 
 class Repetition(NamedTuple):
     """What is repeated in a sequence of N ids.
 
-    `counts`: how often each distinct id occurs, int64, in no order. `top[n]`, n = 2, 3, 4: how often the most frequent
-    n-gram occurs, overlaps counted, 0 without one; `top_places[n]`: where one of the most frequent starts, for each of
-    them. `places[n]`, n = 3 … 10: where an n-gram starts that occurs more than once; ascending, int64.
+    `counts`: how often each distinct id occurs, int64, in no order. `places`, ascending, and `longest`, both int64:
+    where a repeated 3-gram starts, and the length, 3 … 10, of the longest repeated n-gram that starts there (10 stands
+    for more too). `runs[n]`, n = 2, 3, 4: (starts, order), where order[starts[i]:starts[i + 1]] are the places of one
+    n-gram; without those 4-grams that cannot be repeated.
     """
 
     counts: np.ndarray
-    top: dict[int, int]
-    top_places: dict[int, np.ndarray]
-    places: dict[int, np.ndarray]
+    places: np.ndarray
+    longest: np.ndarray
+    runs: dict[int, tuple[np.ndarray, np.ndarray]]
+
+    def places_of(self, n: int) -> np.ndarray:
+        """Where an n-gram (3 ≤ n ≤ 10) starts that occurs more than once, ascending, int64."""
+        return self.places[self.longest >= n]
+
+    def top_count(self, n: int) -> int:
+        """How often the most frequent n-gram (2 ≤ n ≤ 4) occurs, overlaps counted; 1 or 0 where none is repeated."""
+        starts, _ = self.runs[n]
+        return int((starts[1:] - starts[:-1]).max()) if len(starts) > 1 else 0
+
+    def top_places(self, n: int) -> np.ndarray:
+        """For each of the most frequent n-grams (2 ≤ n ≤ 4) one place where it starts."""
+        starts, order = self.runs[n]
+        lengths = starts[1:] - starts[:-1]
+        return order[starts[:-1][lengths == lengths.max()]]
 
 
 def repetition(ids: np.ndarray) -> Repetition:
     """What is repeated in a sequence of ids below 2^21 - 9 (code points are); O(N log N)."""
-    size = len(ids)
-    # Nine ids that do not occur stand behind the end: no n-gram that reaches over it is repeated.
-    padded = np.empty(size + LONGEST - 1, np.uint32)
-    padded[:size], padded[size:] = ids, (1 << 21) - 1 - np.arange(LONGEST - 1)
-    wide = padded.astype(np.uint64)
+    ids, size, behind = np.asarray(ids, np.uint32), len(ids), LONGEST - 1
+    # Behind the end stand nine ids that do not occur: no n-gram that reaches over it is repeated. Where those can be
+    # nine of Unicode's noncharacters, everything fits into 16 bits, and numpy sorts by radix, three times as fast.
+    short = not size or ids.max() < 2**16 and not (ids - np.uint32(_NONCHARACTERS) < behind).any()
+    padded = np.empty(size + behind, np.uint16 if short else np.uint32)
+    padded[:size] = ids
+    padded[size:] = np.arange(behind) + (_NONCHARACTERS if short else (1 << 21) - behind)
+    wide = padded[:size + 2].astype(np.uint64)
     grams = (((wide[:-2] << _BITS) | wide[1:-1]) << _BITS) | wide[2:]
-    keys = grams[:size]
-    order = _order(keys, padded)
-    ordered = keys[order]
+    order = np.lexsort((padded[2:size + 2], padded[1:size + 1], padded[:size]))
+    ordered = grams[order]
     starts = _starts(ordered)
-    counts = np.diff(_starts(ordered >> (_BITS + _BITS)))
-    top, top_places = {}, {}
-    top[2], top_places[2] = _most_frequent(_starts(ordered >> _BITS), order, size >= 2)
-    top[3], top_places[3] = _most_frequent(starts, order, size >= 3)
-    places, runs = _repeated(starts, order)
-    found = {3: places}
+    singles = _starts(ordered >> (_BITS + _BITS))
+    runs = {2: (_starts(ordered >> _BITS), order), 3: (starts, order)}
+
+    places, numbers = _repeated(starts, order)
+    longest = np.full(len(places), 3)
     # A repeated 4-gram starts where two repeated 3-grams start one after the other: an eighth of the places in prose.
+    # Sorted by what follows, the places that have most in common with another one stand beside it.
     both = np.flatnonzero(places[1:] == places[:-1] + 1)
-    places, runs = places[both], runs[both]
-    order = np.lexsort((padded[places + 9], grams[places + 6], grams[places + 3], runs))
-    tails = padded[places[:, None] + np.arange(3, LONGEST)]
-    same = tails[order[1:]] == tails[order[:-1]]
-    same[:, 0] &= runs[order[1:]] == runs[order[:-1]]
-    # How long the n-gram is that a place has in common with the one before it in order, 4 … 10; 3: less than four.
-    common = np.full(len(places) + 1, 3)
-    common[1:-1] = 3 + np.logical_and.accumulate(same, axis=1).sum(axis=1) if len(places) else 3
-    longest = np.empty(len(places), np.int64)
-    longest[order] = np.maximum(common[1:], common[:-1]) if len(places) else 0
-    top[4], top_places[4] = _most_frequent(np.flatnonzero(common < 4), places[order], len(places) > 0)
-    top[4] = top[4] or int(size >= 4)
-    found |= {n: places[longest >= n] for n in range(4, LONGEST + 1)}
-    return Repetition(counts, top, top_places, found)
-
-
-def _order(keys: np.ndarray, padded: np.ndarray) -> np.ndarray:
-    """What sorts the 3-grams: by radix, three times as fast, where all ids fit into 16 bits beside the two behind."""
-    if len(keys) and padded[:len(keys)].max() < 2**16 - 2:
-        short = padded[:len(keys) + 2].astype(np.uint16)
-        return np.lexsort((short[2:], short[1:-1], short[:-2]))
-    return np.argsort(keys, kind="stable")
+    tails = padded[places[both][:, None] + np.arange(3, LONGEST)]
+    numbers = numbers[both].astype(np.uint16 if size < 2**16 else np.int64)
+    order = np.lexsort((*tails.T[::-1], numbers))
+    tails, numbers = tails[order], numbers[order]
+    same = tails[1:] == tails[:-1]
+    same[:, 0] &= numbers[1:] == numbers[:-1]
+    common = np.full(len(both) + 1, 3)
+    common[1:-1] += np.logical_and.accumulate(same, axis=1).sum(axis=1)[:max(0, len(both) - 1)]
+    longest[both[order]] = np.maximum(common[1:], common[:-1])
+    runs[4] = np.flatnonzero(common == 3), places[both[order]]
+    return Repetition(singles[1:] - singles[:-1], places, longest, runs)
 
 
 def _starts(ordered: np.ndarray) -> np.ndarray:
     """Where the runs of equal values of a sorted array start, and its length at the end; int64."""
-    if not len(ordered):
-        return np.zeros(1, np.int64)
-    changes = np.flatnonzero(ordered[1:] != ordered[:-1])
-    starts = np.empty(len(changes) + 2, np.int64)
-    starts[0], starts[-1] = 0, len(ordered)
-    np.add(changes, 1, out=starts[1:-1])
-    return starts
-
-
-def _most_frequent(starts: np.ndarray, order: np.ndarray, any_there: bool) -> tuple[int, np.ndarray]:
-    if not any_there:
-        return 0, np.zeros(0, np.int64)
-    lengths = np.diff(starts)
-    return int(lengths.max()), order[starts[:-1][lengths == lengths.max()]]
+    bounds = np.ones(len(ordered) + 1, bool)
+    bounds[1:-1] = ordered[1:] != ordered[:-1]
+    return np.flatnonzero(bounds)
 
 
 def _repeated(starts: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The places in runs of two and more, ascending, and for each the number of its run, int64."""
-    lengths = np.diff(starts)
+    """The places in runs of two and more, ascending, and for each the number of its run among these; int64."""
+    lengths = starts[1:] - starts[:-1]
     several = lengths > 1
-    run_of = np.full(len(order), -1)
-    run_of[order] = np.repeat(np.where(several, np.arange(len(lengths)), -1), lengths)
-    places = np.flatnonzero(run_of >= 0)
-    return places, run_of[places]
+    number_of = np.full(len(order), -1)
+    number_of[order[np.repeat(several, lengths)]] = np.repeat(np.arange(np.count_nonzero(several)), lengths[several])
+    places = np.flatnonzero(number_of >= 0)
+    return places, number_of[places]
 
 
 def covered(places: np.ndarray, n: int) -> int:
     """Positions that lie in [place, place + n) of at least one of the ascending places."""
-    return int(np.minimum(np.diff(places), n).sum()) + n if len(places) else 0
+    return int(np.minimum(places[1:] - places[:-1], n).sum()) + n if len(places) else 0
 
 
 def _top_fraction(view: View, n: int) -> float:
-    return max(0, view.repetition.top[n] - 1) * n / view.length if view.length else 0.0
+    return max(0, view.repetition.top_count(n) - 1) * n / view.length if view.length else 0.0
 
 
 def _covered_fraction(view: View, n: int) -> float:
-    return covered(view.repetition.places[n], n) / view.length if view.length else 0.0
+    return covered(view.repetition.places_of(n), n) / view.length if view.length else 0.0
 
 
 def _register(n: int, code: str, high: float) -> None:

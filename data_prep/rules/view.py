@@ -100,6 +100,11 @@ class View:
         return normalize.from_code_points(self.measured_codes)
 
     @cached_property
+    def lowered(self) -> str:
+        """The measured text in lower case; its lines are still those of the text."""
+        return self.measured.lower()
+
+    @cached_property
     def _all_flags(self) -> np.ndarray:
         return classes()[self.measured_codes]
 

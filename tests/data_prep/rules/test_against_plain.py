@@ -43,7 +43,8 @@ def real_looking(seed):
 
 TEXTS = [real_looking(seed) for seed in range(150)] + [
     "", " ", "\n", "好", "。", "aa", "ab" * 30, "一二三四五六七八九十" * 2, "……", "...", "#" * 40,
-    "【】", "【【a】", "】a【b", "\u0301", "1" * 12, "a\rb", "e\u0301" * 9, "\U0010ffff" * 8, "好" * 1500 + "。"]
+    "【】", "【【a】", "】a【b", "\u0301", "1" * 12, "a\rb", "e\u0301" * 9, "\ufdd0一二三四五\ufdd1六七八" * 3,
+    "甲乙丙丁" * 9 + "\ufdd0\ufdd1\ufdd2", "\U0010ffff" * 8, "好" * 1500 + "。"]
 BY_VIEW = ("url_blacklist", "language", "language_score")
 
 
@@ -77,7 +78,7 @@ def test_all_rules_equal_their_plain_versions_on_any_text(text):
 def test_lines_go_as_in_the_plain_version(seed):
     text = real_looking(seed) + "\nUse JavaScript now, please.\n好。\n他说：“好的吧。”）\nLorem Ipsum dolor sit.\n"
     gone = plain.dropped_lines(text)
-    cleaned, removed = drop_lines(text, ("terminal_punctuation", "javascript", "three_words", "lorem_ipsum"))
+    cleaned, removed = drop_lines(View(text), ("terminal_punctuation", "javascript", "three_words", "lorem_ipsum"))
     kept = [line for number, line in enumerate(text.split("\n")) if line.strip() and number not in gone]
     assert [line for line in cleaned.split("\n") if plain.measured(line).strip()] == \
         [line for line in kept if plain.measured(line).strip()]

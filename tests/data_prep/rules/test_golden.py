@@ -133,6 +133,7 @@ def test_a_line_on_each_side_of_its_rule(name, kept, dropped):
     ("main.py 与 3.14 和 e.g. 这样", "main.py 与 3.14 和 e.g. 这样", 0),
     ("句号.com 是什么", "句号.com 是什么", 0),
     ("ftp://x.y/z", "", 1),
+    ("It ended.it was late. See ASP.NET now.", "It ended.it was late. See ASP.NET now.", 0),
 ])
 def test_links_are_removed(text, left, count):
     assert remove_links(text) == (left, count)

@@ -3,6 +3,7 @@
 import io
 import pickle
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -11,8 +12,8 @@ from ctllm_jax.config.prepare import FilterConfig
 from data_prep.rules import Filter, bad_words, language, urls
 from data_prep.rules.lines import drop_lines
 from data_prep.rules.urls import Blacklist, split_url
+from data_prep.rules.view import View
 from tests.data_prep.rules.test_release_faults import GOOD
-from tests.test_rooms import REPOSITORY
 
 LISTS = {"adult/domains": "bad.com\r\nBAD.org\n10.0.0.1\n", "adult/urls": "half.com/x/\nwww.other.com/Y\n",
          "games/domains": "play.net\n", "child/domains": "kids.org\n", "adult/usage": "black\n"}
@@ -97,7 +98,7 @@ def test_files_that_are_no_blacklists_are_refused(tmp_path):
 
 
 def test_the_real_lists_load():
-    path = REPOSITORY.parent / "shared" / "data" / "lists" / "ut1-blacklists.tar.gz"
+    path = Path(__file__).resolve().parents[4] / "shared" / "data" / "lists" / "ut1-blacklists.tar.gz"
     if not path.exists():
         pytest.skip("the UT1 blacklists are not here")
     blacklist = urls.load([str(path)])
@@ -128,7 +129,7 @@ def words(tmp_path):
 ])
 def test_bad_words_are_words_not_pieces_of_words(words, line, stays):
     text = f"今天天气不错。\n{line}\n明天再说吧。"
-    cleaned, removed = drop_lines(text, ("bad_words",), bad_words.load([words]))
+    cleaned, removed = drop_lines(View(text), ("bad_words",), bad_words.load([words]))
     assert (cleaned == text) is stays and removed == ({} if stays else {"bad_words": 1})
     assert cleaned.startswith("今天天气不错。\n") and cleaned.endswith("\n明天再说吧。")
 

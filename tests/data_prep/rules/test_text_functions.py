@@ -71,8 +71,8 @@ def test_links_come_to_rest(text):
 @EXAMPLES
 @given(WELL_FORMED)
 def test_lines_come_to_rest(text):
-    once, removed = drop_lines(text, tuple(LINE_RULES), BAD)
-    assert drop_lines(once, tuple(LINE_RULES), BAD) == (once, {})
+    once, removed = drop_lines(View(text), tuple(LINE_RULES), BAD)
+    assert drop_lines(View(once), tuple(LINE_RULES), BAD) == (once, {})
     assert (once == text) == (not removed)
     assert all(count > 0 for count in removed.values())
 
@@ -120,7 +120,7 @@ def test_a_long_monotonous_document_takes_no_quadratic_time(text):
     # A quadratic pass over 10^6 characters takes minutes; all of these take some seconds.
     outcome = WEB.apply(text, "http://a.com/" + text)
     assert len(outcome.values) == len(SETS["web"].bounds)
-    drop_lines(text, ("bad_words",), BAD)
+    drop_lines(View(text), ("bad_words",), BAD)
 
 
 def test_values_do_not_depend_on_the_order_of_the_rules():
