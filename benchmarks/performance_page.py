@@ -4,7 +4,8 @@
 
 A result is one JSON object: `command`, `device`, `versions` and the like tell how it was measured, the rest are its
 figures (at the top, or under "figures"): numbers, lists of repeats, and mappings of these, which stand beside each
-other as columns. What is measured stands in the first line of the script that the command names.
+other as columns. Several such tables, each with a heading, stand under "sections". What is measured stands in the
+first line of the script that the command names.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = REPOSITORY / "docs" / "performance.md"
 RESULTS = REPOSITORY / "benchmarks" / "results"
 
-CIRCUMSTANCES = ("name", "command", "device", "python", "versions", "flags", "date", "load_average")
+CIRCUMSTANCES = ("name", "command", "device", "python", "versions", "flags", "date", "load_average", "sections")
 HEAD = """# Performance
 
 Written by `python benchmarks/performance_page.py` from `benchmarks/results/*.json`: run a benchmark again to change a
@@ -63,15 +64,21 @@ def _section(name: str, result: Mapping[str, Any]) -> str:
     if result.get("load_average") is not None:
         lines.append(f"Load average at the end: {result['load_average']:.1f} (this benchmark's own threads included).")
     columns = {key: value for key, value in figures.items() if isinstance(value, Mapping)}
-    if columns:
-        keys = list(dict.fromkeys(key for column in columns.values() for key in column))
-        lines += ["", *_table(["", *map(_words, columns)], ([_words(key), *(_shown(key, column.get(key))
-                                                             for column in columns.values())] for key in keys))]
+    lines += _columns(columns)
     # A median beside its own repeats would say the same twice.
     rest = {key: value for key, value in figures.items() if key not in columns and f"{key}_all" not in figures}
     if rest:
         lines += ["", *_table(["", "figure"], ([_words(key), _shown(key, value)] for key, value in rest.items()))]
+    for title, columns in (result.get("sections") or {}).items():
+        lines += ["", f"### {_words(title)}", *_columns(columns)]
     return "\n".join(lines) + "\n"
+
+
+def _columns(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Mappings beside each other, a row for each key that one of them has."""
+    keys = dict.fromkeys(key for column in columns.values() for key in column)
+    rows = ([_words(key), *(_shown(key, column.get(key)) for column in columns.values())] for key in keys)
+    return ["", *_table(["", *map(_words, columns)], rows)] if columns else []
 
 
 def _purpose(command: str) -> str:
