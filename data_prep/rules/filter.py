@@ -37,10 +37,10 @@ class Outcome(NamedTuple):
 class Filter:
     """The rules of one set, with the thresholds of a config; lists and models are shared by all filters of a process.
 
-    The order is: lone surrogates become U+FFFD; links go; the rules are measured, cheap ones first, URL and language on
-    the raw text; lines that break a line rule go; characters are simplified and punctuation normalized, where the
-    config wants it. A document of which the lines leave nothing, or less than the set's smallest length, fails with
-    the rule `empty`. `languages` are the labels that a source keeps, also where its set does not look at the language;
+    The order is: lone surrogates become U+FFFD; characters are simplified, where the config wants it; links go; the
+    rules are measured, cheap ones first, the language on the raw text; lines that break a line rule go; punctuation
+    becomes ASCII, where the config wants it. Of a document that fails, `text` is unfinished. A document of which the
+    line rules leave nothing, or fewer characters than the set's smallest length, fails with the rule `empty`. `languages` are the labels that a source keeps, also where its set does not look at the language;
     None: the set's own; empty: any.
     """
 
@@ -102,13 +102,14 @@ def _outcome(view: View, text: str, failed: Sequence[str], values: dict[str, flo
 def explain(text: str, url: str | None, filter: Filter) -> list[tuple[str, str, float, float, float, bool, str]]:
     """Every rule of a filter for one document: (name, code, value, low, high, kept, what the rule is).
 
-    All are measured, whatever the mode. A line rule has the number of lines that it takes out as its value; it drops
+    All are measured, whatever the mode; low and high are kept themselves, unless the text says "above". A line rule has the number of lines that it takes out as its value; it drops
     no document. The last row is `empty`: characters that are left.
     """
     everything = Filter(filter.rule_set.name, filter.config.model_copy(update={"mode": "statistics"}),
                         filter.rule_set.languages)
     outcome = everything.apply(text, url)
-    rows = [(name, RULES[name].code, value, bounds.low, bounds.high, bounds.keeps(value), RULES[name].doc)
+    rows = [(name, RULES[name].code, value, bounds.low, bounds.high, bounds.keeps(value),
+             f"Kept above {bounds.low:g}. " * bounds.above + RULES[name].doc)
             for name, value in outcome.values.items() for bounds in (everything.rule_set.bounds[name],)]
     for name in everything.rule_set.line_rules:
         rows.append((name, LINE_RULES[name].code, float(outcome.removed.get(f"lines_{name}", 0)), 0.0, math.inf, True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from data_prep.rules.bad_words import BadWords
 from data_prep.rules.registry import rule
@@ -65,7 +66,8 @@ def has_three_words(line: str) -> bool:
         return True  # Nine lines of ten.
     if _CHINESE.search(line):
         return _THREE.search(line) is not None
-    return sum(any(map(str.isalnum, word)) for word in line.split()[:1000]) >= 3
+    words = (word for word in line.split() if any(map(str.isalnum, word)))
+    return len(list(islice(words, 3))) == 3
 
 
 LINE_RULES = {line_rule.name: line_rule for line_rule in (

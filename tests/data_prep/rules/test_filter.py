@@ -180,5 +180,6 @@ def test_explain_shows_every_rule_also_in_production():
     assert set(rows) == {*SETS["web"].bounds, *SETS["web"].line_rules, EMPTY}
     name, code, value, low, high, kept, doc = rows["top_2gram_fraction"]
     assert code == "D1" and high == 0.20 and value == 19 * 2 / 160 and not kept and "most frequent" in doc
+    assert rows["sentences"][6].startswith("Kept above 1. ") and not rows["sentences"][5]
     assert rows["length"][2] == len(SPAM) and rows["length"][5]
     assert all(row[6] for row in rows.values())
