@@ -39,9 +39,11 @@ class Filter:
 
     The order is: lone surrogates become U+FFFD; characters are simplified, where the config wants it; links go; the
     rules are measured, cheap ones first, the language on the raw text; lines that break a line rule go; punctuation
-    becomes ASCII, where the config wants it. Of a document that fails, `text` is unfinished. A document of which the
-    line rules leave nothing, or fewer characters than the set's smallest length, fails with the rule `empty`. `languages` are the labels that a source keeps, also where its set does not look at the language;
-    None: the set's own; empty: any.
+    becomes ASCII, where the config wants it. A document of which the line rules leave nothing, or fewer characters than
+    the set's smallest length, fails with the rule `empty`.
+
+    `languages` are the labels that a source keeps, also where its set does not look at the language; None: the set's
+    own; empty: any.
     """
 
     def __init__(self, rule_set: str, config: FilterConfig, languages: Sequence[str] | None = None):
@@ -102,8 +104,9 @@ def _outcome(view: View, text: str, failed: Sequence[str], values: dict[str, flo
 def explain(text: str, url: str | None, filter: Filter) -> list[tuple[str, str, float, float, float, bool, str]]:
     """Every rule of a filter for one document: (name, code, value, low, high, kept, what the rule is).
 
-    All are measured, whatever the mode; low and high are kept themselves, unless the text says "above". A line rule has the number of lines that it takes out as its value; it drops
-    no document. The last row is `empty`: characters that are left.
+    All are measured, whatever the mode; low and high themselves are kept, unless the last field says "above". A line
+    rule has the number of lines that it takes out as its value; it drops no document. The last row is `empty`: the
+    characters that are left.
     """
     everything = Filter(filter.rule_set.name, filter.config.model_copy(update={"mode": "statistics"}),
                         filter.rule_set.languages)
