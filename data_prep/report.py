@@ -34,6 +34,7 @@ def make_report(config: PrepareConfig, ran: Ran, *, command: str) -> dict[str, A
         "config": config.model_dump(mode="json"), "seconds": ran.seconds, "cpu_seconds": ran.cpu_seconds,
         "peak_memory": ran.peak_memory or None, "inputs": _inputs(ran), "encodings": _encodings(ran),
         "funnel": funnel, "rule_sets": _rule_sets(config, ran), "rules": _rules(config, ran),
+        "left_out": _sums(ran.stages["read"], "left_out"),
         "removed": {source: _sums(done, "removed") for source, done in _by_source(ran.stages["filter"]).items()},
         "samples": _samples(config, ran), "languages": _languages(ran),
         "exact": _only(ran, "exact", ("groups", "largest")), "minhash": _minhash(config, ran),
@@ -152,7 +153,8 @@ def _rules(config: PrepareConfig, ran: Ran) -> list[dict[str, Any]]:
                 merged = [sum(column) for column in zip(*counts, strict=True)]
                 known = RULES[rule]
                 rows.append({"source": source, "name": rule, "code": known.code, "version": known.version,
-                             "doc": known.doc, "low": _finite(bounds.low), "high": _finite(bounds.high),
+                             "doc": known.doc, "above": bounds.above, "low": _finite(bounds.low),
+                             "high": _finite(bounds.high),
                              "measured": sum(merged), "failed": failed.get(rule, 0),
                              "only": only.get(rule, 0) if config.filter.mode == "statistics" else None,
                              "edges": list(known.edges), "counts": merged or [0] * (len(known.edges) - 1)})

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ctllm_jax.config.data import BuildConfig
-from data_prep.pipeline import prepare
+from ctllm_jax.data.tokenizer import load_tokenizer
+from ctllm_jax.dataset.build import build_from_files
 from data_prep.train_tokenizer import fit
 
 WORDS = {"zh": ["今天", "天气", "不错", "我们", "去", "公园", "散步", "。", "，", "\n", "42", "😀", "龘"],
@@ -38,6 +39,7 @@ def make_corpus(folder):
     # Of the rare characters one has a piece and the other is left to its bytes.
     tokenizer.write_bytes(fit(lines, vocab_size=VOCABULARY, character_coverage=0.998))
     for language in WORDS:
-        prepare(BuildConfig(input=[str(folder / f"{language}.jsonl")], output=str(folder / language),
-                              tokenizer=str(tokenizer), name=language, record_tokens=RECORD, validation_fraction=0.1))
+        config = BuildConfig(input=[str(folder / f"{language}.jsonl")], output=str(folder / language),
+                             tokenizer=str(tokenizer), name=language, record_tokens=RECORD, validation_fraction=0.1)
+        build_from_files(config, load_tokenizer(tokenizer))
     return Corpus(folder, tokenizer)

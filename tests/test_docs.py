@@ -15,6 +15,7 @@ import pytest
 
 from ctllm_jax import cli
 from ctllm_jax.config.load import find_config, load
+from ctllm_jax.config.prepare import PrepareConfig
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.config.types import keys_of
 from tests.runs import cached, environment
@@ -50,8 +51,9 @@ COMPLAINTS = {
         "pretrain debug/pretrain run.dir=runs/mesh seed=7",
     "are of another model": "pretrain debug/pretrain init=runs/corpus run.dir=runs/other",
     "malformed JSON at character": "prepare input=bad.jsonl tokenizer=tokenizer.model output=data/bad",
-    "exists already: remove it, or write elsewhere":
-        "prepare input=corpus tokenizer=tokenizer.model output=data/corpus",
+    "has several fields that may be the text; say which": "prepare input=two.jsonl output=data/two",
+    "nothing is left: the rules dropped all documents": "prepare input=story.txt rules=web output=data/nothing",
+    "holds several datasets": "data verify data/several",
     "does not cover 8 devices exactly": "pretrain debug/pretrain mesh.data=1 mesh.fsdp=3",
     "cannot be split over 8 devices": "pretrain debug/pretrain batch.tokens=256",
     "no Pallas kernel of this op is in this version":
@@ -124,7 +126,7 @@ def test_commands_actions_configs_and_keys_exist(shown, monkeypatch):
     assert command in cli.COMMANDS
     module = __import__(f"ctllm_jax.cli.{command}", fromlist=[command])
     options = [word for word in rest if word.startswith("--")]
-    assert set(options) <= {"--help", "--print-config", "--dry-run"}
+    assert set(options) <= {"--help", "--print-config", "--dry-run", *getattr(module, "OPTIONS", ())}
     overrides = [word for word in rest if re.match(r"[a-z][\w.]*=", word)]
     words = [word for word in rest if word not in options and word not in overrides]
     actions = getattr(module, "ACTIONS", None)
@@ -215,6 +217,8 @@ def test_the_table_of_configs_is_arithmetic(page):
 
     rows = []
     for path in sorted(find_config("debug/pretrain").parent.parent.rglob("*.yaml")):
+        if path.parent.name == "data":
+            continue
         config = load(PretrainConfig, target=path)
         expected = [hours(config, CHIPS["NVIDIA H100"], count) for count in (1, 8)]
         shown = [f"{value:,.1f}" if expected[0] >= 1 else "–" for value in expected]
@@ -231,7 +235,7 @@ def test_configs_that_are_shown_load(tmp_path):
     for text in shown:
         whole = text if "extends:" in text else "extends: ../configs/debug/pretrain.yaml\n" + text
         (tmp_path / "my" / "run.yaml").write_text(whole, encoding="utf-8")
-        load(PretrainConfig, target=tmp_path / "my" / "run.yaml")
+        load(PrepareConfig if "configs/data" in text else PretrainConfig, target=tmp_path / "my" / "run.yaml")
     assert shown
 
 
@@ -268,6 +272,7 @@ def write_corpus(folder, texts):
         with open(folder / name / "reviews.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps({field: text}, ensure_ascii=False) + "\n" for text in texts)
     (folder / "story.txt").write_text("从前有一个人", encoding="utf-8")
+    (folder / "two.jsonl").write_text('{"text": "好", "content": "坏"}\n', encoding="utf-8")
     (folder / "bad.jsonl").write_text('{"text": "好"}\n{"text": "坏\n', encoding="utf-8")
 
 
@@ -304,6 +309,8 @@ def test_a_message_is_the_one_that_comes(walked, message, command, monkeypatch, 
     monkeypatch.chdir(walked)
     if "different tokenizers" in message:
         make_other_dataset()
+    elif "several datasets" in message:
+        make_two_datasets()
     elif "go together" in message:
         monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     elif "snownlp" in message:
@@ -311,6 +318,12 @@ def test_a_message_is_the_one_that_comes(walked, message, command, monkeypatch, 
     capsys.readouterr()
     assert cli.main(command.split()) == 2
     assert message in capsys.readouterr().err
+
+
+def make_two_datasets():
+    """data/several: two datasets made at once."""
+    sources = "sources.a.input=corpus sources.b.input=books minhash.enabled=false deduplicate=false"
+    assert cli.main(shlex.split(f"prepare {sources} tokenizer=tokenizer.model output=data/several")) == 0
 
 
 def make_other_dataset():

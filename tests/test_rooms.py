@@ -17,7 +17,7 @@ ROOMS = ["cli", "evaluation", "preflight", "inference", "huggingface", "training
          "cluster", "dataset", "kernels", "losses", "report", "config"]
 
 # What data_prep may use of the package, and who may use data_prep.
-DATA_PREP_USES = ("ctllm_jax.dataset", "ctllm_jax.config", "ctllm_jax.data.tokenizer")
+DATA_PREP_USES = ("ctllm_jax.dataset", "ctllm_jax.config", "ctllm_jax.report", "ctllm_jax.data.tokenizer")
 DATA_PREP_USERS = ("cli",)
 
 # Rooms that another project can take: what they may import besides the standard library and rooms below.

@@ -44,9 +44,10 @@ def run(context) -> int:
 
 
 def _verify(context, directory: Path) -> int:
-    from ctllm_jax.dataset.manifest import read_manifest
+    from ctllm_jax.dataset.manifest import find_dataset, read_manifest
     from ctllm_jax.dataset.verify import verify
 
+    directory = find_dataset(directory) or directory
     with stage_bars(context.console) as report:
         problems = verify(directory, progress=lambda done, total: report("verify", done, total))
     for problem in problems:
@@ -62,8 +63,10 @@ def _verify(context, directory: Path) -> int:
 
 def _inspect(context, path: Path) -> int:
     config, console = context.config, context.console
-    if (path / "manifest.json").exists():
-        title, tokenizer, eod_id, rows = _dataset_rows(path, config)
+    from ctllm_jax.dataset.manifest import find_dataset
+
+    if found := find_dataset(path):
+        title, tokenizer, eod_id, rows = _dataset_rows(found, config)
     else:
         title, tokenizer, eod_id, rows = _text_rows(path, config)
     console.print(Text(title, style="bold"))

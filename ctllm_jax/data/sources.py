@@ -13,7 +13,7 @@ from ctllm_jax.config.data import BuildConfig, DataConfig, SourceConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ctllm_jax.dataset.build import TRAIN, build, build_from_files
-from ctllm_jax.dataset.manifest import FILE
+from ctllm_jax.dataset.manifest import FILE, find_dataset
 from ctllm_jax.dataset.reader import Dataset
 from ctllm_jax.dataset.text import Document, Quarantine, find_files
 
@@ -39,8 +39,8 @@ def open_source(name: str, source: SourceConfig, config: DataConfig, *, sequence
     if not path.exists():
         remote = ": copy or mount it first" if "://" in source.path else ""
         raise UserError(f"data.sources.{name}.path={source.path} does not exist{remote}")
-    if (path / FILE).exists():
-        return OpenedSource(Dataset(path), source.split)
+    if found := find_dataset(path):
+        return OpenedSource(Dataset(found), source.split)
     if config.tokenizer is None:
         raise UserError(f"data.tokenizer must be given: data.sources.{name}.path={source.path} is still text (a "
                         f"dataset directory has a {FILE})")

@@ -85,6 +85,21 @@ class Manifest:
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
 
+def find_dataset(directory: Path | str) -> Path | None:
+    """The dataset directory that a path stands for: itself, or the only one that `prepare` made in it.
+
+    None where there is none. UserError where there are several.
+    """
+    directory = Path(directory)
+    if (directory / FILE).exists():
+        return directory
+    found = sorted(path.parent for path in directory.glob(f"*/{FILE}")) if directory.is_dir() else []
+    if len(found) > 1:
+        raise UserError(f"{directory} holds several datasets: name one of {', '.join(map(str, found))}, or each of them "
+                        f"as a source: data.sources.{found[0].name}.path={found[0]} …")
+    return found[0] if found else None
+
+
 def read_manifest(directory: Path | str) -> Manifest:
     """The manifest of a dataset directory. UserError where it is missing, damaged, or contradicts itself."""
     path = Path(directory) / FILE

@@ -36,9 +36,11 @@ def test_tokenizer_tells_bytes_a_token(corpus, tmp_path, capsys):
 def test_prepare_tells_what_became_of_the_documents(corpus, tmp_path, capsys):
     assert main(["prepare", f"input={corpus}/text.jsonl", f"tokenizer={corpus}/t.model", f"output={tmp_path}/out"]) == 0
     printed = capsys.readouterr().out
-    assert "read 61 documents: 1 copies dropped, 0 empty, 0 bad" in printed
+    stages = {row[1]: row[2:6] for row in (line.split() for line in printed.splitlines()) if row[:1] == ["text"]}
+    assert stages["read"] == ["61", "61", "0", "0"] and stages["exact"] == ["61", "60", "1", "0"]
     assert f"next: python launch.py data inspect {tmp_path}/out" in printed
-    assert any(line.split()[:1] == ["validation"] for line in printed.splitlines())
+    assert (tmp_path / "out/report.html").exists()
+    assert any("validation" in line.split() for line in printed.splitlines())
 
 
 def test_a_dry_run_writes_nothing(corpus, tmp_path, capsys):
@@ -47,7 +49,7 @@ def test_a_dry_run_writes_nothing(corpus, tmp_path, capsys):
     assert main(["tokenizer", f"input={corpus}/text.jsonl", f"output={tmp_path}/t.model", "vocab_size=330",
                  "--dry-run"]) == 0
     assert list(tmp_path.iterdir()) == []
-    assert "1 files" in capsys.readouterr().out
+    assert "text.jsonl: jsonl, utf-8, text field text" in capsys.readouterr().out
 
 
 def test_a_bad_line_is_status_2_and_named(corpus, tmp_path, capsys):
@@ -60,7 +62,7 @@ def test_verify_passes_then_names_the_shard(corpus, tmp_path, capsys):
     assert main(["data", "verify", f"{corpus}/out"]) == 0
     assert capsys.readouterr().out.startswith("good ")
     assert main(["prepare", f"input={corpus}/text.jsonl", f"tokenizer={corpus}/t.model", f"output={tmp_path}/out"]) == 0
-    shard = next((tmp_path / "out").glob("*train*"))
+    shard = next((tmp_path / "out/text").glob("*train*"))
     shard.write_bytes(shard.read_bytes()[:-1])
     capsys.readouterr()
     assert main(["data", "verify", f"{tmp_path}/out", f"{corpus}/out"]) == 1

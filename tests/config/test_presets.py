@@ -5,6 +5,7 @@ import re
 import pytest
 
 from ctllm_jax.config.load import config_root, load
+from ctllm_jax.config.prepare import PrepareConfig
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.model.flops import flops_per_token
 from ctllm_jax.model.parameters import count_parameters
@@ -50,3 +51,10 @@ def test_flops_of_ct_llm():
     assert flops.causal / 1e9 == pytest.approx(12.87, abs=0.005) and flops.full / 1e9 == pytest.approx(14.48, abs=0.005)
     windowed = flops_per_token(model.model_copy(update={"sliding_window": 1024}), sequence_length=4096)
     assert windowed.full < flops.full and windowed.causal < windowed.full
+
+
+@pytest.mark.parametrize("path", sorted((config_root() / "data").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_corpus_config_loads_with_known_rule_sets_and_its_command_in_its_head(path):
+    config = load(PrepareConfig, target=path)
+    assert config.all_sources() and config.output
+    assert f"python launch.py prepare configs/data/{path.name}" in path.read_text()

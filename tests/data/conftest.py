@@ -6,7 +6,8 @@ import random
 import pytest
 
 from ctllm_jax.config.data import BuildConfig
-from data_prep.pipeline import prepare
+from ctllm_jax.data.tokenizer import load_tokenizer
+from ctllm_jax.dataset.build import build_from_files
 from data_prep.train_tokenizer import fit
 
 WORDS = ["今天", "天气", "不错", "我们", "去", "公园", "散步", "。", "，", "the", " model", " reads", " text", "\n",
@@ -39,9 +40,10 @@ def make_dataset(tmp_path_factory, tokenizer_path):
         directory = tmp_path_factory.mktemp("dataset")
         text = directory / "text.jsonl"
         text.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
-        prepare(BuildConfig(**{"input": [str(text)], "output": str(directory / "out"), "shards": 2,
-                                 "tokenizer": str(tokenizer_path), "record_tokens": 64, "validation_fraction": 0.1,
-                                 **changes}))
+        config = BuildConfig(**{"input": [str(text)], "output": str(directory / "out"), "shards": 2,
+                                "tokenizer": str(tokenizer_path), "record_tokens": 64, "validation_fraction": 0.1,
+                                **changes})
+        build_from_files(config, load_tokenizer(config.tokenizer))
         return directory / "out"
 
     return make

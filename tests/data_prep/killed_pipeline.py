@@ -1,4 +1,4 @@
-"""Runs the pipeline over FOLDER, for tests that kill it: `python -m tests.data_prep.killed_pipeline FOLDER KEY=VALUE`."""
+"""The pipeline over FOLDER, for tests that kill it: `python -m tests.data_prep.killed_pipeline FOLDER KEY=VALUE`."""
 
 import sys
 from pathlib import Path

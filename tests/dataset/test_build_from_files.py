@@ -9,8 +9,8 @@ import pytest
 from ctllm_jax.config.data import BuildConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.tokenizer import load_tokenizer
-from ctllm_jax.dataset.reader import Dataset
 from ctllm_jax.dataset.build import build_from_files
+from ctllm_jax.dataset.reader import Dataset
 from data_prep.train_tokenizer import fit
 
 TEXTS = ["今天天气不错，我们去公园。\n\n明天再说。", "  spaces\tand tabs  ", "▁ 😀 \u2028 end", "<s>not special</s>",
@@ -35,6 +35,11 @@ def options(folder, output="out", **changes):
     """Records of 16 tokens, all for training."""
     return BuildConfig(**{"input": [str(folder)], "output": str(folder.parent / output), "record_tokens": 16,
                             "tokenizer": str(folder.parent / "t.model"), "validation_fraction": 0, **changes})
+
+
+def prepare(config):
+    """The dataset directory of a config, with the tokenizer it names."""
+    return build_from_files(config, load_tokenizer(config.tokenizer))
 
 
 def test_the_text_comes_back_from_the_shards(folder):
