@@ -1,7 +1,9 @@
 """Cross-entropy from hidden states and the head, a chunk of tokens at a time: [B, S, V] logits are never held.
 
 The loss is a sum, so its gradient is known up to one factor as soon as a chunk's logits are: when differentiated, the
-forward pass computes the gradients too, with three matmuls a chunk where recomputation would take four.
+forward pass computes the gradients too, with three matmuls a chunk where recomputation would take four. The gradient of
+single tokens' log-probabilities, which go on into another function, is that of the loss with what comes back as its
+weights; it takes the fourth.
 
 Legend: B batch, S sequence, T tokens, C tokens of a chunk, D hidden, V vocabulary.
 """
@@ -56,6 +58,31 @@ def chunked_cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS:
     Raises:
       ValueError: shapes that do not fit, or axes that the mesh does not have.
     """
+    setting = _make_setting(hidden_BSD, head_DV, targets_BS, weights_BS, z_loss=z_loss, chunk_size=chunk_size,
+                            vocab_size=vocab_size, mesh=mesh, batch_axes=batch_axes, fsdp_axis=fsdp_axis,
+                            tensor_axis=tensor_axis)
+    loss, weight, z_part = _loss(setting, hidden_BSD, head_DV, targets_BS, weights_BS)
+    return loss, weight, {"z_loss": jax.lax.stop_gradient(z_part)}
+
+
+def token_logps(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, *, chunk_size: int = 4096,
+                vocab_size: int | None = None, mesh: Mesh | None = None,
+                batch_axes: Sequence[str] = ("data", "fsdp"), fsdp_axis: str | None = "fsdp",
+                tensor_axis: str | None = "tensor") -> jax.Array:
+    """log p(target) of each token, float32 [B, S], split over the mesh as the targets are.
+
+    Arguments and errors are those of `chunked_cross_entropy`. Reverse-mode differentiable in hidden and head; the
+    backward pass computes each chunk's logits again.
+    """
+    setting = _make_setting(hidden_BSD, head_DV, targets_BS, targets_BS, z_loss=0.0, chunk_size=chunk_size,
+                            vocab_size=vocab_size, mesh=mesh, batch_axes=batch_axes, fsdp_axis=fsdp_axis,
+                            tensor_axis=tensor_axis)
+    return _logps(setting, hidden_BSD, head_DV, targets_BS)
+
+
+def _make_setting(hidden_BSD, head_DV, targets_BS, weights_BS, *, z_loss, chunk_size, vocab_size, mesh, batch_axes,
+                  fsdp_axis, tensor_axis) -> _Setting:
+    """What was asked for, checked. Raises ValueError."""
     hidden = hidden_BSD.shape[-1]
     if hidden_BSD.shape[:-1] != targets_BS.shape or targets_BS.shape != weights_BS.shape or head_DV.shape[0] != hidden:
         raise ValueError(f"cross-entropy: targets {targets_BS.shape} and weights {weights_BS.shape} must have the shape"
@@ -68,19 +95,17 @@ def chunked_cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS:
                              f" and no {', '.join(missing)}")
         if fsdp_axis and fsdp_axis not in batch_axes:
             raise ValueError(f"cross-entropy: fsdp_axis={fsdp_axis!r} must be one of batch_axes={tuple(batch_axes)}")
-    setting = _Setting(float(z_loss), chunk_size, vocab_size or head_DV.shape[1],
-                       None if mesh is None or mesh.size == 1 else mesh, tuple(batch_axes), fsdp_axis, tensor_axis)
-    loss, weight, z_part = _loss(setting, hidden_BSD, head_DV, targets_BS, weights_BS)
-    return loss, weight, {"z_loss": jax.lax.stop_gradient(z_part)}
+    return _Setting(float(z_loss), chunk_size, vocab_size or head_DV.shape[1],
+                    None if mesh is None or mesh.size == 1 else mesh, tuple(batch_axes), fsdp_axis, tensor_axis)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(setting, hidden_BSD, head_DV, targets_BS, weights_BS):
-    return _compute(setting, hidden_BSD, head_DV, targets_BS, weights_BS, with_grads=False)
+    return _compute(setting, hidden_BSD, head_DV, targets_BS, weights_BS, want="sums")
 
 
 def _forward(setting, hidden_BSD, head_DV, targets_BS, weights_BS):
-    *sums, hidden_grad, head_grad = _compute(setting, hidden_BSD, head_DV, targets_BS, weights_BS, with_grads=True)
+    *sums, hidden_grad, head_grad = _compute(setting, hidden_BSD, head_DV, targets_BS, weights_BS, want="grads")
     return tuple(sums), (hidden_grad, head_grad)
 
 
@@ -93,21 +118,43 @@ def _backward(setting, residuals, cotangents):
 _loss.defvjp(_forward, _backward)
 
 
-def _compute(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, with_grads: bool):
-    """(loss, weight, z part) and, if wanted, the gradients of loss; on the mesh, or on one device."""
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logps(setting, hidden_BSD, head_DV, targets_BS):
+    weights_BS = jnp.ones(targets_BS.shape, jnp.float32)
+    return _compute(setting, hidden_BSD, head_DV, targets_BS, weights_BS, want="logps")
+
+
+def _logps_forward(setting, hidden_BSD, head_DV, targets_BS):
+    return _logps(setting, hidden_BSD, head_DV, targets_BS), (hidden_BSD, head_DV, targets_BS)
+
+
+def _logps_backward(setting, residuals, cotangents_BS):
+    *_, hidden_grad_BSD, head_grad_DV = _compute(setting, *residuals, -cotangents_BS, want="grads")
+    return hidden_grad_BSD, head_grad_DV, None
+
+
+_logps.defvjp(_logps_forward, _logps_backward)
+
+
+def _compute(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, want: str):
+    """On the mesh, or on one device.
+
+    `want`: "sums" gives (loss, weight, z part), "grads" these and the gradients of loss, "logps" log p(target) [B, S].
+    """
     if setting.mesh is None:
-        return _local(setting, hidden_BSD, head_DV, targets_BS, weights_BS, with_grads=with_grads, sharded=False)
+        return _local(setting, hidden_BSD, head_DV, targets_BS, weights_BS, want=want, sharded=False)
     batch = PartitionSpec(setting.batch_axes)
     head = PartitionSpec(setting.fsdp_axis, setting.tensor_axis)
     scalar = PartitionSpec()
     # check_vma is off because nothing is differentiated through this shard_map: the sums below are written out.
     return jax.shard_map(
-        partial(_local, setting, with_grads=with_grads, sharded=True), mesh=setting.mesh,
-        in_specs=(batch, head, batch, batch), check_vma=False,
-        out_specs=(scalar,) * 3 + ((batch, head) if with_grads else ()))(hidden_BSD, head_DV, targets_BS, weights_BS)
+        partial(_local, setting, want=want, sharded=True), mesh=setting.mesh, in_specs=(batch, head, batch, batch),
+        out_specs={"sums": (scalar,) * 3, "grads": (scalar,) * 3 + (batch, head), "logps": batch}[want],
+        check_vma=False)(hidden_BSD, head_DV, targets_BS, weights_BS)
 
 
-def _local(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, with_grads: bool, sharded: bool):
+def _local(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, want: str, sharded: bool):
+    with_grads = want == "grads"
     tensor_axis = setting.tensor_axis if sharded else None
     fsdp_axis = setting.fsdp_axis if sharded else None
     head_dtype, hidden_dim = head_DV.dtype, hidden_BSD.shape[-1]
@@ -128,22 +175,24 @@ def _local(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, wi
 
     def step(carry, chunk):
         sums, head_grad_DV = carry
-        new_sums, hidden_grad_CD, chunk_head_grad_DV = _chunk(
+        new_sums, logps_C, hidden_grad_CD, chunk_head_grad_DV = _chunk(
             setting, *chunk, head_DV, first=first, tensor_axis=tensor_axis, with_grads=with_grads)
         if with_grads:
             head_grad_DV = head_grad_DV + chunk_head_grad_DV
-        return (sums + new_sums, head_grad_DV), hidden_grad_CD
+        return (sums + new_sums, head_grad_DV), logps_C if want == "logps" else hidden_grad_CD
 
     start = (jnp.zeros(3, jnp.float32), jnp.zeros(head_DV.shape, jnp.float32) if with_grads else None)
     if chunks == 1:
-        (sums, head_grad_DV), hidden_grad = step(start, jax.tree.map(lambda x: x[0], per_chunk))
+        (sums, head_grad_DV), per_token = step(start, jax.tree.map(lambda x: x[0], per_chunk))
     else:
-        (sums, head_grad_DV), hidden_grad = jax.lax.scan(step, start, per_chunk)
+        (sums, head_grad_DV), per_token = jax.lax.scan(step, start, per_chunk)
+    if want == "logps":
+        return per_token.reshape(chunks * size)[:tokens].reshape(targets_BS.shape)
     if sharded:
         sums = jax.lax.psum(sums, setting.batch_axes)
     if not with_grads:
         return sums[0], sums[1], sums[2]
-    hidden_grad_BSD = hidden_grad.reshape(chunks * size, hidden_dim)[:tokens].reshape(hidden_BSD.shape)
+    hidden_grad_BSD = per_token.reshape(chunks * size, hidden_dim)[:tokens].reshape(hidden_BSD.shape)
     if sharded:
         others = tuple(axis for axis in setting.batch_axes if axis != fsdp_axis)
         if fsdp_axis:
@@ -155,7 +204,7 @@ def _local(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, wi
 
 
 def _chunk(setting: _Setting, hidden_CD, targets_C, weights_C, head_DV, *, first, tensor_axis, with_grads: bool):
-    """One chunk: its [loss, weight, z part], and the gradients of its loss (None where not wanted).
+    """One chunk: its [loss, weight, z part], its tokens' log p, the gradients of its loss (None where not wanted).
 
     `first` is the id of this device's first column; sums over the vocabulary go over `tensor_axis`.
     """
@@ -173,13 +222,14 @@ def _chunk(setting: _Setting, hidden_CD, targets_C, weights_C, head_DV, *, first
     is_target_CV = columns_1V == targets_C[:, None]
     target_C = over_vocab(jax.lax.psum, jnp.sum(jnp.where(is_target_CV, logits_CV, 0), axis=1))
     z_C = setting.z_loss * jnp.square(log_normalizer_C)
-    losses_C = log_normalizer_C - target_C + z_C
+    logps_C = target_C - log_normalizer_C
+    losses_C = z_C - logps_C
     sums = jnp.stack([jnp.sum(weights_C * losses_C), jnp.sum(weights_C), jnp.sum(weights_C * z_C)])
     if not with_grads:
-        return sums, None, None
+        return sums, logps_C, None, None
     # d loss / d logits = w · (p · (1 + 2 z · log Z) - [column is the target])
     slope_C1 = (weights_C * (1 + 2 * setting.z_loss * log_normalizer_C))[:, None] / sums_C1
     logits_grad_CV = (exps_CV * slope_C1 - jnp.where(is_target_CV, weights_C[:, None], 0)).astype(hidden_CD.dtype)
     hidden_grad_CD = jnp.dot(logits_grad_CV, head_DV.T, preferred_element_type=jnp.float32)
     head_grad_DV = jnp.dot(hidden_CD.T, logits_grad_CV, preferred_element_type=jnp.float32)
-    return sums, over_vocab(jax.lax.psum, hidden_grad_CD).astype(hidden_CD.dtype), head_grad_DV
+    return sums, logps_C, over_vocab(jax.lax.psum, hidden_grad_CD).astype(hidden_CD.dtype), head_grad_DV
