@@ -1,0 +1,319 @@
+"""Files of dialogues in the layouts that are in use, to messages. No jax here.
+
+| layout | a row |
+|---|---|
+| messages | `messages` (or `conversation`): a list of {role, content}, with an optional weight |
+| sharegpt | `conversations`: a list of {from, value}; `system` beside it |
+| alpaca | `instruction`, `input`, `output`, `history` (pairs of question and answer), `system` |
+| prompt | `prompt` and `completion`, or another pair of `_PAIRS`; texts, or lists of messages |
+
+Rows of preference pairs (`chosen` beside `rejected`, or an `output` of two) are read too: their chosen answer counts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.data.chat import Message
+from ctllm_jax.dataset.text import (
+    BOM,
+    Quarantine,
+    broken_stream_errors,
+    checked_value,
+    decompressed,
+    parse_json,
+)
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+          "bot": "assistant", "model": "assistant", "system": "system"}
+_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"))
+_EXPECTED = ("messages or conversation [{role, content}], conversations [{from, value}], instruction + output, or "
+             + ", ".join(" + ".join(pair) for pair in _PAIRS))
+logger = logging.getLogger(__name__)
+
+
+class Dialogue(NamedTuple):
+    """Messages that end with an answer, and where they stood: the line, or the number in an array or table, from 1."""
+
+    messages: tuple[Message, ...]
+    file: Path
+    row: int
+
+
+class Conversations(NamedTuple):
+    """What was read: the dialogues, the layout of each file in words, rows read, rows left out by reason."""
+
+    dialogues: list[Dialogue]
+    layouts: dict[str, str]
+    rows: int
+    dropped: dict[str, int]
+
+
+class _Dropped(Exception):
+    """A row that is whole, but no use: the reason."""
+
+
+def read_conversations(path: Path | str, *, layout: str | None = None, max_bad: int = 0,
+                       quarantine: Path | None = None) -> Conversations:
+    """All dialogues of a file, or of the files below a folder in order of their paths.
+
+    A row without an answer, with an empty question, or with tools is dropped and counted; what follows the last answer
+    is cut off. A row that cannot be read counts against `max_bad`, and is listed in the file `quarantine` if given.
+    UserError where there are more, or where no layout is recognized, with the fields that were seen.
+    """
+    bad = Quarantine(quarantine, max_bad)
+    dialogues: list[Dialogue] = []
+    layouts: dict[str, str] = {}
+    dropped: Counter[str] = Counter()
+    for file in _files(Path(path)):
+        found = layout
+        for row, record in _records(file, bad):
+            try:
+                if not isinstance(record, dict):
+                    raise ValueError(f"not an object but {type(record).__name__}")
+                if found is None:
+                    found = _detected(record, file, row)
+                if str(file) not in layouts:
+                    layouts[str(file)] = _in_words(record, found)
+                dialogues.append(Dialogue(_checked(_PARSERS[found](record)), file, row))
+            except _Dropped as reason:
+                dropped[str(reason)] += 1
+            except ValueError as error:
+                if isinstance(error, UserError):
+                    raise
+                bad.put(file, row, str(error), json.dumps(record, ensure_ascii=True, default=str).encode())
+        logger.info("%s: %s", file, layouts.get(str(file), "no rows"))
+    if bad.count:
+        dropped["unreadable"] = bad.count
+    rows = len(dialogues) + dropped.total()
+    if dropped:
+        logger.warning("%s: of %d rows, left out: %s", path, rows,
+                       ", ".join(f"{count} ({reason})" for reason, count in sorted(dropped.items())))
+    if not dialogues:
+        raise UserError(f"{path} holds no dialogue with an answer ({rows} rows, {dict(dropped) or 'all empty'})")
+    return Conversations(dialogues, layouts, rows, dict(sorted(dropped.items())))
+
+
+def detect_layout(record: dict[str, Any]) -> str | None:
+    """The layout that the fields of a row show, or None."""
+    def entries(name: str) -> dict:
+        value = record.get(name)
+        return value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else {}
+
+    for name in ("messages", "conversation", "conversations"):
+        if {"role", "content"} <= entries(name).keys():
+            return "messages"
+        if {"from", "value"} <= entries(name).keys():
+            return "sharegpt"
+    if "instruction" in record and "output" in record:
+        return "alpaca"
+    if _pair_of(record) is not None:
+        return "prompt"
+    # Preference pairs whose answers are whole dialogues, or follow a prompt.
+    if {"role", "content"} <= entries("chosen").keys():
+        return "messages"
+    return "prompt" if "prompt" in record and isinstance(record.get("chosen"), str) else None
+
+
+def _detected(record: dict, file: Path, row: int) -> str:
+    layout = detect_layout(record)
+    if layout is None:
+        seen = ", ".join(f"{name} ({_kind(value)})" for name, value in list(record.items())[:12]) or "none"
+        raise UserError(f"{file}:{row}: no known layout of dialogues; fields seen: {seen}; needed: {_EXPECTED}")
+    return layout
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, list) and value:
+        inner = f"{{{', '.join(map(str, value[0]))}}}" if isinstance(value[0], dict) else type(value[0]).__name__
+        return f"list of {inner}"
+    return {"str": "text", "NoneType": "null"}.get(type(value).__name__, type(value).__name__)
+
+
+def _in_words(record: dict, layout: str) -> str:
+    shown = f"{layout} ({', '.join(list(record)[:8])})"
+    pairs = "chosen" in record or isinstance(record.get("output"), list)
+    return shown + (", the chosen answer of each pair" if pairs else "")
+
+
+def _message(entry: Any, role_field: str, text_field: str) -> Message:
+    if not isinstance(entry, dict) or role_field not in entry or text_field not in entry:
+        seen = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise ValueError(f"a message needs {role_field} and {text_field}; it has {seen or 'nothing'}")
+    role = _ROLES.get(entry[role_field]) if isinstance(entry[role_field], str) else None
+    if role is None:
+        raise _Dropped(f"role {entry[role_field]!r}")
+    content = entry[text_field]
+    if content is None or entry.get("tool_calls"):
+        raise _Dropped("tool calls")
+    if isinstance(content, list):
+        if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
+            raise _Dropped("content that is not text")
+        content = "".join(checked_value(part.get("text"), "text") for part in content)
+    weight = entry.get("weight")
+    weight = 1.0 if weight is None else weight
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+        raise ValueError(f"weight={weight!r} must be a number of at least 0")
+    return Message(role, checked_value(content, text_field), float(weight))
+
+
+def _messages_of(value: Any, name: str) -> list[Message]:
+    """A list of messages, in either way to name the fields."""
+    if not isinstance(value, list):
+        raise ValueError(f"field {name!r} is not a list but {_kind(value)}")
+    fields = ("from", "value") if value and isinstance(value[0], dict) and "from" in value[0] else ("role", "content")
+    return [_message(entry, *fields) for entry in value]
+
+
+def _from_list(record: dict) -> list[Message]:
+    """messages and sharegpt."""
+    name = next((name for name in ("messages", "conversations", "conversation") if name in record), None)
+    chosen = record.get("chosen")
+    if isinstance(chosen, list):
+        messages = _messages_of(chosen, "chosen")
+        if isinstance(record.get("prompt"), list) and all(message.role == "assistant" for message in messages):
+            messages = _messages_of(record["prompt"], "prompt") + messages
+    elif name is None:
+        raise ValueError(f"no field messages or conversations; its fields are {', '.join(record) or 'none'}")
+    else:
+        messages = _messages_of(record[name], name)
+        if isinstance(chosen, dict):
+            messages += _messages_of([chosen], "chosen")
+        elif isinstance(chosen, str):
+            messages.append(Message("assistant", checked_value(chosen, "chosen")))
+    return _with_system(record, messages)
+
+
+def _from_alpaca(record: dict) -> list[Message]:
+    for name in ("instruction", "output"):
+        if name not in record:
+            raise ValueError(f"no field {name!r}; its fields are {', '.join(record) or 'none'}")
+    messages = []
+    for turn in record.get("history") or []:
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+            raise ValueError("history must be a list of pairs of question and answer")
+        messages += [Message("user", checked_value(turn[0], "history")),
+                     Message("assistant", checked_value(turn[1], "history"))]
+    said = [checked_value(record[name], name) for name in ("instruction", "input") if record.get(name)]
+    answer = record["output"]
+    if isinstance(answer, list):
+        answer = answer[0] if answer else None
+    messages.append(Message("user", "\n".join(said)))
+    if answer is not None:
+        messages.append(Message("assistant", checked_value(answer, "output")))
+    return _with_system(record, messages)
+
+
+def _from_pair(record: dict) -> list[Message]:
+    pair = _pair_of(record) or (("prompt", "chosen") if "chosen" in record else None)
+    if pair is None:
+        raise ValueError(f"no fields such as prompt and completion; its fields are {', '.join(record) or 'none'}")
+    messages: list[Message] = []
+    for name, role in zip(pair, ("user", "assistant"), strict=True):
+        value = record[name]
+        if isinstance(value, list):
+            messages += _messages_of(value, name)
+        elif value is not None:
+            messages.append(Message(role, checked_value(value, name)))
+    return _with_system(record, messages)
+
+
+def _pair_of(record: dict) -> tuple[str, str] | None:
+    return next((pair for pair in _PAIRS if set(pair) <= record.keys()), None)
+
+
+def _with_system(record: dict, messages: list[Message]) -> list[Message]:
+    system = record.get("system") or record.get("system_prompt")
+    if not system or messages and messages[0].role == "system":
+        return messages
+    return [Message("system", checked_value(system, "system")), *messages]
+
+
+_PARSERS = {"messages": _from_list, "sharegpt": _from_list, "alpaca": _from_alpaca, "prompt": _from_pair}
+
+
+def _checked(messages: list[Message]) -> tuple[Message, ...]:
+    """The messages up to the last answer. An empty system prompt is none."""
+    if messages and messages[0].role == "system" and not messages[0].content.strip():
+        messages = messages[1:]
+    while messages and not (messages[-1].role == "assistant" and messages[-1].content.strip()):
+        messages = messages[:-1]
+    if not messages:
+        raise _Dropped("no answer")
+    if any(message.role == "system" for message in messages[1:]):
+        raise _Dropped("system prompt after the first message")
+    if not all(message.content.strip() for message in messages):
+        raise _Dropped("an empty message before the last answer")
+    if all(message.role != "user" for message in messages):
+        raise _Dropped("no question")
+    return tuple(messages)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES)
+                       and not file.name.startswith("."))
+        if not files:
+            raise UserError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")
+        return files
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if not path.name.endswith(SUFFIXES):
+        raise UserError(f"{path} must end in one of {', '.join(SUFFIXES)}")
+    return [path]
+
+
+def _records(file: Path, bad: Quarantine) -> Iterator[tuple[int, Any]]:
+    """(number, row) of a file. A .json file holds one array, or JSON lines."""
+    if file.suffix == ".parquet":
+        yield from _parquet_records(file)
+        return
+    if file.suffix == ".json":
+        data = file.read_bytes().removeprefix(BOM)
+        if data.lstrip()[:1] == b"[":
+            try:
+                yield from enumerate(json.loads(data.decode("utf-8")), 1)
+            except UnicodeDecodeError as error:
+                line = data.count(b"\n", 0, error.start) + 1
+                raise UserError(f"{file}:{line}: invalid UTF-8 in a JSON array") from None
+            except json.JSONDecodeError as error:
+                raise UserError(f"{file}:{error.lineno}: malformed JSON array: {error.msg}") from None
+            return
+    with open(file, "rb") as raw, decompressed(raw, {".gz": "gz", ".zst": "zst"}.get(file.suffix), str(file)) as stream:
+        line = 0
+        try:
+            for line, content in enumerate(stream, 1):
+                data = content.removeprefix(BOM) if line == 1 else content
+                if data.strip():
+                    try:
+                        record = parse_json(data)
+                    except ValueError as error:
+                        bad.put(file, line, str(error), data)
+                        continue
+                    yield line, record
+        except broken_stream_errors() as error:
+            bad.put(file, line + 1, f"the compressed data is damaged or ends early: {error}")
+
+
+def _parquet_records(file: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{file} needs the package pyarrow: pip install 'ctllm-jax[prep]'") from None
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            row = 0
+            for batch in table.iter_batches(batch_size=256):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield row, record
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: the Parquet file is damaged: {error}") from None

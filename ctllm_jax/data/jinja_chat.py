@@ -1,0 +1,218 @@
+"""A chat template that an imported tokenizer brings, as Hugging Face's Jinja. No jax here.
+
+It is rendered with a placeholder for the text of each message; what stands between the placeholders are the markers.
+That this is what it writes with the real texts is checked for every dialogue, so that markers typed in a message stay
+text, and a template that rewrites messages is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.sft import TemplateConfig
+from ctllm_jax.data.chat import ChatTemplate, Message, Part, Vocabulary
+
+# Of the private use area of Unicode: a template that holds one is refused.
+_OPEN, _CLOSE, _BEGIN_ANSWER, _END_ANSWER = "\ue000\ue001\ue002\ue003"
+_PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+
+
+class _Literal(NamedTuple):
+    """A piece of what stands between messages: ids of a special token, or a text; `message` is the one before it."""
+
+    text: str
+    special: int | None
+    message: int
+    is_answer: bool
+
+
+class _Slot(NamedTuple):
+    """Where the text of a message goes."""
+
+    message: int
+    is_answer: bool
+
+
+class JinjaTemplate(ChatTemplate):
+    """A Hugging Face template. Answers are inside {% generation %}, or found by rendering ever longer dialogues."""
+
+    def __init__(self, config: TemplateConfig, vocabulary: Vocabulary):
+        self.path = Path(config.path)
+        self._source, settings = _read(self.path)
+        if re.search(f"[{_OPEN}-{_END_ANSWER}]", self._source):
+            raise UserError(f"{self.path} holds a private-use character between U+E000 and U+E003")
+        self._special = vocabulary.special_tokens() | _added_tokens(settings)
+        self._names = {name: _token(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+                       if settings.get(name) is not None}
+        super().__init__(vocabulary, self._special.values())
+        self.kind = "jinja"
+        self.system = config.system
+        self._has_markers = re.search(r"{%-?\+?\s*generation\b", self._source) is not None
+        self._template = self._compile()
+        self._skeletons: dict[tuple[tuple[str, ...], bool], list[_Literal | _Slot]] = {}
+        ends = [item.special for item in self._skeleton(("user", "assistant"), prompt=False)
+                if isinstance(item, _Literal) and item.is_answer and item.special is not None]
+        eos = vocabulary.tokenizer.eos_id
+        self.stop_ids = tuple(dict.fromkeys(ends + ([] if eos is None else [eos])))
+
+    def to_jinja(self) -> str:
+        """The template as it came."""
+        return self._source
+
+    def _identity(self) -> Any:
+        return {"kind": self.kind, "source": self._source, "system": self.system, "special": self._special,
+                "names": self._names}
+
+    def _parts(self, messages: Sequence[Message], *, prompt: bool) -> list[Part]:
+        skeleton = self._skeleton(tuple(message.role for message in messages), prompt=prompt)
+        written = self._run([message._asdict() for message in messages], prompt=prompt)
+        for texts in ([message.content for message in messages], [message.content.strip() for message in messages]):
+            if written == "".join(texts[item.message] if isinstance(item, _Slot) else item.text for item in skeleton):
+                break
+        else:
+            raise UserError(f"{self.path} rewrites the text of a message, so that which tokens are the answer's is not "
+                            f"known; the dialogue begins {messages[0].content[:60]!r}")
+        parts = []
+        for item in skeleton:
+            if isinstance(item, _Slot):
+                parts.append(Part(None, texts[item.message], item.message, item.is_answer))
+            elif item.special is not None:
+                parts.append(Part((item.special,), "", item.message, item.is_answer))
+            else:
+                parts.append(Part(None, item.text, item.message, item.is_answer))
+        return parts
+
+    def _skeleton(self, roles: tuple[str, ...], *, prompt: bool) -> list[_Literal | _Slot]:
+        """What a dialogue of these roles is made of, whatever its texts."""
+        if (roles, prompt) not in self._skeletons:
+            self._skeletons[roles, prompt] = self._dissect(roles, prompt)
+        return self._skeletons[roles, prompt]
+
+    def _dissect(self, roles: tuple[str, ...], prompt: bool) -> list[_Literal | _Slot]:
+        messages = [{"role": role, "content": f"{_OPEN}{index}{_CLOSE}"} for index, role in enumerate(roles)]
+        written = self._run(messages, prompt=prompt, mark=self._has_markers)
+        if [int(index) for index in _PLACEHOLDER.findall(written)] != list(range(len(roles))):
+            raise UserError(f"{self.path} does not write every message once and in order, for the roles "
+                            f"{', '.join(roles)}")
+        found: list[_Literal | _Slot] = []
+        message, inside = -1, False
+        special = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
+        pieces = re.split(f"({_OPEN}\\d+{_CLOSE}|[{_BEGIN_ANSWER}{_END_ANSWER}]" + (f"|{special})" if special else ")"),
+                          written)
+        for piece in filter(None, pieces):
+            if piece in (_BEGIN_ANSWER, _END_ANSWER):
+                inside = piece == _BEGIN_ANSWER
+            elif match := _PLACEHOLDER.fullmatch(piece):
+                message = int(match[1])
+                if not self._has_markers and not prompt and roles[message] == "assistant":
+                    self._check_generation_prompt(messages, message, written[:written.index(piece)])
+                    inside = True
+                found.append(_Slot(message, inside))
+            else:
+                found.append(_Literal(piece, self._special.get(piece), message, inside))
+                if inside and not self._has_markers and piece in self._special:
+                    inside = False
+        if not prompt:
+            self._check_answers(found, roles)
+        return found
+
+    def _check_generation_prompt(self, messages: list[dict], answer: int, before: str) -> None:
+        """UserError unless the prompt for this answer is what stands before it in the whole dialogue."""
+        if self._run(messages[:answer], prompt=True) != before:
+            raise UserError(f"{self.path} has no {{% generation %}} markers, and its generation prompt is not what it "
+                            "writes before an answer, so which tokens are the answer's is not known: put "
+                            "{% generation %} and {% endgeneration %} around what the model is to write")
+
+    def _check_answers(self, found: list[_Literal | _Slot], roles: tuple[str, ...]) -> None:
+        """UserError unless the answers, each with a special token at its end, are learned, and nothing others say."""
+        wrong = [item.message for item in found
+                 if isinstance(item, _Slot) and item.is_answer != (roles[item.message] == "assistant")]
+        if wrong:
+            raise UserError(f"{self.path}: {{% generation %}} is not around the answers: message {wrong[0]} is of the "
+                            f"role {roles[wrong[0]]}")
+        ended = {item.message for item in found if isinstance(item, _Literal) and item.is_answer
+                 and item.special is not None}
+        for message, role in enumerate(roles):
+            if role == "assistant" and message not in ended:
+                raise UserError(f"{self.path}: no special token ends an answer, so a model would not learn to stop; "
+                                f"special tokens: {', '.join(list(self._special)[:8]) or 'none'}")
+
+    def _run(self, messages: list[dict], *, prompt: bool, mark: bool = False) -> str:
+        import jinja2
+
+        self._template.environment.marks_answers = mark
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=prompt, **self._names)
+        except (jinja2.TemplateError, TypeError, IndexError) as error:
+            roles = ", ".join(message["role"] for message in messages) or "none"
+            raise UserError(f"{self.path} cannot write a dialogue of the roles {roles}: {error}") from None
+
+    def _compile(self):
+        try:
+            import jinja2
+            from jinja2.ext import Extension
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError:
+            raise UserError(f"{self.path} needs the package jinja2: pip install jinja2") from None
+
+        class Generation(Extension):
+            """`{% generation %}`: marks around what is inside, when they are asked for."""
+
+            tags = {"generation"}
+
+            def parse(self, parser):
+                line = next(parser.stream).lineno
+                body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+                return jinja2.nodes.CallBlock(self.call_method("_write"), [], [], body).set_lineno(line)
+
+            def _write(self, caller):
+                written = caller()
+                return _BEGIN_ANSWER + written + _END_ANSWER if self.environment.marks_answers else written
+
+        def refuse(message):
+            raise jinja2.TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                    extensions=[Generation, "jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = lambda value, **given: json.dumps(value, **{"ensure_ascii": False, **given})
+        environment.globals["raise_exception"] = refuse
+        try:
+            return environment.from_string(self._source)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"{self.path}: line {error.lineno} of the chat template: {error.message}") from None
+
+
+def _read(path: Path) -> tuple[str, dict]:
+    """The source of a template, and the settings of the tokenizer beside it."""
+    folder = path if path.is_dir() else path.parent
+    config = folder / "tokenizer_config.json"
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{config} is malformed: {error}") from None
+    file = folder / "chat_template.jinja" if path.is_dir() else path
+    if file.is_file():
+        return file.read_text(encoding="utf-8"), settings
+    if not path.is_dir():
+        raise UserError(f"template.path={path} does not exist")
+    given = settings.get("chat_template")
+    if isinstance(given, list):
+        given = next((each["template"] for each in given if each["name"] == "default"), None)
+    if not given:
+        raise UserError(f"template.path={path} has no chat template: neither chat_template.jinja nor chat_template in "
+                        "tokenizer_config.json")
+    return given, settings
+
+
+def _token(given: str | dict) -> str:
+    return given["content"] if isinstance(given, dict) else given
+
+
+def _added_tokens(settings: dict) -> dict[str, int]:
+    added = settings.get("added_tokens_decoder") or {}
+    return {token["content"]: int(index) for index, token in added.items() if token.get("special")}

@@ -1,0 +1,282 @@
+"""Batches of supervised fine-tuning: files of dialogues in, a `BatchSource` out.
+
+Every dialogue is tokenized at the start and fills part of one row. B rows of a batch, S tokens of a row, N dialogues,
+R rows of an epoch, T tokens of a dialogue.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.sft import SFTDataConfig
+from ctllm_jax.data.batch import Batch, checked_rows, padding_row, stack_rows
+from ctllm_jax.data.chat import ChatTemplate, Rendered, open_template
+from ctllm_jax.data.conversations import Dialogue, read_conversations
+from ctllm_jax.data.tokenizer import Tokenizer
+
+_TOKENIZED_TOGETHER = 1024  # dialogues: enough for the tokenizer's threads
+logger = logging.getLogger(__name__)
+
+
+class Examples(NamedTuple):
+    """Tokenized dialogues, one after the other: ids int32 and weights float32 of all tokens, N + 1 offsets into them,
+    and the index of each one's source, int32 [N]."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+    offsets: np.ndarray
+    sources: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """T of each, int64 [N]."""
+        return np.diff(self.offsets)
+
+
+class Packing(NamedTuple):
+    """Which row each dialogue goes to, from the longest to the shortest: int64 [N]; and the number of rows."""
+
+    row_of_rank: np.ndarray
+    rows: int
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> Packing:
+    """Best-fit decreasing: each length, from the longest down, goes to the fullest row that still has room for it.
+
+    `lengths` must fall, and none may be above `capacity`. Only the lengths decide, so any order of dialogues of equal
+    length can be put in.
+    """
+    rows_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0  # bit n: some row has room for exactly n more
+    row_of_rank, rows = np.empty(len(lengths), np.int64), 0
+    for rank, length in enumerate(map(int, lengths)):
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = rows_with_room[room].pop()
+            if not rows_with_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, row, rows = capacity, rows, rows + 1
+        row_of_rank[rank] = row
+        if left := room - length:
+            rows_with_room[left].append(row)
+            rooms |= 1 << left
+    return Packing(row_of_rank, rows)
+
+
+class SFTData:
+    """Dialogues packed into rows, each its own segment. A `BatchSource`.
+
+    Row r of data step t is row `t % steps_per_epoch * B + r` of epoch `t // steps_per_epoch`: the last batch of an
+    epoch is filled up with padding rows, and no batch spans two epochs. An epoch is a new draw of which dialogues of
+    equal length share rows, and of the order of the rows; all have the same number of rows. `report` tells what was
+    read, left out and kept, as JSON.
+    """
+
+    def __init__(self, config: SFTDataConfig, *, tokenizer: Tokenizer, sequence_length: int, rows: int, seed: int,
+                 vocab_size: int):
+        self.template = open_template(config.template, tokenizer)
+        self.examples, self.report = tokenize_sources(config, self.template, sequence_length=sequence_length, seed=seed)
+        largest = int(self.examples.ids.max())
+        if largest >= vocab_size:
+            raise UserError(f"the dialogues have ids up to {largest}: model.vocab_size={vocab_size} must be at least "
+                            f"{largest + 1}")
+        self._names = list(config.sources)
+        self._sequence_length = sequence_length
+        self._rows = rows
+        self._seed = seed
+        self._packing = best_fit(np.sort(self.examples.lengths)[::-1], sequence_length)
+        by_row = np.argsort(self._packing.row_of_rank, kind="stable")
+        counts = np.bincount(self._packing.row_of_rank, minlength=self._packing.rows)
+        self._ranks_of_row = np.split(by_row, np.cumsum(counts)[:-1])
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.rows_per_epoch = self._packing.rows
+        self.steps_per_epoch = -(-self._packing.rows // rows)
+        self.steps = config.epochs * self.steps_per_epoch
+        self.tokenizer_path: Path | None = tokenizer.path
+        self.eod_id: int | None = self.template.stop_ids[0] if self.template.stop_ids else None
+        self.token_bytes: np.ndarray | None = np.zeros(vocab_size, np.int32)
+        known = min(vocab_size, tokenizer.vocab_size)
+        self.token_bytes[:known] = tokenizer.token_bytes()[:known]
+        filled = len(self.examples.ids) / (self.rows_per_epoch * sequence_length)
+        self.report |= {"rows_per_epoch": self.rows_per_epoch, "steps_per_epoch": self.steps_per_epoch,
+                        "filled": round(filled, 6)}
+        logger.info("%d dialogues fill %.1f %% of %d rows of %d tokens: %d steps an epoch", len(self.examples.sources),
+                    100 * filled, self.rows_per_epoch, sequence_length, self.steps_per_epoch)
+        content = hashlib.sha256()
+        for array in self.examples:
+            content.update(np.ascontiguousarray(array))
+        self.fingerprint: dict[str, Any] = {
+            "kind": "sft", "seed": seed, "sequence_length": sequence_length, "rows": rows,
+            "tokenizer_sha256": tokenizer.sha256, "template": self.template.fingerprint(), "loss_on": config.loss_on,
+            "over_length": config.over_length, "ratio": config.ratio, "examples_sha256": content.hexdigest()}
+
+    def row(self, step: int, row: int) -> Batch:
+        """One row of one step: a `Batch` of [S] arrays."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        place = step * self._rows + row
+        if place >= self.rows_per_epoch:
+            return padding_row(self._sequence_length)
+        tokens_S, targets_S, segment_ids_S, positions_S = np.zeros((4, self._sequence_length), np.int32)
+        loss_weights_S = np.zeros(self._sequence_length, np.float32)
+        start = 0
+        for segment, example in enumerate(self._examples_of(epoch, place), 1):
+            first, last = self.examples.offsets[example:example + 2]
+            length = int(last - first)
+            here, targeted = slice(start, start + length), slice(start, start + length - 1)
+            tokens_S[here] = self.examples.ids[first:last]
+            targets_S[targeted] = self.examples.ids[first + 1:last]
+            loss_weights_S[targeted] = self.examples.weights[first + 1:last]
+            segment_ids_S[here] = segment
+            positions_S[here] = np.arange(length)
+            start += length
+        return Batch(tokens_S, targets_S, loss_weights_S, segment_ids_S, positions_S)
+
+    def iterate(self, start_step: int, *, local_rows: Sequence[int]) -> Iterator[Batch]:
+        """Batches of these rows from data step `start_step` on, without end."""
+        local = checked_rows(local_rows, self._rows)
+
+        def batches():
+            step = start_step
+            while True:
+                yield stack_rows([self.row(step, int(row)) for row in local])
+                step += 1
+
+        return batches()
+
+    def tokens_per_source(self, steps: int) -> dict[str, int]:
+        """Tokens of each source's dialogues in the first `steps` steps; padding belongs to none."""
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        seen = np.full(len(self.examples.sources), epochs, np.int64)
+        for place in range(min(rest * self._rows, self.rows_per_epoch)):
+            seen[self._examples_of(epochs, place)] += 1
+        tokens = np.bincount(self.examples.sources, weights=seen * self.examples.lengths, minlength=len(self._names))
+        return {name: int(count) for name, count in zip(self._names, tokens, strict=True)}
+
+    def epochs(self, steps: int) -> dict[str, float]:
+        """How often each source has been seen through after `steps` steps."""
+        whole = {name: self.report["sources"][name]["tokens"] for name in self._names}
+        return {name: tokens / max(1, whole[name]) for name, tokens in self.tokens_per_source(steps).items()}
+
+    def _examples_of(self, epoch: int, place: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            # By length, then by a random number of the epoch: ranks of equal length are drawn anew.
+            drawn = _random(self._seed, epoch, "dialogues", len(self.examples.sources))
+            example_of_rank = np.lexsort((drawn, -self.examples.lengths))
+            order = np.argsort(_random(self._seed, epoch, "rows", self.rows_per_epoch), kind="stable")
+            if len(self._epochs) > 1:
+                self._epochs.pop(next(iter(self._epochs)))
+            self._epochs[epoch] = example_of_rank, order
+        example_of_rank, order = self._epochs[epoch]
+        return example_of_rank[self._ranks_of_row[order[place]]]
+
+
+def tokenize_sources(config: SFTDataConfig, template: ChatTemplate, *, sequence_length: int,
+                     seed: int) -> tuple[Examples, dict[str, Any]]:
+    """All dialogues of a config that are trained on, in the order of sources and rows, and the report.
+
+    The report holds for each source and group the rows (dialogues), their tokens and the learned ones, and for each
+    source how many were left out, by reason. UserError where a source cannot be read, a dialogue is too long with
+    over_length=raise, or a group is too small for the ratio.
+    """
+    kept: dict[str, list[Rendered]] = {}
+    keys: dict[str, list[int]] = {}
+    sources: dict[str, dict[str, Any]] = {}
+    for name, source in config.sources.items():
+        try:
+            read = read_conversations(source.path, layout=source.layout, max_bad=source.max_bad)
+        except UserError as error:
+            raise UserError(f"data.sources.{name}: {error}") from None
+        counts = {"over_length": 0, "cut": 0, "nothing_learned": 0, "not_drawn": 0}
+        kept[name], keys[name] = [], []
+        for dialogue, rendered in _rendered(read.dialogues, template, config.loss_on):
+            if len(rendered.ids) > sequence_length:
+                if config.over_length == "raise":
+                    raise UserError(f"{dialogue.file}:{dialogue.row}: {len(rendered.ids)} tokens are more than "
+                                    f"sequence_length={sequence_length}; data.over_length=drop or truncate lets "
+                                    "training go on")
+                if config.over_length == "drop":
+                    counts["over_length"] += 1
+                    continue
+                counts["cut"] += 1
+                rendered = Rendered(rendered.ids[:sequence_length], rendered.weights[:sequence_length])
+            if not rendered.weights[1:].any():
+                counts["nothing_learned"] += 1
+                continue
+            kept[name].append(rendered)
+            keys[name].append(_draw_key(seed, name, dialogue))
+        sources[name] = {"group": config.groups[name], "layouts": sorted(set(read.layouts.values())), "read": read.rows,
+                         "dropped": read.dropped, **counts}
+    if config.parsed_ratio is not None:
+        _draw(config, kept, keys, sources)
+    groups: dict[str, dict[str, int]] = {}
+    for name, rows in kept.items():
+        figures = {"rows": len(rows), "tokens": sum(len(each.ids) for each in rows),
+                   "learned_tokens": sum(int(np.count_nonzero(each.weights[1:])) for each in rows)}
+        sources[name] |= figures
+        group = groups.setdefault(config.groups[name], dict.fromkeys(figures, 0))
+        for figure, value in figures.items():
+            group[figure] += value
+        logger.info("data.sources.%s: %s", name, sources[name])
+    rows = [each for each_source in kept.values() for each in each_source]
+    if not rows:
+        raise UserError(f"no dialogue is left to train on with sequence_length={sequence_length}: {sources}")
+    examples = Examples(np.concatenate([each.ids for each in rows]), np.concatenate([each.weights for each in rows]),
+                        np.cumsum([0, *(len(each.ids) for each in rows)], dtype=np.int64),
+                        np.repeat(np.arange(len(kept), dtype=np.int32), [len(each) for each in kept.values()]))
+    return examples, {"sources": sources, "groups": groups, "ratio": config.ratio}
+
+
+def _rendered(dialogues: list[Dialogue], template: ChatTemplate,
+              loss_on: str) -> Iterator[tuple[Dialogue, Rendered]]:
+    for start in range(0, len(dialogues), _TOKENIZED_TOGETHER):
+        together = dialogues[start:start + _TOKENIZED_TOGETHER]
+        try:
+            rendered = template.render_many([dialogue.messages for dialogue in together], loss_on=loss_on)
+        except UserError:
+            for dialogue in together:
+                try:
+                    template.render(dialogue.messages, loss_on=loss_on)
+                except UserError as error:
+                    raise UserError(f"{dialogue.file}:{dialogue.row}: {error}") from None
+            raise
+        yield from zip(together, rendered, strict=True)
+
+
+def _draw(config: SFTDataConfig, kept: dict[str, list[Rendered]], keys: dict[str, list[int]],
+          sources: dict[str, dict[str, Any]]) -> None:
+    """Leaves of the drawn group the rows with the smallest keys: a smaller draw is part of a larger one."""
+    whole, drawn, parts, drawn_parts = config.parsed_ratio
+    groups = config.groups
+    wanted = sum(len(kept[name]) for name in kept if groups[name] == whole) * drawn_parts // parts
+    candidates = sorted((key, name, index) for name in kept if groups[name] == drawn
+                        for index, key in enumerate(keys[name]))
+    if wanted > len(candidates):
+        raise UserError(f"data.ratio={config.ratio} needs {wanted} rows of group {drawn!r}, which has "
+                        f"{len(candidates)}: give it more data, or choose a smaller share")
+    chosen = {(name, index) for _, name, index in candidates[:wanted]}
+    for name in [name for name in kept if groups[name] == drawn]:
+        rows = [row for index, row in enumerate(kept[name]) if (name, index) in chosen]
+        sources[name]["not_drawn"] = len(kept[name]) - len(rows)
+        kept[name] = rows
+
+
+def _draw_key(seed: int, name: str, dialogue: Dialogue) -> int:
+    """What a row is drawn by: its own content, so that other rows and sources do not matter."""
+    said = json.dumps([seed, name, dialogue.messages], ensure_ascii=True).encode()
+    return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little")
+
+
+def _random(seed: int, epoch: int, what: str, count: int) -> np.ndarray:
+    """uint64 [count]; raw words, which NumPy promises to keep."""
+    digest = hashlib.blake2b(json.dumps([seed, epoch, what]).encode(), digest_size=16).digest()
+    return np.random.Philox(key=np.frombuffer(digest, "<u8")).random_raw(count)
