@@ -95,8 +95,8 @@ def find_dataset(directory: Path | str) -> Path | None:
         return directory
     found = sorted(path.parent for path in directory.glob(f"*/{FILE}")) if directory.is_dir() else []
     if len(found) > 1:
-        raise UserError(f"{directory} holds several datasets: name one of {', '.join(map(str, found))}, or each of them "
-                        f"as a source: data.sources.{found[0].name}.path={found[0]} …")
+        raise UserError(f"{directory} holds several datasets: name one of {', '.join(map(str, found))}, or each "
+                        f"of them as a source: data.sources.{found[0].name}.path={found[0]} …")
     return found[0] if found else None
 
 

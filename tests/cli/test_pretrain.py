@@ -14,7 +14,8 @@ from ctllm_jax.report.run import read_run
 from tests.cli.conftest import call, text_overrides
 from tests.runs import assert_same_bits, read_arrays, start
 
-CONFIGS = sorted(str(path.relative_to(config_root()).with_suffix("")) for path in config_root().rglob("*.yaml"))
+CONFIGS = sorted(str(path.relative_to(config_root()).with_suffix("")) for path in config_root().rglob("*.yaml")
+                 if path.parent.name != "data")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
