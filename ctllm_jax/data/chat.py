@@ -25,7 +25,7 @@ from ctllm_jax.data.tokenizer import JsonTokenizer, SentencePieceTokenizer, Toke
 ROLES = ("system", "user", "assistant")
 LOSS_ON = ("answers", "last_answer", "everything")
 _IM_START, _IM_END = "<|im_start|>", "<|im_end|>"
-_LOOKS_SPECIAL = re.compile(r"<.+>|\[[A-Z_]+\]", re.DOTALL)
+_LOOKS_SPECIAL = re.compile(r"<.+>|\[/?[A-Z_]+\]", re.DOTALL)
 _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6  # types of a SentencePiece piece
 
 
@@ -70,7 +70,7 @@ class Vocabulary:
             raise UserError(f"{tokenizer.path} changed while it was in use")
         self.tokenizer = tokenizer
         self._types: dict[int, int] = {}
-        self._added: set[str] = set()
+        self._added: dict[str, bool] = {}
         if isinstance(tokenizer, SentencePieceTokenizer):
             self.pieces = {index: piece.piece for index, piece in enumerate(self._proto().pieces)}
             self._types = {index: piece.type for index, piece in enumerate(self._proto().pieces)}
@@ -80,14 +80,16 @@ class Vocabulary:
             items = vocab.items() if isinstance(vocab, dict) else ((entry[0], n) for n, entry in enumerate(vocab))
             self.pieces = {index: piece for piece, index in items}
             self.pieces |= {token["id"]: token["content"] for token in spec.get("added_tokens", ())}
-            self._added = {token["content"] for token in spec.get("added_tokens", ())}
+            self._added = {token["content"]: token["special"] for token in spec.get("added_tokens", ())}
         self.ids = {piece: index for index, piece in self.pieces.items()}
 
     def special_tokens(self) -> dict[str, int]:
         """Name -> id of the pieces that are no text."""
-        special = self._added or {piece for index, piece in self.pieces.items()
-                                  if self._types.get(index) in (_CONTROL, _USER_DEFINED)}
-        return {piece: self.ids[piece] for piece in special if _LOOKS_SPECIAL.fullmatch(piece)}
+        special = {piece: index for index, piece in self.pieces.items() if self._types.get(index) == _CONTROL}
+        special |= {piece: self.ids[piece] for piece, is_special in self._added.items() if is_special}
+        named = {index for index, kind in self._types.items() if kind == _USER_DEFINED} | {
+            self.ids[piece] for piece in self._added}
+        return special | {self.pieces[index]: index for index in named if _LOOKS_SPECIAL.fullmatch(self.pieces[index])}
 
     def check_marker(self, marker: int, name: str) -> None:
         """UserError where a text could hold this id, or would lose a piece to it."""

@@ -70,7 +70,7 @@ class JinjaTemplate(ChatTemplate):
 
     def _parts(self, messages: Sequence[Message], *, prompt: bool) -> list[Part]:
         skeleton = self._skeleton(tuple(message.role for message in messages), prompt=prompt)
-        written = self._run([message._asdict() for message in messages], prompt=prompt)
+        written = self._run([{"role": message.role, "content": message.content} for message in messages], prompt=prompt)
         for texts in ([message.content for message in messages], [message.content.strip() for message in messages]):
             if written == "".join(texts[item.message] if isinstance(item, _Slot) else item.text for item in skeleton):
                 break

@@ -240,7 +240,7 @@ def hugging_face(tokenizer_name, tokenizer, template):
 def test_hugging_face_gives_the_same_ids_and_mask(make, config, name, system):
     template, tokenizer = make(config, name)
     peer = hugging_face(name, tokenizer, template)
-    messages = dialogue([("今天天气不错。 the model\n42", "我们去公园散步😀"), ("去 “龘” {{ x }}", "a {% b %}\n\n 好 ")],
+    messages = dialogue([("今天天气不错。 the model\n42", "我们去公园散步😀"), ("去 “龘” {{ x }}", "{% b %}\n\n 好 ")],
                         system)
     given = [{"role": message.role, "content": message.content} for message in messages]
     theirs = peer.apply_chat_template(given, return_assistant_tokens_mask=True, return_dict=True)
