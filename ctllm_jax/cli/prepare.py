@@ -136,16 +136,18 @@ def show_datasets(report: dict, console) -> None:
 
 def estimate(config: PrepareConfig, inputs: list, console) -> int:
     """Time a sample, and print hours and disk for the whole."""
+    from ctllm_jax.report.readable import duration
     from data_prep.estimate import estimate as measure
 
     with stage_bars(console) as progress:
         found = measure(config, inputs, progress)
-    table = Table("stage", "CPU hours", "MB/s a core", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table("stage", "CPU time", "input MB/s a core", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for stage, seconds in found.stages.items():
-        table.add_row(stage, f"{seconds / 3600:,.2f}", f"{found.total_bytes / 1e6 / max(seconds, 1e-9):,.1f}")
+        table.add_row(stage, duration(seconds), f"{found.total_bytes / 1e6 / max(seconds, 1e-9):,.1f}")
     console.print(table)
     console.print(f"from {found.sample_bytes / 1e6:,.1f} of {found.total_bytes / 1e6:,.1f} MB: about "
-                  f"{found.hours:,.2f} hours with {found.workers} workers, {found.disk_bytes / 1e9:,.2f} GB of disk")
+                  f"{duration(found.hours * 3600)} with {found.workers} workers, {found.disk_bytes / 1e9:,.2f} GB of "
+                  "disk")
     tokens = f", {found.tokens / 1e9:,.3f} B tokens" if found.tokens else ""
     console.print(f"kept: about {found.documents:,.0f} documents, {found.clean_bytes / 1e9:,.3f} GB of clean text"
                   f"{tokens} (before copies across the whole are found)")

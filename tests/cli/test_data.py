@@ -112,3 +112,38 @@ def test_text_cannot_steer_the_terminal(corpus, tmp_path, capsys):
 def test_what_is_missing_is_told(words, message, capsys):
     assert main(words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_estimate_times_a_sample_and_writes_nothing(corpus, tmp_path, capsys):
+    assert main(["prepare", f"input={corpus}/text.jsonl", f"tokenizer={corpus}/t.model", f"output={tmp_path}/out",
+                 "--estimate"]) == 0
+    printed = capsys.readouterr().out
+    assert "with" in printed and "of disk" in printed and "kept: about 60 documents" in printed
+    assert {"read", "filter", "pack"} <= {line.split()[0] for line in printed.splitlines() if line.split()}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_explain_shows_each_rule(tmp_path, capsys):
+    (tmp_path / "page.txt").write_text("今天天气不错，我们去公园玩。明天再说！")
+    assert main(["prepare", f"explain={tmp_path}/page.txt", "rules=web"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.split()}
+    assert "dropped" in rows["length"] and "19" in rows["length"] and "≥ 50" in rows["length"]
+    assert "kept" in rows["digit_fraction"] and "S7" in rows["digit_fraction"]
+    assert main(["prepare", f"explain={tmp_path}/none.txt"]) == 2
+    assert "none.txt: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["output=out"], "give input, for a single source, or sources"),
+    (["input=a", "sources.b.input=b", "output=out"], "input and sources exclude each other"),
+    (["input=a"], "output is missing"),
+    (["sources.clean.input=b", "output=out"], "is not stages or clean"),
+    (["input=a", "output=out", "rules=wob"], "web"),
+    (["input=a", "output=out", "minhash.bands=20"], "bands=20 × rows=13 are 260 hashes"),
+    (["input=nowhere", "output=out"], "nowhere"),
+    (["input=a", "output=out", "--estimat"], "unknown option --estimat"),
+])
+def test_what_is_wrong_is_said_before_anything_is_read(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["prepare", *arguments]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
