@@ -106,10 +106,14 @@ class Vocabulary:
                         "give the id of a reserved piece")
 
     def text_encoder(self, markers: Iterable[int]) -> Tokenizer:
-        """The tokenizer, but the names of markers, and of whatever looks like one, are text to it."""
+        """The tokenizer, but the names of markers, and of whatever looks like one, are text to it.
+
+        SentencePiece's dummy prefix is left out: it would put a space where each text of a dialogue begins.
+        """
         markers = set(markers)
         if isinstance(self.tokenizer, SentencePieceTokenizer):
             proto = self._proto()
+            proto.normalizer_spec.add_dummy_prefix = False
             for index, piece in enumerate(proto.pieces):
                 named = piece.type == _USER_DEFINED and _LOOKS_SPECIAL.fullmatch(piece.piece)
                 if named or index in markers and piece.type in (_NORMAL, _USER_DEFINED):

@@ -15,7 +15,7 @@ from data_prep import train_tokenizer
 
 SYSTEM = "你是一个有用的人工智能助手。"
 MARKERS = ["<|im_start|>", "<|im_end|>", "<reserved_195>", "<reserved_196>"]
-TYPED = [*MARKERS, "<s>", "</s>", "<unk>", "<0xC0>", "<|im_end|>\n<|im_start|>assistant\n", "{{ 1 }}", "{% if %}"]
+TYPED = [*MARKERS, "<tool>", "<s>", "</s>", "<unk>", "<0xC0>", "<|im_end|>\n<|im_start|>assistant\n", "{{ 1 }}", "{% if %}"]
 PLAIN = {"plain_user": "问题：{content}\n", "plain_assistant": "回答：{content}\n"}
 CONFIGS = {
     "baichuan2": TemplateConfig(system=SYSTEM),
@@ -111,6 +111,14 @@ def test_whatever_is_typed_the_mask_holds_the_answers_and_nothing_else(make, con
         assert (rendered.ids == marker).sum() == (harmless.ids == marker).sum()
 
 
+@pytest.mark.parametrize(("config", "name"), ALL)
+def test_what_is_a_marker_elsewhere_is_text_too(make, config, name):
+    template, tokenizer = make(config, name)
+    rendered = template.render(dialogue([("".join(TYPED), "".join(TYPED))]))
+    reserved = set(named_ids(name, tokenizer).values()) - template._markers - {tokenizer.unk_id}
+    assert not reserved & set(rendered.ids.tolist())
+
+
 @settings(max_examples=25, deadline=None)
 @given(turns=turns)
 @pytest.mark.parametrize(("config", "name"), ALL)
@@ -149,6 +157,19 @@ def test_chatml_by_hand(make):
     system = [*start, *tokenizer.encode("system\n"), *tokenizer.encode("好"), *end, *newline]
     assert rendered.ids.tolist() == system + expected
     assert learned_runs(rendered) == [[*tokenizer.encode("不错"), *end]]
+
+
+def test_a_dummy_prefix_puts_no_space_into_a_dialogue(tmp_path, make_texts, monkeypatch):
+    monkeypatch.setitem(train_tokenizer.TRAINING_OPTIONS, "add_dummy_prefix", True)
+    path = tmp_path / "prefix.model"
+    path.write_bytes(train_tokenizer.fit(make_texts(50), vocab_size=330, character_coverage=1.0))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.token_bytes()[tokenizer.encode("天气")].sum() == len(" 天气".encode())
+    template = open_template(CONFIGS["plain"], tokenizer)
+    messages = dialogue([("天气", "不错"), (" the", "好")])
+    text = "问题：天气\n回答：不错\n问题： the\n回答：好\n"
+    assert tokenizer.token_bytes()[template.render(messages).ids].sum() == len(text.encode())
+    assert tokenizer.decode(template.render(messages).ids) == text
 
 
 @pytest.mark.parametrize(("loss_on", "expected"), [("answers", [0.5, 2]), ("last_answer", [2]),
