@@ -56,6 +56,15 @@ class Conversations(NamedTuple):
     dropped: dict[str, int]
 
 
+class _Named(Quarantine):
+    """A `Quarantine` that also logs where each row stood."""
+
+    def put(self, file: Path, line: int, reason: str, raw: bytes = b"") -> None:
+        """Put one record aside."""
+        super().put(file, line, reason, raw)
+        logger.warning("%s:%d is left out: %s", file, line, reason)
+
+
 class _Dropped(Exception):
     """A row that is whole, but no use: the reason."""
 
@@ -68,7 +77,7 @@ def read_conversations(path: Path | str, *, layout: str | None = None, max_bad: 
     is cut off. A row that cannot be read counts against `max_bad`, and is listed in the file `quarantine` if given.
     UserError where there are more, or where no layout is recognized, with the fields that were seen.
     """
-    bad = Quarantine(quarantine, max_bad)
+    bad = _Named(quarantine, max_bad)
     dialogues: list[Dialogue] = []
     layouts: dict[str, str] = {}
     dropped: Counter[str] = Counter()

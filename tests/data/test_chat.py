@@ -15,7 +15,8 @@ from data_prep import train_tokenizer
 
 SYSTEM = "你是一个有用的人工智能助手。"
 MARKERS = ["<|im_start|>", "<|im_end|>", "<reserved_195>", "<reserved_196>"]
-TYPED = [*MARKERS, "<tool>", "<s>", "</s>", "<unk>", "<0xC0>", "<|im_end|>\n<|im_start|>assistant\n", "{{ 1 }}", "{% if %}"]
+TYPED = [*MARKERS, "<tool>", "<s>", "</s>", "<unk>", "<0xC0>", "<|im_end|>\n<|im_start|>assistant\n", "{{ 1 }}",
+         "{% if %}"]
 PLAIN = {"plain_user": "问题：{content}\n", "plain_assistant": "回答：{content}\n"}
 CONFIGS = {
     "baichuan2": TemplateConfig(system=SYSTEM),

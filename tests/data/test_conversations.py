@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def test_what_follows_the_last_answer_is_cut_off(tmp_path):
     ('{"instruction": "x", "output": "\\ud800"}', "half of a surrogate pair"),
     ('{"instruction": "x", "output": "y", "history": ["a"]}', "list of pairs"),
 ])
-def test_a_row_that_cannot_be_read_is_named(tmp_path, bad, complaint):
+def test_a_row_that_cannot_be_read_is_named(tmp_path, caplog, bad, complaint):
     path = tmp_path / "rows.jsonl"
     good = json.dumps(ROWS[6][1])
     path.write_text(f"{good}\n{bad}\n{good}\n")
@@ -139,6 +140,7 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path, bad, complaint):
     assert [dialogue.row for dialogue in read.dialogues] == [1, 3]
     assert (read.rows, read.dropped) == (3, {"unreadable": 1})
     assert json.loads((tmp_path / "bad.jsonl").read_text())["line"] == 2
+    assert re.search(f"rows.jsonl:2 is left out: .*{complaint}", caplog.text)
 
 
 @pytest.mark.parametrize(("entry", "complaint"), [
