@@ -77,7 +77,7 @@ def sequence_logps(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Ar
                          f" the shape of targets {targets_BS.shape}")
     weights_BS = jax.lax.stop_gradient(weights_BS.astype(jnp.float32))
     logps_BS = token_logps(hidden_BSD, head_DV, targets_BS, **options)
-    # A masked sum, since a scatter adds in no fixed order on a GPU. It holds B·S·M floats at most, next to a chunk's C·V.
+    # A masked sum, since a scatter adds in no fixed order on a GPU. It holds B·S·M floats at most.
     is_mine_BSM = segment_ids_BS[:, :, None] == jnp.arange(1, num_segments + 1)[None, None]
 
     def sum_segments(x_BS):
