@@ -8,6 +8,7 @@ text, and a template that rewrites messages is refused.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from ctllm_jax.data.chat import ChatTemplate, Message, Part, Vocabulary
 # Of the private use area of Unicode: a template that holds one is refused.
 _OPEN, _CLOSE, _BEGIN_ANSWER, _END_ANSWER = "\ue000\ue001\ue002\ue003"
 _PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+logger = logging.getLogger(__name__)
 
 
 class _Literal(NamedTuple):
@@ -57,6 +59,12 @@ class JinjaTemplate(ChatTemplate):
         self._skeletons: dict[tuple[tuple[str, ...], bool], list[_Literal | _Slot]] = {}
         ends = [item.special for item in self._skeleton(("user", "assistant"), prompt=False)
                 if isinstance(item, _Literal) and item.is_answer and item.special is not None]
+        trained = "".join(item.text for item in self._skeleton(("user", "assistant"), prompt=False)
+                          if isinstance(item, _Literal))
+        asked = "".join(item.text for item in self._skeleton(("user",), prompt=True) if isinstance(item, _Literal))
+        if not trained.startswith(asked):
+            logger.warning("%s: the generation prompt is not what stands before an answer in training: a chat will "
+                           "differ from what was learned", self.path)
         eos = vocabulary.tokenizer.eos_id
         self.stop_ids = tuple(dict.fromkeys(ends + ([] if eos is None else [eos])))
 

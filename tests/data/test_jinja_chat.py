@@ -114,6 +114,13 @@ def test_a_template_whose_answers_are_not_known_is_refused(make, source, complai
         make(source).render(MESSAGES)
 
 
+def test_a_generation_prompt_unlike_training_is_warned_of(make, caplog):
+    make(MARKED)
+    assert not caplog.records
+    make(MARKED.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"))
+    assert "the generation prompt is not what stands before an answer in training" in caplog.text
+
+
 def test_files_and_folders(make, tmp_path, tokenizer):
     expected = make(UNMARKED).render(MESSAGES).ids.tolist()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "chat_template": [
