@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,6 +80,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def entry() -> NoReturn:
+    """What `launch.py` and the console script call: `main`, and out."""
+    status = main()
+    if status == 130 and "daft" in sys.modules:
+        # Daft's threads, interrupted, abort the process when the interpreter ends; nothing of ours is left to do.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _run(module, command: str, arguments: list[str]) -> int:

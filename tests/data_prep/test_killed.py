@@ -95,3 +95,21 @@ def test_a_cluster_gives_the_same_bytes(corpus):
     _, error = process.communicate(timeout=500)
     assert process.returncode == 0, error.decode()
     assert tree(corpus / "killed", *RESULT) == tree(corpus / "out", *RESULT)
+
+
+@pytest.mark.prep
+def test_ctrl_c_ends_at_once_with_its_status_and_the_command_goes_on(corpus):
+    command = [sys.executable, "launch.py", "prepare", f"input={corpus / 'raw'}", f"output={corpus / 'stopped'}",
+               "rules=web", "workers=2"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stderr=subprocess.PIPE,
+                               stdout=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    deadline = time.monotonic() + 60
+    while not list(corpus.glob("stopped/stages/*/commits/*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"interrupted" in error and b"Traceback" not in error
+    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=200,
+                           env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    assert again.returncode == 0, again.stderr.decode()
+    assert tree(corpus / "stopped", "clean") == tree(corpus / "out", "clean")
