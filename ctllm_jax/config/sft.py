@@ -60,7 +60,7 @@ class SFTDataConfig(Section):
     loss_on: Literal["answers", "last_answer", "everything"] = key("answers", "tokens that are learned: every answer with its end, the last one, or all tokens")
     over_length: Literal["drop", "truncate", "raise"] = key("drop", "a dialogue of more than sequence_length tokens: leave it out, cut its end off, or fail; counted in the report")
     ratio: str | None = key(None, "KEPT:DRAWN=a:b, such as zh:en=2:1: all rows of group KEPT, and b/a times as many of DRAWN; a smaller draw is part of a larger one. null: all rows")
-    epochs: int = key(3, "times that every dialogue is seen", ge=1)
+    epochs: int = key(3, "times that every dialogue is seen", ge=1, changeable=True)
 
     @classmethod
     def from_shorthand(cls, value: str) -> dict:
