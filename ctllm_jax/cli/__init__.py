@@ -23,7 +23,9 @@ COMMANDS = {
     "prepare": "raw text to a corpus: filtered, deduplicated, tokenized, packed",
     "data": "look at a dataset (inspect), check its sums (verify)",
     "pretrain": "train a model from a config, or go on with a run",
+    "sft": "teach a pretrained model to answer, from dialogues",
     "generate": "text from a trained model",
+    "chat": "talk to a model that was taught to answer",
     "checkpoint": "list the checkpoints of a run (ls)",
     "report": "one HTML page of one run, or of several compared",
 }

@@ -73,8 +73,12 @@ def dry_run(config: PretrainConfig, console: Any) -> int:
     return 0
 
 
-def train(config: PretrainConfig, console: Any, *, next_command: bool = True) -> dict[str, Any]:
-    """A whole run; returns its last evaluation per source (empty without one)."""
+def train(config: PretrainConfig, console: Any, *, next_command: bool = True, name: str = "pretrain", data: Any = None,
+          meta: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A whole run; returns its last evaluation per source (empty without one).
+
+    `name`, `data` and `meta` are another stage's: its name, its batches, and what its checkpoints say of themselves.
+    """
     from ctllm_jax.cluster import distributed
 
     distributed.initialize()
@@ -88,10 +92,10 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True) ->
     directory = Path(config.run.dir)
     first = jax.process_index() == 0
     stage = (lambda text: console.print(f"[dim]{escape(text)} …[/]")) if first else (lambda text: None)
-    run = prepare_run(config, directory=directory, stage=stage)
+    run = prepare_run(config, directory=directory, stage=stage, data=data, meta=meta)
     start = describe_run(run)
     if first:
-        print_rows(console, banner_rows(run, start), title=f"pretrain {directory}")
+        print_rows(console, banner_rows(run, start), title=f"{name} {directory}")
         print_treatments(run, console)
     make = make_record(run)
     results: dict[str, Any] = {}
@@ -200,19 +204,16 @@ def make_evaluation(run: Run) -> Any:
     from functools import partial
 
     from ctllm_jax import sharding
-    from ctllm_jax.data.pretrain import open_held_out_data
     from ctllm_jax.evaluation.bits_per_byte import evaluate_sources, make_evaluation_step
     from ctllm_jax.training.pretrain import make_loss_fn, place_batch
 
     config = run.config
     rows = config.evaluation.rows_per_device * sharding.axis_size(run.mesh, sharding.BATCH_AXES)
-    sources = open_held_out_data(config.data, split=config.evaluation.split, rows=rows,
-                                 sequence_length=config.batch.sequence_length, max_tokens=config.evaluation.max_tokens,
-                                 vocab_size=config.model.vocab_size)
+    sources = run.data.held_out(rows=rows, split=config.evaluation.split, max_tokens=config.evaluation.max_tokens)
     if not sources:
         return None
     loss_fn = make_loss_fn(config, run.decoder.clone(remat="none"), mesh=run.mesh, token_bytes=run.data.token_bytes,
-                           z_loss=0.0, padded=config.data.isolate_documents)
+                           z_loss=0.0, padded=config.isolated)
     step = make_evaluation_step(loss_fn, out_sharding=sharding.replicated(run.mesh))
     local = sharding.local_rows(run.mesh, rows)
     place_global = partial(place_batch, sharding=sharding.batch_sharding(run.mesh), rows=rows)
@@ -225,6 +226,7 @@ def make_evaluation(run: Run) -> Any:
 
 def make_sampler(run: Run) -> Any:
     """`(params, step) -> [(prompt, text)]` with the prompts of the config."""
+    from ctllm_jax.data.chat import Message
     from ctllm_jax.data.tokenizer import load_tokenizer
     from ctllm_jax.inference.generate import generate
     from ctllm_jax.inference.model import decode_completion, encode_prompts
@@ -232,12 +234,18 @@ def make_sampler(run: Run) -> Any:
 
     config = run.config.sample
     tokenizer = load_tokenizer(run.data.tokenizer_path)
-    prompts = encode_prompts(tokenizer, config.prompts, prefix_id=run.prefix_id, stop_id=run.data.eod_id)
+    template = getattr(run.data, "template", None)
+    if template is None:
+        prompts = encode_prompts(tokenizer, config.prompts, prefix_id=run.prefix_id, stop_id=run.data.eod_id)
+        stop_ids = [] if run.data.eod_id is None else [run.data.eod_id]
+    else:
+        prompts = [template.prompt_ids([Message("user", prompt)]) for prompt in config.prompts]
+        stop_ids = template.stop_ids
     decoder = make_decoder(run.config).clone(remat="none")
 
     def sample(params: Any, step: int) -> list[tuple[str, str]]:
         new = generate(decoder, params, prompts, max_tokens=config.max_tokens, seed=run.config.seed + step,
-                       temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, stop_id=run.data.eod_id)
+                       temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, stop_ids=stop_ids)
         texts = [decode_completion(tokenizer, prompt, ids) for prompt, ids in zip(prompts, new, strict=True)]
         return list(zip(config.prompts, texts, strict=True))
 
@@ -287,4 +295,6 @@ def finish(run: Run, console: Any, *, next_command: bool) -> None:
         prompt, directory = run.config.sample.prompts[0], shlex.quote(str(run.directory))
         # The shell reads Chinese as it is; quotes only where it would not.
         shown = prompt if prompt.isalnum() else shlex.quote(prompt)
-        console.print(Text(f"next: python launch.py generate {directory} prompt={shown}"))
+        talks = getattr(run.data, "template", None) is not None
+        command = f"chat {directory}" if talks else f"generate {directory} prompt={shown}"
+        console.print(Text(f"next: python launch.py {command}"))

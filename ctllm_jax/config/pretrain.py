@@ -136,11 +136,16 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if self.batch.sequence_length > self.model.context_length:
+        if self.model is not None and self.batch.sequence_length > self.model.context_length:
             raise ValueError(f"batch.sequence_length={self.batch.sequence_length} is above model.context_length={self.model.context_length}")
-        if self.optimizer.warmup_steps >= self.steps and self.optimizer.schedule != "constant":
+        if self.steps is not None and self.optimizer.warmup_steps >= self.steps and self.optimizer.schedule != "constant":
             raise ValueError(f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves no step of {self.steps} for schedule={self.optimizer.schedule}")
         return self
+
+    @property
+    def isolated(self) -> bool:
+        """Whether attention and positions stop at the ends of documents."""
+        return self.data.isolate_documents
 
     def tokens_at(self, step: int) -> int:
         """Tokens trained after `step` steps."""

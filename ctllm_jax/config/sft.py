@@ -1,4 +1,4 @@
-"""The data of supervised fine-tuning: dialogues, how they are written out, and which tokens are learned."""
+"""`launch.py sft`: dialogues, how they are written out, which tokens are learned; the rest is as in pretraining."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Literal
 from pydantic import model_validator
 
 from ctllm_jax.config.base import Section, key, section
+from ctllm_jax.config.model import ModelConfig
+from ctllm_jax.config.pretrain import PretrainConfig
 
 
 class TemplateConfig(Section):
@@ -60,6 +62,7 @@ class SFTDataConfig(Section):
     loss_on: Literal["answers", "last_answer", "everything"] = key("answers", "tokens that are learned: every answer with its end, the last one, or all tokens")
     over_length: Literal["drop", "truncate", "raise"] = key("drop", "a dialogue of more than sequence_length tokens: leave it out, cut its end off, or fail; counted in the report")
     ratio: str | None = key(None, "KEPT:DRAWN=a:b, such as zh:en=2:1: all rows of group KEPT, and b/a times as many of DRAWN; a smaller draw is part of a larger one. null: all rows")
+    held_out: float = key(0.0, "share of the dialogues, chosen by a hash of their tokens, that is only evaluated", ge=0, lt=1)
     epochs: int = key(3, "times that every dialogue is seen", ge=1, changeable=True)
 
     @classmethod
@@ -89,3 +92,17 @@ class SFTDataConfig(Section):
         if match is None or not int(match[3]) or match[1] == match[2]:
             raise ValueError(f"ratio={self.ratio} must be KEPT:DRAWN=a:b with two groups and a at least 1, such as zh:en=2:1")
         return match[1], match[2], int(match[3]), int(match[4])
+
+
+class SFTConfig(PretrainConfig):
+    """A fine-tuning run."""
+
+    steps: int | None = key(None, "optimizer steps; null: as many as data.epochs take", ge=1, changeable=True)
+    init: str = key(..., "MODEL to start from: a run directory, or RUN@STEP", changeable=True)
+    model: ModelConfig | None = key(None, "the architecture; null: that of init")
+    data: SFTDataConfig = key(..., "the dialogues")
+
+    @property
+    def isolated(self) -> bool:
+        """Dialogues of a row never see each other."""
+        return True

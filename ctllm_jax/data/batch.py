@@ -5,7 +5,7 @@ B rows, S tokens of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -44,6 +44,13 @@ class BatchSource(Protocol):
         """Numpy batches of these rows of the global batch, for data step `start_step` and on, without end.
 
         Rows do not depend on which others are asked for. Close the iterator (`.close()`) to stop its threads.
+        """
+
+    def held_out(self, *, rows: int, split: str, max_tokens: int) -> dict[str, Iterable[Batch]]:
+        """For each source, batches [rows, S] that training does not see; each can be iterated again and again.
+
+        The last batch is filled up with rows of segment 0. `split` names what is held out, where the source has splits;
+        at most `max_tokens` tokens are read of a source, but at least one row. Empty where nothing is held out.
         """
 
     def tokens_per_source(self, steps: int) -> dict[str, int]:

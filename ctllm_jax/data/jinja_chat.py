@@ -166,7 +166,7 @@ class JinjaTemplate(ChatTemplate):
             from jinja2.ext import Extension
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
-            raise UserError(f"{self.path} needs the package jinja2: pip install jinja2") from None
+            raise UserError(f"{self.path} needs the package jinja2: pip install 'ctllm-jax[hf]'") from None
 
         class Generation(Extension):
             """`{% generation %}`: marks around what is inside, when they are asked for."""

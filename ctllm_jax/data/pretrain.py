@@ -87,6 +87,7 @@ class MixtureData:
         self._config = config
         self._sequence_length = sequence_length
         self._rows = rows
+        self._vocab_size = vocab_size
         self._mixture = Mixture(packed, weights, rows=rows, seed=seed)
         first = next(iter(opened.values())).dataset
         manifest = first.manifest
@@ -130,6 +131,11 @@ class MixtureData:
                 iterator.close()
 
         return closing()
+
+    def held_out(self, *, rows: int, split: str, max_tokens: int) -> dict[str, Iterable[Batch]]:
+        """See `open_held_out_data`."""
+        return open_held_out_data(self._config, split=split, sequence_length=self._sequence_length, rows=rows,
+                                  max_tokens=max_tokens, vocab_size=self._vocab_size)
 
     def tokens_per_source(self, steps: int) -> dict[str, int]:
         """Tokens drawn from each source in the first `steps` steps, by arithmetic."""

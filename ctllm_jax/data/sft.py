@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from ctllm_jax.config.sft import SFTDataConfig
 from ctllm_jax.data.batch import Batch, checked_rows, padding_row, stack_rows
 from ctllm_jax.data.chat import ChatTemplate, Rendered, open_template
 from ctllm_jax.data.conversations import Dialogue, read_conversations
+from ctllm_jax.data.pretrain import HeldOutData
 from ctllm_jax.data.tokenizer import Tokenizer
 
 _TOKENIZED_TOGETHER = 1024  # dialogues: enough for the tokenizer's threads
@@ -85,8 +86,14 @@ class SFTData:
     def __init__(self, config: SFTDataConfig, *, tokenizer: Tokenizer, sequence_length: int, rows: int, seed: int,
                  vocab_size: int):
         self.template = open_template(config.template, tokenizer)
-        self.examples, self.report = tokenize_sources(config, self.template, sequence_length=sequence_length, seed=seed)
-        largest = int(self.examples.ids.max())
+        examples, self.report = tokenize_sources(config, self.template, sequence_length=sequence_length, seed=seed)
+        apart = chosen_by_content(examples, config.held_out)
+        if apart.all():
+            raise UserError(f"data.held_out={config.held_out} leaves none of {len(apart)} dialogues to train on")
+        self._held_out = select(examples, np.flatnonzero(apart))
+        self.examples = select(examples, np.flatnonzero(~apart))
+        self.report["held_out"] = int(apart.sum())
+        largest = int(examples.ids.max())
         if largest >= vocab_size:
             raise UserError(f"the dialogues have ids up to {largest}: model.vocab_size={vocab_size} must be at least "
                             f"{largest + 1}")
@@ -118,7 +125,8 @@ class SFTData:
         self.fingerprint: dict[str, Any] = {
             "kind": "sft", "seed": seed, "sequence_length": sequence_length, "rows": rows,
             "tokenizer_sha256": tokenizer.sha256, "template": self.template.fingerprint(), "loss_on": config.loss_on,
-            "over_length": config.over_length, "ratio": config.ratio, "examples_sha256": content.hexdigest()}
+            "over_length": config.over_length, "ratio": config.ratio, "held_out": config.held_out,
+            "examples_sha256": content.hexdigest()}
 
     def row(self, step: int, row: int) -> Batch:
         """One row of one step: a `Batch` of [S] arrays."""
@@ -126,20 +134,7 @@ class SFTData:
         place = step * self._rows + row
         if place >= self.rows_per_epoch:
             return padding_row(self._sequence_length)
-        tokens_S, targets_S, segment_ids_S, positions_S = np.zeros((4, self._sequence_length), np.int32)
-        loss_weights_S = np.zeros(self._sequence_length, np.float32)
-        start = 0
-        for segment, example in enumerate(self._examples_of(epoch, place), 1):
-            first, last = self.examples.offsets[example:example + 2]
-            length = int(last - first)
-            here, targeted = slice(start, start + length), slice(start, start + length - 1)
-            tokens_S[here] = self.examples.ids[first:last]
-            targets_S[targeted] = self.examples.ids[first + 1:last]
-            loss_weights_S[targeted] = self.examples.weights[first + 1:last]
-            segment_ids_S[here] = segment
-            positions_S[here] = np.arange(length)
-            start += length
-        return Batch(tokens_S, targets_S, loss_weights_S, segment_ids_S, positions_S)
+        return pack_row(self.examples, self._examples_of(epoch, place), self._sequence_length)
 
     def iterate(self, start_step: int, *, local_rows: Sequence[int]) -> Iterator[Batch]:
         """Batches of these rows from data step `start_step` on, without end."""
@@ -152,6 +147,18 @@ class SFTData:
                 step += 1
 
         return batches()
+
+    def held_out(self, *, rows: int, split: str, max_tokens: int) -> dict[str, Iterable[Batch]]:
+        """The dialogues of `config.held_out`, by source; `split` says nothing here."""
+        del split
+        found: dict[str, Iterable[Batch]] = {}
+        for index, name in enumerate(self._names):
+            own = select(self._held_out, np.flatnonzero(self._held_out.sources == index))
+            if len(own.sources):
+                packed = PackedDialogues(own, self._sequence_length)
+                count = min(len(packed), max(1, max_tokens // self._sequence_length))
+                found[name] = HeldOutData(packed, rows=rows, sequence_length=self._sequence_length, count=count)
+        return found
 
     def tokens_per_source(self, steps: int) -> dict[str, int]:
         """Tokens of each source's dialogues in the first `steps` steps; padding belongs to none."""
@@ -178,6 +185,59 @@ class SFTData:
             self._epochs[epoch] = example_of_rank, order
         example_of_rank, order = self._epochs[epoch]
         return example_of_rank[self._ranks_of_row[order[place]]]
+
+
+class PackedDialogues:
+    """Dialogues in rows, from the longest on: row by row a `Batch` of [S] arrays."""
+
+    def __init__(self, examples: Examples, sequence_length: int):
+        self._examples, self._sequence_length = examples, sequence_length
+        order = np.argsort(-examples.lengths, kind="stable")
+        packing = best_fit(examples.lengths[order], sequence_length)
+        self._rows = [order[packing.row_of_rank == row] for row in range(packing.rows)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        return pack_row(self._examples, self._rows[index], self._sequence_length)
+
+
+def pack_row(examples: Examples, chosen: Sequence[int], sequence_length: int) -> Batch:
+    """These dialogues one after the other, each a segment: a `Batch` of [S] arrays."""
+    tokens_S, targets_S, segment_ids_S, positions_S = np.zeros((4, sequence_length), np.int32)
+    loss_weights_S = np.zeros(sequence_length, np.float32)
+    start = 0
+    for segment, example in enumerate(chosen, 1):
+        first, last = examples.offsets[example:example + 2]
+        length = int(last - first)
+        here, targeted = slice(start, start + length), slice(start, start + length - 1)
+        tokens_S[here] = examples.ids[first:last]
+        targets_S[targeted] = examples.ids[first + 1:last]
+        loss_weights_S[targeted] = examples.weights[first + 1:last]
+        segment_ids_S[here] = segment
+        positions_S[here] = np.arange(length)
+        start += length
+    return Batch(tokens_S, targets_S, loss_weights_S, segment_ids_S, positions_S)
+
+
+def chosen_by_content(examples: Examples, fraction: float) -> np.ndarray:
+    """bool [N]: about `fraction` of the dialogues, by a hash of their ids: copies fall on one side."""
+    chosen = np.zeros(len(examples.sources), bool)
+    if fraction:
+        for index, (first, last) in enumerate(zip(examples.offsets[:-1], examples.offsets[1:], strict=True)):
+            digest = hashlib.blake2b(examples.ids[first:last].tobytes(), digest_size=8).digest()
+            chosen[index] = int.from_bytes(digest, "little") < fraction * 2**64
+    return chosen
+
+
+def select(examples: Examples, chosen: np.ndarray) -> Examples:
+    """Some of the dialogues, in this order."""
+    parts = [slice(*examples.offsets[index:index + 2]) for index in chosen]
+    empty = slice(0, 0)
+    return Examples(np.concatenate([examples.ids[part] for part in parts or [empty]]),
+                    np.concatenate([examples.weights[part] for part in parts or [empty]]),
+                    np.cumsum([0, *examples.lengths[chosen]], dtype=np.int64), examples.sources[chosen])
 
 
 def tokenize_sources(config: SFTDataConfig, template: ChatTemplate, *, sequence_length: int,

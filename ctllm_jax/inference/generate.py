@@ -22,15 +22,15 @@ PROMPT_BUCKET = 32
 
 def generate(decoder: Decoder, params: Any, prompts: Sequence[Sequence[int]], *, max_tokens: int, seed: int = 0,
              temperature: float = 0.8, top_k: int | None = None, top_p: float = 0.95,
-             stop_id: int | None = None) -> list[list[int]]:
-    """The new tokens of each prompt, without `stop_id`.
+             stop_ids: Sequence[int] = ()) -> list[list[int]]:
+    """The new tokens of each prompt, without the one that ends it.
 
     Args:
       decoder: its `remat` and `constrain` do not matter here.
       prompts: token ids, at least one each.
       max_tokens: most new tokens a row.
       seed: a row's draws depend on the seed and its place in the list, not on its neighbours.
-      stop_id: ends a row.
+      stop_ids: any of them ends a row.
 
     Raises:
       ValueError: an empty prompt.
@@ -44,13 +44,13 @@ def generate(decoder: Decoder, params: Any, prompts: Sequence[Sequence[int]], *,
     for row, prompt in enumerate(prompts):
         tokens_BP[row, :len(prompt)] = prompt
     new_BM, counts_B = jax.device_get(_generate(
-        decoder, params, tokens_BP, lengths_B, np.uint32(seed), -1 if stop_id is None else stop_id,
+        decoder, params, tokens_BP, lengths_B, np.uint32(seed), np.asarray(list(stop_ids), np.int32),
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p))
     return [row[:count].tolist() for row, count in zip(new_BM, counts_B, strict=True)]
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("max_tokens", "temperature", "top_k", "top_p"))
-def _generate(decoder: Decoder, params: Any, tokens_BP, lengths_B, seed, stop_id, *, max_tokens: int,
+def _generate(decoder: Decoder, params: Any, tokens_BP, lengths_B, seed, stop_ids, *, max_tokens: int,
               temperature: float, top_k: int | None, top_p: float):
     """Returns (new tokens [B, max_tokens], how many of them count [B])."""
     rows, padded = tokens_BP.shape
@@ -76,7 +76,7 @@ def _generate(decoder: Decoder, params: Any, tokens_BP, lengths_B, seed, stop_id
 
     def step(carry):
         index, token_B, cache, new_BM, done_B, counts_B = carry
-        done_B = done_B | (token_B == stop_id)
+        done_B = done_B | jnp.isin(token_B, stop_ids)
         new_BM = new_BM.at[:, index].set(token_B)
         counts_B = counts_B + ~done_B
         hidden_B1D, cache = decoder.apply({"params": params}, token_B[:, None], cache=cache)

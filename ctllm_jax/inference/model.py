@@ -10,14 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import yaml
 
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.config.model import ModelConfig
+from ctllm_jax.config.sft import TemplateConfig
+from ctllm_jax.data.chat import ChatTemplate, open_template
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ctllm_jax.inference.generate import generate
 from ctllm_jax.model.decoder import Decoder, init_params
-from ctllm_jax.training.checkpoint import find_checkpoint, load_params
+from ctllm_jax.training.checkpoint import find_checkpoint, load_params, read_model_config
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Model:
     Attributes:
       prefix_id: id that preceded documents in training; None where none did.
       stop_id: id that ends a document.
+      template: how it was taught to talk; None for a model that was not.
     """
 
     decoder: Decoder
@@ -36,11 +37,17 @@ class Model:
     stop_id: int | None
     run_dir: Path
     step: int
+    template: ChatTemplate | None = None
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids that end what the model writes."""
+        return [*(self.template.stop_ids if self.template else ()), *([] if self.stop_id is None else [self.stop_id])]
 
     def complete(self, prompts: Sequence[str], **options: Any) -> list[str]:
         """What the model writes behind each prompt; options as of `inference.generate.generate`."""
         ids = encode_prompts(self.tokenizer, prompts, prefix_id=self.prefix_id, stop_id=self.stop_id)
-        new = generate(self.decoder, self.params, ids, stop_id=self.stop_id, **options)
+        new = generate(self.decoder, self.params, ids, stop_ids=self.stop_ids, **options)
         return [decode_completion(self.tokenizer, prompt, tokens) for prompt, tokens in zip(ids, new, strict=True)]
 
 
@@ -75,13 +82,18 @@ def load_model(model: str) -> Model:
       UserError: no such run, step or tokenizer.
     """
     run_dir, kept = find_checkpoint(model)
-    raw = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    config = ModelConfig(**raw["model"])
+    config = read_model_config(run_dir)
     found = sorted(run_dir.glob("tokenizer.*"))
     if not found:
         raise UserError(f"{run_dir} has no tokenizer: it was trained on synthetic tokens, and has no text to write")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.eval_shape(partial(init_params, config), jax.random.key(0))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
-    return Model(Decoder(config, dtype=jnp.float32), load_params(kept, abstract), load_tokenizer(found[0]),
-                 kept.meta.get("prefix_id"), kept.meta.get("eod_id"), run_dir, kept.step)
+    tokenizer = load_tokenizer(found[0])
+    known = kept.meta.get("template")
+    template = known and open_template(TemplateConfig(**known["config"]), tokenizer)
+    if known and template.fingerprint() != known["fingerprint"]:
+        raise UserError(f"{run_dir}: its template is not the one that it was tuned with: its tokenizer or its template "
+                        "file was changed")
+    return Model(Decoder(config, dtype=jnp.float32), load_params(kept, abstract), tokenizer,
+                 kept.meta.get("prefix_id"), kept.meta.get("eod_id"), run_dir, kept.step, template)

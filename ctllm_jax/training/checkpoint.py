@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+import yaml
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.model import ModelConfig
 from ctllm_jax.config.pretrain import CheckpointConfig
 from ctllm_jax.training.state import State
 
@@ -147,7 +150,7 @@ class Checkpointer:
             if reason is None:
                 raise
             for path in self.run_dir.glob("*/*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
             raise UserError(f"a checkpoint could not be written below {self.run_dir}: {reason};"
                             f" {self._advice()}") from error
 
@@ -174,6 +177,15 @@ def _items(state: State, meta: dict[str, Any], *, trainer: bool) -> ocp.args.Com
 
 def _restore_args(abstract: Any) -> ocp.args.StandardRestore:
     return ocp.args.StandardRestore(abstract)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder into which threads of a failed save may still be writing."""
+    for _ in range(50):
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
+        time.sleep(0.1)
 
 
 def _empty_trash(directory: Any) -> None:
@@ -243,6 +255,12 @@ def find_checkpoint(model: str) -> tuple[Path, Kept]:
     if not matching:
         raise UserError(f"no model {model}: {run_dir} has no step {step}; it has {', '.join(map(str, steps))}")
     return run_dir, matching[-1]
+
+
+def read_model_config(run_dir: Path) -> ModelConfig:
+    """The architecture of a run."""
+    raw = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    return ModelConfig(**raw["model"])
 
 
 def load_params(checkpoint: Kept, abstract_params: Any) -> Any:

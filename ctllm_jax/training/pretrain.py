@@ -28,7 +28,7 @@ from ctllm_jax.cluster.chips import find_chip
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import changeable_paths, to_yaml
 from ctllm_jax.config.pretrain import PretrainConfig
-from ctllm_jax.data.batch import Batch
+from ctllm_jax.data.batch import Batch, BatchSource
 from ctllm_jax.data.pretrain import open_training_data
 from ctllm_jax.losses.cross_entropy import chunked_cross_entropy
 from ctllm_jax.model.decoder import Decoder, head_weights, init_params
@@ -178,7 +178,7 @@ def plan_step(config: PretrainConfig, mesh: jax.sharding.Mesh, *, token_bytes: n
     state_shardings = _like_params(abstract, abstract_params, shardings, replicated)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, state_shardings)
     loss_fn = make_loss_fn(config, make_decoder(config, mesh), mesh=mesh, token_bytes=token_bytes,
-                           z_loss=config.loss.z_loss, padded=config.data.isolate_documents)
+                           z_loss=config.loss.z_loss, padded=config.isolated)
     train_step = make_train_step(
         loss_fn, optimizer, make_schedule(config.optimizer, steps=config.steps), accumulation=accumulation,
         constrain_grads=partial(jax.lax.with_sharding_constraint, shardings=shardings))
@@ -189,12 +189,15 @@ def plan_step(config: PretrainConfig, mesh: jax.sharding.Mesh, *, token_bytes: n
     return StepPlan(jitted, jax.jit(init, out_shardings=state_shardings), abstract, batch, micro_rows, accumulation)
 
 
-def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str], None] = log.info) -> Run:
+def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str], None] = log.info,
+                data: BatchSource | None = None, meta: dict[str, Any] | None = None) -> Run:
     """Everything up to the first step: data, mesh, weights or checkpoint, compiled step.
 
     Args:
       directory: the run directory; made if absent, resumed if it holds a checkpoint.
       stage: told what is being done.
+      data: batches of another stage than pretraining; None: those of `config.data`.
+      meta: what else its checkpoints say of themselves, as JSON.
 
     Raises:
       UserError: whatever in the config, data or checkpoint does not fit, before the model is compiled.
@@ -207,14 +210,16 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
     if jax.default_backend() == "cpu" and config.compute.remat != "none" and not config.compute.scan_layers:
         log.warning("compute.remat=%s saves no memory here: XLA's CPU compiler merges the recomputation of unrolled"
                     " blocks away; compute.scan_layers=true keeps it", config.compute.remat)
-    data = open_training_data(config.data, sequence_length=config.batch.sequence_length, rows=config.batch.rows,
-                              seed=config.seed, vocab_size=config.model.vocab_size)
+    if data is None:
+        data = open_training_data(config.data, sequence_length=config.batch.sequence_length, rows=config.batch.rows,
+                                  seed=config.seed, vocab_size=config.model.vocab_size)
     plan = plan_step(config, mesh, token_bytes=data.token_bytes)
     directory.mkdir(parents=True, exist_ok=True)
     fingerprint = make_fingerprint(config, data.fingerprint)
     checkpointer = checkpoints.Checkpointer(
         directory, config.checkpoint, tokens_per_step=config.batch.tokens,
-        meta={"fingerprint": fingerprint, "eod_id": data.eod_id, "prefix_id": find_prefix_id(config, data.eod_id)})
+        meta={"fingerprint": fingerprint, "eod_id": data.eod_id, "prefix_id": find_prefix_id(config, data.eod_id),
+              **(meta or {})})
     # Where a run begins: its own newest checkpoint, else the weights it was told to take, else random ones.
     newest = checkpointer.latest()
     if newest is not None:
@@ -242,7 +247,7 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
 
 def find_prefix_id(config: PretrainConfig, eod_id: int | None) -> int | None:
     """The id that precedes a document in training, where attention can see it."""
-    return None if config.data.isolate_documents else eod_id
+    return None if config.isolated else eod_id
 
 
 def make_fingerprint(config: PretrainConfig, data: dict[str, Any]) -> dict[str, Any]:

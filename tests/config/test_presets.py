@@ -7,13 +7,15 @@ import pytest
 from ctllm_jax.config.load import config_root, load
 from ctllm_jax.config.prepare import PrepareConfig
 from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.config.sft import SFTConfig
 from ctllm_jax.model.flops import flops_per_token
 from ctllm_jax.model.parameters import count_parameters
 
 STATED = {"ct_llm_2b/pretrain": 2_134_509_568, "small/150m": 148_264_704, "small/400m": 399_561_728,
           "small/1b": 1_003_554_816, "debug/pretrain": 41_120}
 PRETRAIN = [path for path in sorted(config_root().rglob("*.yaml"))
-            if "optimizer:" in path.read_text() or "extends:" in path.read_text()]
+            if not path.stem.startswith("sft") and path.parent.name != "data"]
+TUNING = [path for path in sorted(config_root().rglob("sft*.yaml"))]
 
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: str(path.relative_to(config_root()).with_suffix("")))
@@ -51,6 +53,13 @@ def test_flops_of_ct_llm():
     assert flops.causal / 1e9 == pytest.approx(12.87, abs=0.005) and flops.full / 1e9 == pytest.approx(14.48, abs=0.005)
     windowed = flops_per_token(model.model_copy(update={"sliding_window": 1024}), sequence_length=4096)
     assert windowed.full < flops.full and windowed.causal < windowed.full
+
+
+@pytest.mark.parametrize("path", TUNING, ids=lambda path: str(path.relative_to(config_root()).with_suffix("")))
+def test_a_tuning_config_loads_with_its_command_in_its_head(path):
+    config = load(SFTConfig, target=path)
+    assert config.init and config.data.sources
+    assert f"python launch.py sft configs/{path.relative_to(config_root())}" in path.read_text()
 
 
 @pytest.mark.parametrize("path", sorted((config_root() / "data").glob("*.yaml")), ids=lambda path: path.stem)

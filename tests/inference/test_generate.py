@@ -93,7 +93,7 @@ def test_a_row_stops_at_the_end_of_its_document(model):
     """With one row's fourth token as the id that ends a document, that row stops before it, and the others go on."""
     free = greedy(model)
     stop_id = free[0][3]
-    stopped = greedy(model, stop_id=stop_id)
+    stopped = greedy(model, stop_ids=[stop_id])
     for ours, theirs in zip(stopped, free, strict=True):
         assert ours == (theirs[:theirs.index(stop_id)] if stop_id in theirs else theirs)
     assert len(stopped[0]) <= 3 and max(map(len, stopped)) == NEW
@@ -101,7 +101,7 @@ def test_a_row_stops_at_the_end_of_its_document(model):
 
 def test_a_document_that_ends_at_once_is_empty(model):
     stop_id = greedy(model, PROMPTS[:1])[0][0]
-    assert greedy(model, PROMPTS[:1], stop_id=stop_id) == [[]]
+    assert greedy(model, PROMPTS[:1], stop_ids=[-1, stop_id]) == [[]]
 
 
 @pytest.mark.parametrize("length", [PROMPT_BUCKET - 1, PROMPT_BUCKET, PROMPT_BUCKET + 1])
