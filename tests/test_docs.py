@@ -17,6 +17,7 @@ from ctllm_jax import cli
 from ctllm_jax.config.load import find_config, load
 from ctllm_jax.config.prepare import PrepareConfig
 from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.config.sft import SFTConfig
 from ctllm_jax.config.types import keys_of
 from tests.runs import cached, environment
 
@@ -141,8 +142,8 @@ def test_commands_actions_configs_and_keys_exist(shown, monkeypatch):
         load(schema, target=target, overrides=[word for word in overrides if not re.match(r"prompt=[@-]", word)])
 
 
-def assert_keys(schema, paths):
-    known = {path for path, _ in keys_of(schema)} | {"data.sources.NAME"}
+def assert_keys(schema, paths, *others):
+    known = {path for one in (schema, *others) for path, _ in keys_of(one)} | {"data.sources.NAME"}
     assert not [path for path in paths if re.sub(r"(sources)\.\w+", r"\1.NAME", path) not in known]
 
 
@@ -152,7 +153,7 @@ def test_keys_in_running_text_exist(page):
     dotted = [match.group(1) for span in spans(page) for match in
               re.finditer(rf"(?<![\w./])((?:{'|'.join(sections)})\.[a-z_]+(?:\.\w+)*)(?![\w./(])", span)]
     files = (".yaml", ".json", ".jsonl", ".html", ".model")
-    assert_keys(PretrainConfig, [path for path in dotted if not path.endswith(files)])
+    assert_keys(PretrainConfig, [path for path in dotted if not path.endswith(files)], SFTConfig)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -217,7 +218,7 @@ def test_the_table_of_configs_is_arithmetic(page):
 
     rows = []
     for path in sorted(find_config("debug/pretrain").parent.parent.rglob("*.yaml")):
-        if path.parent.name == "data" or path.stem.startswith("sft"):
+        if path.parent.name == "data" or path.stem.startswith(("sft", "dpo")):
             continue
         config = load(PretrainConfig, target=path)
         expected = [hours(config, CHIPS["NVIDIA H100"], count) for count in (1, 8)]
