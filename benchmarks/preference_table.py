@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from data_loading import cpu_name
 
 # Set before jax and TRL are imported, which is inside of the functions.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -171,8 +172,12 @@ def main() -> None:
         rows.append(row)
         print(f"{name:30} {row['ours']:10.6f} {row['theirs']:10.6f} {row['loss_apart']:9.1e}"
               f" {row['gradient_apart']:9.1e} {random[0]:9.1e} {random[1]:9.1e}  {trainer}")
-    result = {"pairs": {"known": dict(zip(COLUMNS, KNOWN.tolist(), strict=True)), "random": arguments.pairs},
-              "losses": rows, "dtype": "float32", "python": platform.python_version(),
+    shown = {"ours": "ours", "theirs": "trl", "loss_apart": "apart", "gradient_apart": "gradients apart",
+             "random_loss_apart": "apart, random pairs", "random_gradient_apart": "gradients apart, random pairs"}
+    columns = {name: {row["loss"]: row[key] for row in rows} for key, name in shown.items()}
+    result = {"sections": {"mean over four known pairs, and random ones": columns},
+              "figures": {"known_pairs": KNOWN.shape[1], "random_pairs": arguments.pairs},
+              "device": cpu_name(), "flags": {"dtype": "float32"}, "python": platform.python_version(),
               "versions": {package: importlib.metadata.version(package) for package in
                            ("jax", "jaxlib", "torch", "transformers", "trl")},
               "command": shlex.join(["python", "benchmarks/preference_table.py", *sys.argv[1:]])}
