@@ -149,7 +149,8 @@ def _clusters(engine: Engine, documents: Sequence[Part], edges: np.ndarray) -> t
     nodes, labels = _components(edges)
     found = engine.lookup(documents, nodes, PLACE)
     order = found.append_column("label", pa.array(labels)).sort_by(
-        [("label", "ascending"), ("rank", "ascending"), *((name, "ascending") for name in PLACE)])
+        [("label", "ascending"), ("rank", "ascending"), *((name, "ascending") for name in PLACE),
+         ("node", "ascending")])
     label, node = order["label"].to_numpy(), order["node"].to_numpy()
     starts = np.flatnonzero(np.concatenate([[True], label[1:] != label[:-1]]))
     sizes = np.diff(np.append(starts, len(label)))

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import pickle
+import re
 import resource
 import time
 import traceback
@@ -93,7 +94,8 @@ class Engine:
 
         key = list(key)
         documents = self._documents(parts, [*key, *order])
-        documents = documents.with_column("place", self._place(order, documents))
+        # A file that two sources name gives documents of one place: the first of the two parts has the first.
+        documents = documents.with_column("place", self._place([*order, "node"], documents))
         groups = documents.groupby(*key).agg(col("node").count().alias("group"), col("place").min().alias("lowest"))
         among = documents.join(groups.where(col("group") > 1), on=key)
         firsts = among.where(col("place") == col("lowest")).select(*key, col("node").alias("first"))
@@ -116,8 +118,13 @@ class Engine:
 
     def lookup(self, parts: Sequence[Part], nodes: np.ndarray, columns: Sequence[str]) -> pa.Table:
         """Columns of these documents, with `node` and the rank of their source, sorted by node."""
+        import numpy as np
         import pyarrow as pa
 
+        # Only the parts that hold any: a few samples are no reason to read a whole corpus.
+        holding = set(np.unique(nodes >> PART_BITS).tolist())
+        places = [place if part.index is None else part.index for place, part in enumerate(parts)]
+        parts = [part._replace(index=place) for place, part in zip(places, parts, strict=True) if place in holding]
         wanted = self._daft.from_arrow(pa.table({"node": pa.array(nodes, pa.int64())}))
         found = self._documents(parts, columns).join(wanted, on="node")
         return _table(found.select("node", "rank", *columns), ["node", "rank", *columns]).sort_by("node")
@@ -145,7 +152,9 @@ class Engine:
 
         daft = self._daft
         paths = [str(part.path.resolve()) for part in parts]
-        frame = daft.read_parquet(paths, file_path_column="path").select("path", "row", *columns)
+        # Daft takes a path for a pattern: of a folder x[1] it would find nothing.
+        frame = daft.read_parquet([re.sub(r"([\\[\]{}*?])", r"\\\1", path) for path in paths], file_path_column="path")
+        frame = frame.select("path", "row", *columns)
         known = daft.from_pydict({"path": paths, "part": [place if part.index is None else part.index
                                                            for place, part in enumerate(parts)],
                                   "rank": [part.rank for part in parts]})
@@ -158,7 +167,7 @@ class Engine:
         """A string that sorts as (rank, columns of `order`) do."""
         from daft import col, lit
 
-        place = col("rank").cast("string").lpad(6, "0")
+        place = col("rank").cast("string").lpad(20, "0")
         for name in order:
             text = col(name).cast("string")
             if documents.schema()[name].dtype.is_integer():

@@ -81,8 +81,8 @@ def _beginning(unit: InputUnit, folder: Path) -> InputUnit:
     if unit["kind"] == "parquet":
         groups = max(1, unit["stop"] - unit["start"]) if unit["stop"] is not None else 1
         return {**unit, "stop": None if unit["stop"] is None else unit["start"] + 1, "size": unit["size"] // groups}
-    if unit["size"] <= SAMPLE_BYTES:
-        return unit
+    if unit["size"] <= SAMPLE_BYTES or unit["kind"] == "text":
+        return unit  # A text file is one document, and bad where it is cut inside a character.
     with open_file(unit["file"]) as source:
         source.seek(unit["start"] or 0)
         data = source.read(SAMPLE_BYTES)

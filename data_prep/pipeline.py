@@ -18,7 +18,7 @@ from data_prep import duplicates, tokenize
 from data_prep.commits import Commit, Stage, Unit, fingerprint, open_stage, write_atomically
 from data_prep.engine import Engine, Part, UnitFailed
 from data_prep.readers import InputUnit, plan_files
-from data_prep.rules import RULES, SETS, RuleSet, with_thresholds
+from data_prep.rules import RULES, SETS, RuleSet, bad_words, language, with_thresholds
 from data_prep.stages import clean, filter, near, read
 from data_prep.stages.common import content_hash, options_of, packages, part_units
 
@@ -58,9 +58,18 @@ def prepare(config: PrepareConfig, *, inputs: Sequence[InputUnit] | None = None,
       UserError: more than `max_bad` records are bad, units failed, or nothing is left; what was done stays done.
     """
     inputs = list(plan(config) if inputs is None else inputs)
+    for cached in (tokenize.load, clean.evaluation_text, filter.make_filter, bad_words.load_files,
+                   language.load):
+        cached.cache_clear()  # They know files by name, and a run before in this process may have seen others there.
     known = tokenize.vocabulary(config) if config.tokenizer else None
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output={config.output} cannot be made: {error.strerror}") from None
+    for path in sorted((output / "clean").rglob("*")):
+        if path.is_file() and not path.name.endswith((".jsonl.zst", ".tmp")):
+            raise UserError(f"{path} is in the way: what prepare did not write in {output / 'clean'} would be removed")
     with exclusive(output / "stages"):
         pipeline = Pipeline(config, inputs, progress)
         pipeline.run(known)
@@ -219,6 +228,7 @@ class Pipeline:
             own = [(unit, commit) for unit, commit in done if unit["source"] == source]
             if not own:
                 logger.warning("source %s has no documents left: there is no dataset %s", source, self.output / source)
+                tokenize.remove(self.output / source)
                 continue
             shards += tokenize.plan_shards(own, stage.parts, config, source)
         made = self.units("pack", packed, tokenize.pack, shards, options)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctllm_jax.config.prepare import PrepareConfig
-from data_prep.commits import write_atomically
+from data_prep.commits import fingerprint, write_atomically
 from data_prep.readers import describe
 from data_prep.rules import RULES, SETS, with_thresholds
 from data_prep.stages.common import SHOWN_CHARACTERS, lowest
@@ -29,7 +29,8 @@ def make_report(config: PrepareConfig, ran: Ran, *, command: str) -> dict[str, A
         if row["in"] != row["kept"] + row["dropped"] + row["quarantined"]:
             raise AssertionError(f"documents were lost or doubled: {row}")
     return {
-        "version": VERSION, "output": config.output, "command": command, "mode": config.filter.mode,
+        "version": VERSION, "state": state(config, ran), "output": config.output, "command": command,
+        "mode": config.filter.mode,
         "writes_punctuation": config.filter.write_punctuation, "limit": config.limit,
         "config": config.model_dump(mode="json"), "seconds": ran.seconds, "cpu_seconds": ran.cpu_seconds,
         "peak_memory": ran.peak_memory or None, "inputs": _inputs(ran), "encodings": _encodings(ran),
@@ -39,6 +40,18 @@ def make_report(config: PrepareConfig, ran: Ran, *, command: str) -> dict[str, A
         "samples": _samples(config, ran), "languages": _languages(ran),
         "exact": _only(ran, "exact", ("groups", "largest")), "minhash": _minhash(config, ran),
         "lines": _lines(config, ran), "decontamination": _decontamination(config, ran), "datasets": _datasets(ran)}
+
+
+def state(config: PrepareConfig, ran: Ran) -> str:
+    """Hash of what a report tells of: of an output that is as it was and a config that asks the same, it is the same.
+
+    A run that had nothing to do may still need a new report: a source is gone, or the run before was killed before it
+    wrote one.
+    """
+    free = {name for name, one in type(config).model_fields.items() if (one.json_schema_extra or {}).get("changeable")}
+    return fingerprint(config.model_dump(mode="json", exclude={*free, "output"}),
+                       {name: [[unit["id"], commit.key] for unit, commit in done] for name, done in ran.stages.items()},
+                       {source: manifest.config_sha256 for source, manifest in ran.manifests.items()})
 
 
 def write_report(config: PrepareConfig, ran: Ran, *, command: str) -> dict[str, Any]:

@@ -44,13 +44,14 @@ class Vocabulary(NamedTuple):
 
 
 @functools.lru_cache(maxsize=2)
-def _tokenizer(path: str):
+def load(path: str):
+    """The tokenizer of a file; read once in a process."""
     return load_tokenizer(path)
 
 
 def vocabulary(config: PrepareConfig) -> Vocabulary:
     """The tokenizer of a config. UserError where it cannot be loaded or nothing can end a document."""
-    tokenizer = _tokenizer(config.tokenizer)
+    tokenizer = load(config.tokenizer)
     eod_id = tokenizer.eos_id if config.eod_id is None else config.eod_id
     if eod_id is None:
         raise UserError(f"eod_id must be given: {config.tokenizer} has no EOS that could end documents")
@@ -68,7 +69,7 @@ def _tokenize(unit: Unit, options: dict[str, Any], output: Output) -> None:
     records = read_jsonl_zst(unit["location"])
     texts = sorted(as_text(record["text"], index=index, seed=config.seed) for index, record in enumerate(records))
     ids = output.file(f"{unit['id']}.ids")
-    made = tokenize(texts, _tokenizer(config.tokenizer), ids, dtype=options["dtype"])
+    made = tokenize(texts, load(config.tokenizer), ids, dtype=options["dtype"])
     index = np.empty(len(texts), INDEX)
     index["key"] = [text.key for text in texts]
     index["split"] = [text.split_value for text in texts]
@@ -143,8 +144,10 @@ def assemble(target: Path, source: str, shards: Sequence[tuple[Unit, Commit]], s
         if target.exists():
             manifest = _standing(target)
             wanted = [shard.sha256 for split in splits.values() for shard in split]
-            if manifest and manifest.config_sha256 == config_sha256 and wanted == [
-                    shard.sha256 for split in manifest.splits.values() for shard in split.shards]:
+            standing = [shard for split in manifest.splits.values() for shard in split.shards]
+            if manifest.config_sha256 == config_sha256 and wanted == [shard.sha256 for shard in standing] and all(
+                    (target / shard.file).is_file() and (target / shard.file).stat().st_size == shard.size
+                    for shard in standing):
                 return manifest
             shutil.rmtree(target)
         with staged(target) as directory:
@@ -155,7 +158,15 @@ def assemble(target: Path, source: str, shards: Sequence[tuple[Unit, Commit]], s
                           vocab_size=known.vocab_size, config_sha256=config_sha256, splits=splits)
 
 
-def _standing(target: Path) -> Manifest | None:
+def remove(target: Path) -> None:
+    """Remove the dataset directory of a source that has no documents any more."""
+    with exclusive(target):
+        if target.exists():
+            _standing(target)
+            shutil.rmtree(target)
+
+
+def _standing(target: Path) -> Manifest:
     """The manifest of a dataset of ours. UserError where the folder is something else."""
     try:
         return read_manifest(target)

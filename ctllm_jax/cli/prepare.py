@@ -63,17 +63,18 @@ def run(context: Context) -> int:
 def prepare(context: Context, inputs: list) -> int:
     """Run the stages, write the report, and say what became of the documents."""
     from data_prep.pipeline import prepare as run_stages
-    from data_prep.report import write_report
+    from data_prep.report import state, write_report
 
     config, console = context.config, context.console
     began = time.monotonic()
     with stage_bars(console) as progress:
         ran = run_stages(config, inputs=inputs, progress=progress)
     page = Path(config.output) / "report.html"
-    if ran.worked or not page.exists():
+    numbers = page.with_suffix(".json")
+    report = json.loads(numbers.read_bytes()) if numbers.exists() and page.exists() and not ran.worked else {}
+    if report.get("state") != state(config, ran):
         report = write_report(config, ran, command=context.command_line)
     else:
-        report = json.loads(page.with_suffix(".json").read_bytes())
         console.print("[dim]nothing to do: all of it is there already[/]")
     show_funnel(report, console)
     if report["datasets"]:

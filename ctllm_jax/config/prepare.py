@@ -148,6 +148,8 @@ class PrepareConfig(Section):
                              "input and sources exclude each other: input is a single source")
         if not self.explain and not self.output:
             raise ValueError("output is missing: the directory to write")
+        if self.name in RESERVED_NAMES:
+            raise ValueError(f"name={self.name}: it is not {' or '.join(RESERVED_NAMES)}, which are folders of the output")
         for name in self.sources:
             if not name.isidentifier() or name != name.lower() or name in RESERVED_NAMES:
                 raise ValueError(f"sources.{name}: a name has lower-case letters, digits and _, and is not "

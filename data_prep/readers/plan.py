@@ -9,10 +9,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.config.prepare import PrepareConfig, SourceInput
+from ctllm_jax.config.prepare import RESERVED_NAMES, PrepareConfig, SourceInput
 from ctllm_jax.dataset.text import BOM
 from data_prep.readers import fields, files, lines, parquet
 from data_prep.readers.encodings import CODECS, detect_encoding
@@ -23,6 +24,7 @@ UNIT_BYTES = 2**26
 _THREADS = 8
 _SAMPLES = 32
 _SHOWN = 200
+_MADE = (*RESERVED_NAMES, "quarantine.jsonl", "report.json", "report.html")
 logger = logging.getLogger(__name__)
 
 
@@ -50,7 +52,7 @@ def plan_files(source_name: str, source: SourceInput, config: PrepareConfig, *, 
     """
     from data_prep.readers.read import sample_of
 
-    listed = files.list_files(source.input)
+    listed = _without_output(files.list_files(source.input), source, config.output)
     wanted = [file for file in listed if file.size and files.may_be_read(file)]
     given = source.text_field or config.text_field
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -112,6 +114,17 @@ def _sample_lines(seen: Recognised, encoding: str) -> Iterator[dict]:
             continue  # Bad lines are put aside when they are read; the last may be cut here.
         if isinstance(values, dict):
             yield values
+
+
+def _without_output(listed: list[InputFile], source: SourceInput, output: str) -> list[InputFile]:
+    """The files of a source but for what a former run has made, where `output` lies in a folder of the input."""
+    folder = Path(output).resolve()
+    if not output or not any(folder.is_relative_to(Path(given).resolve()) for given in source.input
+                             if not files.is_remote(given)):
+        return listed
+    made = [folder / name for name in _MADE]
+    return [file for file in listed if file.explicit or files.is_remote(file.file)
+            or not any(Path(file.file).resolve().is_relative_to(path) for path in made)]
 
 
 def _key(source_name: str, config: PrepareConfig, key: str) -> str:

@@ -80,11 +80,12 @@ def _one_of(words: Sequence[str]) -> str:
 
 def load(files: Sequence[str]) -> BadWords | None:
     """The bad words of UTF-8 files with one a line (# starts a comment); None without files. One copy a process."""
-    return _load(tuple(files)) if files else None
+    return load_files(tuple(files)) if files else None
 
 
 @functools.lru_cache(maxsize=4)
-def _load(files: tuple[str, ...]) -> BadWords:
+def load_files(files: tuple[str, ...]) -> BadWords:
+    """The words of all these files; read once in a process."""
     words: list[str] = []
     for file in files:
         try:

@@ -21,7 +21,8 @@ COLUMNS = ("id", "url", "text", "source", "time", "file", "position")
 
 
 @functools.lru_cache(maxsize=16)
-def _filter(rules: str, config: str, languages: tuple[str, ...] | None) -> Filter:
+def make_filter(rules: str, config: str, languages: tuple[str, ...] | None) -> Filter:
+    """A filter, made once in a process; `config` is a FilterConfig as JSON."""
     from data_prep.rules.filter import Filter
 
     return Filter(rules, FilterConfig.model_validate_json(config),
@@ -31,7 +32,7 @@ def _filter(rules: str, config: str, languages: tuple[str, ...] | None) -> Filte
 def filter_of(unit: Unit, config: FilterConfig) -> Filter:
     """The filter of a unit's source; made once in a process."""
     languages = unit["languages"]
-    return _filter(unit["rules"], config.model_dump_json(), None if languages is None else tuple(languages))
+    return make_filter(unit["rules"], config.model_dump_json(), None if languages is None else tuple(languages))
 
 
 def run(unit: Unit, options: dict[str, Any]) -> dict[str, Any]:
