@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
@@ -80,6 +81,9 @@ def list_files(inputs: Sequence[str]) -> list[InputFile]:
             identity = file.file if is_remote(given) else str(Path(file.file).resolve())
             found.setdefault(identity, (root, file))
     named = list(found.values())
+    for _, file in named:
+        if not file.file.isprintable() and any("\ud800" <= character <= "\udfff" for character in file.file):
+            raise UserError(f"input {os.fsencode(file.file)!r}: the name of this file is not UTF-8; rename it")
     for prefix in (lambda root: PurePosixPath(root.rstrip("/")).name, lambda root: root.rstrip("/")):
         counts: dict[str, int] = {}
         for _, file in named:

@@ -1,6 +1,7 @@
 """Inputs and changes between two runs that once lost, doubled or kept something stale."""
 
 import json
+import os
 
 import pytest
 from pydantic import ValidationError
@@ -116,6 +117,13 @@ def test_an_estimate_of_a_long_book(tmp_path):
     (tmp_path / "raw/book.txt").write_text(text)
     options = config(tmp_path, rules="none", lines={"enabled": False})
     assert estimate(options, plan(options)).documents == 1
+
+
+def test_a_file_name_that_is_not_utf_8_is_said(tmp_path):
+    write_corpus(tmp_path / "raw", documents=20, files=2)
+    os.rename(tmp_path / "raw/0.jsonl", os.fsencode(tmp_path / "raw") + "/中文.jsonl".encode("gbk"))
+    with pytest.raises(UserError, match="is not UTF-8; rename it"):
+        plan(config(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["stages", "clean"])
