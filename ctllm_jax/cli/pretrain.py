@@ -74,10 +74,11 @@ def dry_run(config: PretrainConfig, console: Any) -> int:
 
 
 def train(config: PretrainConfig, console: Any, *, next_command: bool = True, name: str = "pretrain", data: Any = None,
-          meta: dict[str, Any] | None = None) -> dict[str, Any]:
+          meta: dict[str, Any] | None = None, objective: Any = None) -> dict[str, Any]:
     """A whole run; returns its last evaluation per source (empty without one).
 
-    `name`, `data` and `meta` are another stage's: its name, its batches, and what its checkpoints say of themselves.
+    `name`, `data`, `meta` and `objective` are another stage's: its name, its batches, what its checkpoints say of
+    themselves, and its loss.
     """
     from ctllm_jax.cluster import distributed
 
@@ -92,7 +93,7 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
     directory = Path(config.run.dir)
     first = jax.process_index() == 0
     stage = (lambda text: console.print(f"[dim]{escape(text)} …[/]")) if first else (lambda text: None)
-    run = prepare_run(config, directory=directory, stage=stage, data=data, meta=meta)
+    run = prepare_run(config, directory=directory, stage=stage, data=data, meta=meta, objective=objective)
     start = describe_run(run)
     if first:
         print_rows(console, banner_rows(run, start), title=f"{name} {directory}")

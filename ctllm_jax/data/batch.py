@@ -12,12 +12,26 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 
+class Preference(NamedTuple):
+    """What is known of the answers of a row, numpy or jax arrays, all [B, M]: segment i of a row stands at i - 1.
+
+    pair_ids int32, the same for both answers of a pair, which lie in one row; 0 for segments that do not exist.
+    is_chosen bool; group int32, an index into the names of groups; reference_logps float32, the sum of log p over the
+    answer's tokens under the reference model, 0 where there is none.
+    """
+
+    pair_ids: Any
+    is_chosen: Any
+    group: Any
+    reference_logps: Any
+
+
 class Batch(NamedTuple):
     """Rows of packed documents, numpy or jax arrays, all [B, S].
 
     tokens int32; targets int32, the token after each; loss_weights float32, 0 where the target does not count;
     segment_ids int32, 1 and up for the documents of a row, 0 for padding; positions int32, from 0 in each segment.
-    `preference` is None in pretraining.
+    `preference` is a `Preference` where answers are compared, else None.
     """
 
     tokens: Any
@@ -62,7 +76,11 @@ class BatchSource(Protocol):
 
 def stack_rows(rows: Sequence[Batch]) -> Batch:
     """Rows with [S] arrays to one batch with [B, S] arrays."""
-    return Batch(*(np.stack(arrays) for arrays in list(zip(*rows, strict=True))[:5]))
+    batch = Batch(*(np.stack(arrays) for arrays in list(zip(*rows, strict=True))[:5]))
+    if rows[0].preference is None:
+        return batch
+    parts = zip(*(row.preference for row in rows), strict=True)
+    return batch._replace(preference=Preference(*(np.stack(arrays) for arrays in parts)))
 
 
 def padding_row(sequence_length: int) -> Batch:

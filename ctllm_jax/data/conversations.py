@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +47,14 @@ class Dialogue(NamedTuple):
     row: int
 
 
+class Rows(NamedTuple):
+    """What was made of rows: that which is of use, the rows read, those left out by reason."""
+
+    parsed: list[Any]
+    rows: int
+    dropped: dict[str, int]
+
+
 class Conversations(NamedTuple):
     """What was read: the dialogues, the layout of each file in words, rows read, rows left out by reason."""
 
@@ -65,7 +73,7 @@ class _Named(Quarantine):
         logger.warning("%s:%d is left out: %s", file, line, reason)
 
 
-class _Dropped(Exception):
+class Dropped(Exception):
     """A row that is whole, but no use: the reason."""
 
 
@@ -77,37 +85,52 @@ def read_conversations(path: Path | str, *, layout: str | None = None, max_bad: 
     is cut off. A row that cannot be read counts against `max_bad`, and is listed in the file `quarantine` if given.
     UserError where there are more, or where no layout is recognized, with the fields that were seen.
     """
-    bad = _Named(quarantine, max_bad)
-    dialogues: list[Dialogue] = []
     layouts: dict[str, str] = {}
+
+    def parse(record: dict, file: Path, row: int) -> Dialogue:
+        found = layout or detected.get(file) or _detected(record, file, row)
+        detected[file] = found
+        if str(file) not in layouts:
+            layouts[str(file)] = _in_words(record, found)
+            logger.info("%s: %s", file, layouts[str(file)])
+        return Dialogue(_checked(_PARSERS[found](record)), file, row)
+
+    detected: dict[Path, str] = {}
+    read = read_rows(path, parse, max_bad=max_bad, quarantine=quarantine)
+    if not read.parsed:
+        raise UserError(f"{path} holds no dialogue with an answer ({read.rows} rows, {read.dropped or 'all empty'})")
+    return Conversations(read.parsed, layouts, read.rows, read.dropped)
+
+
+def read_rows(path: Path | str, parse: Callable[[dict, Path, int], Any], *, max_bad: int = 0,
+              quarantine: Path | None = None) -> Rows:
+    """`parse(record, file, row)` of every row of a file, or of the files below a folder in order of their paths.
+
+    A row for which it raises `Dropped` is counted by reason; one for which it raises ValueError is put aside, as is one
+    that is no JSON object. UserError goes through, and is raised where more than `max_bad` rows were put aside.
+    """
+    bad = _Named(quarantine, max_bad)
+    parsed: list[Any] = []
     dropped: Counter[str] = Counter()
     for file in _files(Path(path)):
-        found = layout
         for row, record in _records(file, bad):
             try:
                 if not isinstance(record, dict):
                     raise ValueError(f"not an object but {type(record).__name__}")
-                if found is None:
-                    found = _detected(record, file, row)
-                if str(file) not in layouts:
-                    layouts[str(file)] = _in_words(record, found)
-                dialogues.append(Dialogue(_checked(_PARSERS[found](record)), file, row))
-            except _Dropped as reason:
+                parsed.append(parse(record, file, row))
+            except Dropped as reason:
                 dropped[str(reason)] += 1
             except ValueError as error:
                 if isinstance(error, UserError):
                     raise
                 bad.put(file, row, str(error), json.dumps(record, ensure_ascii=True, default=str).encode())
-        logger.info("%s: %s", file, layouts.get(str(file), "no rows"))
     if bad.count:
         dropped["unreadable"] = bad.count
-    rows = len(dialogues) + dropped.total()
+    rows = len(parsed) + dropped.total()
     if dropped:
         logger.warning("%s: of %d rows, left out: %s", path, rows,
                        ", ".join(f"{count} ({reason})" for reason, count in sorted(dropped.items())))
-    if not dialogues:
-        raise UserError(f"{path} holds no dialogue with an answer ({rows} rows, {dict(dropped) or 'all empty'})")
-    return Conversations(dialogues, layouts, rows, dict(sorted(dropped.items())))
+    return Rows(parsed, rows, dict(sorted(dropped.items())))
 
 
 def detect_layout(record: dict[str, Any]) -> str | None:
@@ -134,12 +157,12 @@ def detect_layout(record: dict[str, Any]) -> str | None:
 def _detected(record: dict, file: Path, row: int) -> str:
     layout = detect_layout(record)
     if layout is None:
-        seen = ", ".join(f"{name} ({_kind(value)})" for name, value in list(record.items())[:12]) or "none"
+        seen = ", ".join(f"{name} ({kind_of(value)})" for name, value in list(record.items())[:12]) or "none"
         raise UserError(f"{file}:{row}: no known layout of dialogues; fields seen: {seen}; needed: {_EXPECTED}")
     return layout
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     if isinstance(value, list) and value:
         inner = f"{{{', '.join(map(str, value[0]))}}}" if isinstance(value[0], dict) else type(value[0]).__name__
         return f"list of {inner}"
@@ -158,13 +181,13 @@ def _message(entry: Any, role_field: str, text_field: str) -> Message:
         raise ValueError(f"a message needs {role_field} and {text_field}; it has {seen or 'nothing'}")
     role = _ROLES.get(entry[role_field]) if isinstance(entry[role_field], str) else None
     if role is None:
-        raise _Dropped(f"role {entry[role_field]!r}")
+        raise Dropped(f"role {entry[role_field]!r}")
     content = entry[text_field]
     if content is None or entry.get("tool_calls"):
-        raise _Dropped("tool calls")
+        raise Dropped("tool calls")
     if isinstance(content, list):
         if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
-            raise _Dropped("content that is not text")
+            raise Dropped("content that is not text")
         content = "".join(checked_value(part.get("text"), "text") for part in content)
     weight = entry.get("weight")
     weight = 1.0 if weight is None else weight
@@ -173,10 +196,10 @@ def _message(entry: Any, role_field: str, text_field: str) -> Message:
     return Message(role, checked_value(content, text_field), float(weight))
 
 
-def _messages_of(value: Any, name: str) -> list[Message]:
+def messages_of(value: Any, name: str) -> list[Message]:
     """A list of messages, in either way to name the fields."""
     if not isinstance(value, list):
-        raise ValueError(f"field {name!r} is not a list but {_kind(value)}")
+        raise ValueError(f"field {name!r} is not a list but {kind_of(value)}")
     fields = ("from", "value") if value and isinstance(value[0], dict) and "from" in value[0] else ("role", "content")
     return [_message(entry, *fields) for entry in value]
 
@@ -186,15 +209,15 @@ def _from_list(record: dict) -> list[Message]:
     name = next((name for name in ("messages", "conversations", "conversation") if name in record), None)
     chosen = record.get("chosen")
     if isinstance(chosen, list):
-        messages = _messages_of(chosen, "chosen")
+        messages = messages_of(chosen, "chosen")
         if isinstance(record.get("prompt"), list) and all(message.role == "assistant" for message in messages):
-            messages = _messages_of(record["prompt"], "prompt") + messages
+            messages = messages_of(record["prompt"], "prompt") + messages
     elif name is None:
         raise ValueError(f"no field messages or conversations; its fields are {', '.join(record) or 'none'}")
     else:
-        messages = _messages_of(record[name], name)
+        messages = messages_of(record[name], name)
         if isinstance(chosen, dict):
-            messages += _messages_of([chosen], "chosen")
+            messages += messages_of([chosen], "chosen")
         elif isinstance(chosen, str):
             messages.append(Message("assistant", checked_value(chosen, "chosen")))
     return _with_system(record, messages)
@@ -228,7 +251,7 @@ def _from_pair(record: dict) -> list[Message]:
     for name, role in zip(pair, ("user", "assistant"), strict=True):
         value = record[name]
         if isinstance(value, list):
-            messages += _messages_of(value, name)
+            messages += messages_of(value, name)
         elif value is not None:
             messages.append(Message(role, checked_value(value, name)))
     return _with_system(record, messages)
@@ -255,13 +278,13 @@ def _checked(messages: list[Message]) -> tuple[Message, ...]:
     while messages and not (messages[-1].role == "assistant" and messages[-1].content.strip()):
         messages = messages[:-1]
     if not messages:
-        raise _Dropped("no answer")
+        raise Dropped("no answer")
     if any(message.role == "system" for message in messages[1:]):
-        raise _Dropped("system prompt after the first message")
+        raise Dropped("system prompt after the first message")
     if not all(message.content.strip() for message in messages):
-        raise _Dropped("an empty message before the last answer")
+        raise Dropped("an empty message before the last answer")
     if all(message.role != "user" for message in messages):
-        raise _Dropped("no question")
+        raise Dropped("no question")
     return tuple(messages)
 
 

@@ -20,6 +20,7 @@ from ctllm_jax.config.sft import SFTDataConfig
 from ctllm_jax.data.batch import Batch, checked_rows, padding_row, stack_rows
 from ctllm_jax.data.chat import ChatTemplate, Rendered, open_template
 from ctllm_jax.data.conversations import Dialogue, read_conversations
+from ctllm_jax.data.epochs import PackedEpochs, best_fit
 from ctllm_jax.data.pretrain import HeldOutData
 from ctllm_jax.data.tokenizer import Tokenizer
 
@@ -40,38 +41,6 @@ class Examples(NamedTuple):
     def lengths(self) -> np.ndarray:
         """T of each, int64 [N]."""
         return np.diff(self.offsets)
-
-
-class Packing(NamedTuple):
-    """Which row each dialogue goes to, from the longest to the shortest: int64 [N]; and the number of rows."""
-
-    row_of_rank: np.ndarray
-    rows: int
-
-
-def best_fit(lengths: Sequence[int], capacity: int) -> Packing:
-    """Best-fit decreasing: each length, from the longest down, goes to the fullest row that still has room for it.
-
-    `lengths` must fall, and none may be above `capacity`. Only the lengths decide, so any order of dialogues of equal
-    length can be put in.
-    """
-    rows_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0  # bit n: some row has room for exactly n more
-    row_of_rank, rows = np.empty(len(lengths), np.int64), 0
-    for rank, length in enumerate(map(int, lengths)):
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = rows_with_room[room].pop()
-            if not rows_with_room[room]:
-                rooms ^= 1 << room
-        else:
-            room, row, rows = capacity, rows, rows + 1
-        row_of_rank[rank] = row
-        if left := room - length:
-            rows_with_room[left].append(row)
-            rooms |= 1 << left
-    return Packing(row_of_rank, rows)
 
 
 class SFTData:
@@ -101,13 +70,8 @@ class SFTData:
         self._sequence_length = sequence_length
         self._rows = rows
         self._seed = seed
-        self._packing = best_fit(np.sort(self.examples.lengths)[::-1], sequence_length)
-        by_row = np.argsort(self._packing.row_of_rank, kind="stable")
-        counts = np.bincount(self._packing.row_of_rank, minlength=self._packing.rows)
-        self._ranks_of_row = np.split(by_row, np.cumsum(counts)[:-1])
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self.rows_per_epoch = self._packing.rows
-        self.steps_per_epoch = -(-self._packing.rows // rows)
+        self._packed = PackedEpochs(self.examples.lengths, sequence_length, rows=rows, seed=seed)
+        self.rows_per_epoch, self.steps_per_epoch = self._packed.rows_per_epoch, self._packed.steps_per_epoch
         self.steps = config.epochs * self.steps_per_epoch
         self.tokenizer_path: Path | None = tokenizer.path
         self.eod_id: int | None = self.template.stop_ids[0] if self.template.stop_ids else None
@@ -130,11 +94,10 @@ class SFTData:
 
     def row(self, step: int, row: int) -> Batch:
         """One row of one step: a `Batch` of [S] arrays."""
-        epoch, step = divmod(step, self.steps_per_epoch)
-        place = step * self._rows + row
-        if place >= self.rows_per_epoch:
+        chosen = self._packed.items(step, row)
+        if not len(chosen):
             return padding_row(self._sequence_length)
-        return pack_row(self.examples, self._examples_of(epoch, place), self._sequence_length)
+        return pack_row(self.examples, chosen, self._sequence_length)
 
     def iterate(self, start_step: int, *, local_rows: Sequence[int]) -> Iterator[Batch]:
         """Batches of these rows from data step `start_step` on, without end."""
@@ -162,10 +125,7 @@ class SFTData:
 
     def tokens_per_source(self, steps: int) -> dict[str, int]:
         """Tokens of each source's dialogues in the first `steps` steps; padding belongs to none."""
-        epochs, rest = divmod(steps, self.steps_per_epoch)
-        seen = np.full(len(self.examples.sources), epochs, np.int64)
-        for place in range(min(rest * self._rows, self.rows_per_epoch)):
-            seen[self._examples_of(epochs, place)] += 1
+        seen = self._packed.times_seen(steps)
         tokens = np.bincount(self.examples.sources, weights=seen * self.examples.lengths, minlength=len(self._names))
         return {name: int(count) for name, count in zip(self._names, tokens, strict=True)}
 
@@ -173,18 +133,6 @@ class SFTData:
         """How often each source has been seen through after `steps` steps."""
         whole = {name: self.report["sources"][name]["tokens"] for name in self._names}
         return {name: tokens / max(1, whole[name]) for name, tokens in self.tokens_per_source(steps).items()}
-
-    def _examples_of(self, epoch: int, place: int) -> np.ndarray:
-        if epoch not in self._epochs:
-            # By length, then by a random number of the epoch: ranks of equal length are drawn anew.
-            drawn = _random(self._seed, epoch, "dialogues", len(self.examples.sources))
-            example_of_rank = np.lexsort((drawn, -self.examples.lengths))
-            order = np.argsort(_random(self._seed, epoch, "rows", self.rows_per_epoch), kind="stable")
-            if len(self._epochs) > 1:
-                self._epochs.pop(next(iter(self._epochs)))
-            self._epochs[epoch] = example_of_rank, order
-        example_of_rank, order = self._epochs[epoch]
-        return example_of_rank[self._ranks_of_row[order[place]]]
 
 
 class PackedDialogues:
@@ -334,9 +282,3 @@ def _draw_key(seed: int, name: str, dialogue: Dialogue) -> int:
     """What a row is drawn by: its own content, so that other rows and sources do not matter."""
     said = json.dumps([seed, name, dialogue.messages], ensure_ascii=True).encode()
     return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little")
-
-
-def _random(seed: int, epoch: int, what: str, count: int) -> np.ndarray:
-    """uint64 [count]; raw words, which NumPy promises to keep."""
-    digest = hashlib.blake2b(json.dumps([seed, epoch, what]).encode(), digest_size=16).digest()
-    return np.random.Philox(key=np.frombuffer(digest, "<u8")).random_raw(count)

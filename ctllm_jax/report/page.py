@@ -184,7 +184,14 @@ def _charts(runs: Sequence[Run], names: Sequence[str]) -> str:
                  for index, (run, name) in enumerate(zip(runs, names, strict=True))]
         return Chart(title, lines, restarts=restarts, **looks)
 
-    charts = [trained("Training loss", "loss", note="nats per token", smooth=True), *_bits(runs, names, restarts)]
+    compares = any("rewards/margins" in record for run in runs for record in run.train[-1:])
+    charts = [trained("Training loss", "loss", note="per pair" if compares else "nats per token", smooth=True)]
+    if compares:
+        charts += [trained("Reward accuracy", "rewards/accuracies", note="pairs whose chosen answer is ahead",
+                           kind="percent", from_zero=True, smooth=True),
+                   trained("Reward margin", "rewards/margins", note="chosen less rejected", smooth=True)]
+    else:
+        charts += _bits(runs, names, restarts)
     small = {"width": _SMALL, "height": 160}
     charts.append(trained("Learning rate", "lr", kind="power", from_zero=True, **small))
     charts.append(trained("Gradient norm", "grad_norm", note="before clipping", smooth=True, log=True, **small))

@@ -141,6 +141,8 @@ def _fields(record: dict[str, Any]) -> list[tuple[str, str]]:
     for key, write in (
         ("loss", lambda value: f"loss {_number(value)}"),
         ("bits_per_byte", lambda value: f"bpb {_number(value)}"),
+        ("rewards/accuracies", lambda value: f"accuracy {percent(value)}"),
+        ("rewards/margins", lambda value: f"margin {_number(value)}"),
         ("lr", lambda value: f"lr {value:.1e}"),
         ("grad_norm", lambda value: f"gnorm {_number(value, 2)}"),
         ("tokens_per_second", lambda value: f"{compact(value)} tok/s"),

@@ -28,7 +28,7 @@ from ctllm_jax.cluster.chips import find_chip
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import changeable_paths, to_yaml
 from ctllm_jax.config.pretrain import PretrainConfig
-from ctllm_jax.data.batch import Batch, BatchSource
+from ctllm_jax.data.batch import Batch, BatchSource, Preference
 from ctllm_jax.data.pretrain import open_training_data
 from ctllm_jax.losses.cross_entropy import chunked_cross_entropy
 from ctllm_jax.model.decoder import Decoder, head_weights, init_params
@@ -84,6 +84,20 @@ def make_loss_fn(config: PretrainConfig, decoder: Decoder, *, mesh: jax.sharding
     return loss_fn
 
 
+class Objective(NamedTuple):
+    """What another stage is trained on, where pretraining has its cross-entropy.
+
+    Attributes:
+      make_loss_fn: `(config, decoder, mesh) -> (params, frozen, batch) -> (sum of loss, sum of weight, sums)`.
+      describe: the metrics of a step -> what its record says beside the loss.
+      num_segments: M of the batch's `preference` part; 0 where it has none.
+    """
+
+    make_loss_fn: Callable
+    describe: Callable[[dict[str, float]], dict[str, float]]
+    num_segments: int = 0
+
+
 @dataclass
 class Run:
     """A run, ready for its first step."""
@@ -101,6 +115,7 @@ class Run:
     accumulation: int
     compile_seconds: float
     start: int
+    objective: Objective | None = None
 
     @property
     def prefix_id(self) -> int | None:
@@ -157,8 +172,9 @@ class StepPlan(NamedTuple):
         return self.jitted.lower(self.abstract_state, self.abstract_batch, None).compile()
 
 
-def plan_step(config: PretrainConfig, mesh: jax.sharding.Mesh, *, token_bytes: np.ndarray | None = None) -> StepPlan:
-    """The train step of a config on a mesh.
+def plan_step(config: PretrainConfig, mesh: jax.sharding.Mesh, *, token_bytes: np.ndarray | None = None,
+              objective: Objective | None = None) -> StepPlan:
+    """The train step of a config on a mesh; `objective` is another stage's than pretraining.
 
     Raises:
       UserError: a batch or a parameter that the mesh does not divide, an optimizer rule that decides for nothing.
@@ -177,20 +193,28 @@ def plan_step(config: PretrainConfig, mesh: jax.sharding.Mesh, *, token_bytes: n
     replicated, batch_sharding = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     state_shardings = _like_params(abstract, abstract_params, shardings, replicated)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, state_shardings)
-    loss_fn = make_loss_fn(config, make_decoder(config, mesh), mesh=mesh, token_bytes=token_bytes,
-                           z_loss=config.loss.z_loss, padded=config.isolated)
+    if objective is None:
+        loss_fn = make_loss_fn(config, make_decoder(config, mesh), mesh=mesh, token_bytes=token_bytes,
+                               z_loss=config.loss.z_loss, padded=config.isolated)
+    else:
+        loss_fn = objective.make_loss_fn(config, make_decoder(config, mesh), mesh)
     train_step = make_train_step(
         loss_fn, optimizer, make_schedule(config.optimizer, steps=config.steps), accumulation=accumulation,
         constrain_grads=partial(jax.lax.with_sharding_constraint, shardings=shardings))
     shape = (config.batch.rows, config.batch.sequence_length)
     batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
                     for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)))
+    if objective is not None and objective.num_segments:
+        shape = (config.batch.rows, objective.num_segments)
+        batch = batch._replace(preference=Preference(*(jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
+                                                       for dtype in (jnp.int32, jnp.bool_, jnp.int32, jnp.float32))))
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, replicated))
     return StepPlan(jitted, jax.jit(init, out_shardings=state_shardings), abstract, batch, micro_rows, accumulation)
 
 
 def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str], None] = log.info,
-                data: BatchSource | None = None, meta: dict[str, Any] | None = None) -> Run:
+                data: BatchSource | None = None, meta: dict[str, Any] | None = None,
+                objective: Objective | None = None) -> Run:
     """Everything up to the first step: data, mesh, weights or checkpoint, compiled step.
 
     Args:
@@ -198,6 +222,7 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
       stage: told what is being done.
       data: batches of another stage than pretraining; None: those of `config.data`.
       meta: what else its checkpoints say of themselves, as JSON.
+      objective: what that stage is trained on; None: next tokens.
 
     Raises:
       UserError: whatever in the config, data or checkpoint does not fit, before the model is compiled.
@@ -213,7 +238,7 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
     if data is None:
         data = open_training_data(config.data, sequence_length=config.batch.sequence_length, rows=config.batch.rows,
                                   seed=config.seed, vocab_size=config.model.vocab_size)
-    plan = plan_step(config, mesh, token_bytes=data.token_bytes)
+    plan = plan_step(config, mesh, token_bytes=data.token_bytes, objective=objective)
     directory.mkdir(parents=True, exist_ok=True)
     fingerprint = make_fingerprint(config, data.fingerprint)
     checkpointer = checkpoints.Checkpointer(
@@ -242,7 +267,8 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
     began = time.perf_counter()
     compiled = plan.compile()
     return Run(config, directory, mesh, make_decoder(config, mesh), data, state, how, compiled, checkpointer,
-               plan.micro_rows, plan.accumulation, time.perf_counter() - began, start=int(state.step))
+               plan.micro_rows, plan.accumulation, time.perf_counter() - began, start=int(state.step),
+               objective=objective)
 
 
 def find_prefix_id(config: PretrainConfig, eod_id: int | None) -> int | None:
@@ -318,7 +344,9 @@ def make_record(run: Run) -> Callable[[int, dict[str, float], dict[str, float]],
             result["bits_per_byte"] = loss * metrics["weight"] / np.log(2) / metrics["bytes"]
         result |= {"grad_norm": metrics["grad_norm"], "lr": metrics["lr"], "tokens_per_second": tokens_per_second,
                    **timing, "eta_seconds": (config.steps - step) * timing["step_seconds"]}
-        if config.loss.z_loss:
+        if run.objective is not None:
+            result |= run.objective.describe(metrics)
+        elif config.loss.z_loss:
             result["z_loss"] = z_loss
         if chip is not None:
             peak = chip.peak_flops * len(devices)

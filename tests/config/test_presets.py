@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from ctllm_jax.config.dpo import DPOConfig
 from ctllm_jax.config.load import config_root, load
 from ctllm_jax.config.prepare import PrepareConfig
 from ctllm_jax.config.pretrain import PretrainConfig
@@ -14,8 +15,8 @@ from ctllm_jax.model.parameters import count_parameters
 STATED = {"ct_llm_2b/pretrain": 2_134_509_568, "small/150m": 148_264_704, "small/400m": 399_561_728,
           "small/1b": 1_003_554_816, "debug/pretrain": 41_120}
 PRETRAIN = [path for path in sorted(config_root().rglob("*.yaml"))
-            if not path.stem.startswith("sft") and path.parent.name != "data"]
-TUNING = [path for path in sorted(config_root().rglob("sft*.yaml"))]
+            if not path.stem.startswith(("sft", "dpo")) and path.parent.name != "data"]
+TUNING = [path for name in ("sft*.yaml", "dpo*.yaml") for path in sorted(config_root().rglob(name))]
 
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: str(path.relative_to(config_root()).with_suffix("")))
@@ -57,9 +58,10 @@ def test_flops_of_ct_llm():
 
 @pytest.mark.parametrize("path", TUNING, ids=lambda path: str(path.relative_to(config_root()).with_suffix("")))
 def test_a_tuning_config_loads_with_its_command_in_its_head(path):
-    config = load(SFTConfig, target=path)
+    command = path.stem.partition("_")[0]
+    config = load({"sft": SFTConfig, "dpo": DPOConfig}[command], target=path)
     assert config.init and config.data.sources
-    assert f"python launch.py sft configs/{path.relative_to(config_root())}" in path.read_text()
+    assert f"python launch.py {command} configs/{path.relative_to(config_root())}" in path.read_text()
 
 
 @pytest.mark.parametrize("path", sorted((config_root() / "data").glob("*.yaml")), ids=lambda path: path.stem)

@@ -1,0 +1,80 @@
+"""`launch.py dpo`: pairs of answers, how they are written out and packed, and the loss over them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from ctllm_jax.config.base import Section, key, section
+from ctllm_jax.config.model import ModelConfig
+from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.config.sft import TemplateConfig
+
+
+class PairSourceConfig(Section):
+    """One source of pairs. A bare value is its path."""
+
+    shorthand = "path"
+
+    path: str = key(..., "JSON lines (.jsonl, .gz, .zst), a JSON array (.json), Parquet, or a folder of these")
+    group: str = key("", "what metrics are also counted under, such as zh or en; empty: the source's name")
+    layout: Literal["trl", "sharegpt", "alpaca", "ultrafeedback", "hh"] | None = key(None, "how a row holds its pair; null: detected, and named in the log")
+    max_bad: int = key(0, "rows that cannot be read (malformed JSON, wrong fields) put aside before the run fails", ge=0)
+
+
+class PairDataConfig(Section):
+    """The pairs. A bare value is the path of a single source."""
+
+    sources: dict[str, PairSourceConfig] = key(..., "name -> source; names appear in the report", min_length=1)
+    tokenizer: str | None = key(None, "tokenizer (.model or tokenizer.json); null: the one of the model that training starts from")
+    template: TemplateConfig | None = key(None, "how messages become ids; null: the one that the model has learned")
+    over_length: Literal["drop", "truncate", "raise"] = key("drop", "a pair of more than sequence_length tokens, or an answer beyond the model's context: leave the pair out, cut the ends of its answers off, or fail; counted in the report")
+    pairs_per_row: int | None = key(None, "most pairs of a row; 1 makes a step of as many pairs as the batch has rows. null: as many as fit", ge=1)
+    epochs: int = key(2, "times that every pair is seen", ge=1, changeable=True)
+    reference: str | None = key(None, "file (.npz) of the reference log-probabilities, made where there is none; null: reference.npz in the run directory", changeable=True)
+
+    @classmethod
+    def from_shorthand(cls, value: str) -> dict:
+        """A path."""
+        return {"sources": {"data": {"path": value}}}
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """The group of each source."""
+        return {name: source.group or name for name, source in self.sources.items()}
+
+
+class PreferenceLossConfig(Section):
+    """The loss over pairs. A bare value is its kind."""
+
+    shorthand = "kind"
+
+    kind: Literal["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo_sum", "ipo_token_mean", "reference_free", "simpo", "orpo"] = key("sigmoid", "sigmoid: DPO; sigmoid_norm: by answer length; robust; hinge: SLiC; ipo_sum, ipo_token_mean; without a reference model: reference_free, simpo, orpo")
+    beta: float = key(0.1, "how far answers may move from the reference: smaller is farther", gt=0)
+    label_smoothing: float = key(0.0, "share of labels thought wrong; sigmoid, sigmoid_norm, robust, reference_free, simpo", ge=0, lt=0.5)
+    gamma: float = key(0.0, "simpo: the margin that is aimed at", ge=0)
+    sft_weight: float = key(0.0, "weight of the chosen answer's own cross-entropy, added to the loss", ge=0)
+
+
+class DPOConfig(PretrainConfig):
+    """A run on preferences."""
+
+    steps: int | None = key(None, "optimizer steps; null: as many as data.epochs take", ge=1, changeable=True)
+    init: str = key(..., "MODEL to start from, which is the reference too: a run directory, or RUN@STEP", changeable=True)
+    model: ModelConfig | None = key(None, "the architecture; null: that of init")
+    data: PairDataConfig = key(..., "the pairs")
+    loss: PreferenceLossConfig = section(PreferenceLossConfig, "the loss")
+    warmup_ratio: float | None = key(None, "share of the steps that warm up, in place of optimizer.warmup_steps", ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self):
+        # A row may be longer than the model's context: each answer is a segment of its own.
+        if self.steps is not None and self.optimizer.warmup_steps >= self.steps and self.optimizer.schedule != "constant":
+            raise ValueError(f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves no step of {self.steps} for schedule={self.optimizer.schedule}")
+        return self
+
+    @property
+    def isolated(self) -> bool:
+        """Answers of a row never see each other."""
+        return True

@@ -1,0 +1,227 @@
+"""Batches of preference pairs: files of pairs in, a `BatchSource` out.
+
+Both answers of a pair, each behind its prompt, are segments of one row. B rows of a batch, S tokens of a row, M
+segments of a row, N pairs; answer 2i is the chosen one of pair i, 2i + 1 the rejected one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ctllm_jax.config.dpo import PairDataConfig
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.data.batch import Batch, Preference, checked_rows, padding_row, stack_rows
+from ctllm_jax.data.chat import ChatTemplate, Rendered
+from ctllm_jax.data.epochs import PackedEpochs
+from ctllm_jax.data.pairs import Pair, read_pairs
+from ctllm_jax.data.sft import Examples, pack_row
+from ctllm_jax.data.tokenizer import Tokenizer
+
+_TOKENIZED_TOGETHER = 512  # pairs
+logger = logging.getLogger(__name__)
+
+
+class PreferenceData:
+    """Pairs packed into rows. A `BatchSource`.
+
+    Steps, rows and epochs are those of `PackedEpochs`, with pairs as items. `num_segments` is M, twice the most pairs
+    of a row, the same for every batch. `reference_logps` float32 [2N] are those of the answers, zeros until they are
+    set. `report` tells what was read, left out and kept, as JSON.
+    """
+
+    def __init__(self, config: PairDataConfig, *, template: ChatTemplate, tokenizer: Tokenizer, sequence_length: int,
+                 context_length: int, rows: int, seed: int, vocab_size: int):
+        """
+        Args:
+          context_length: the most tokens of an answer behind its prompt.
+          rows: B, of the global batch.
+        """
+        self.template = template
+        self.group_names = sorted(set(config.groups.values()))
+        self.answers, self.report = tokenize_sources(config, template, sequence_length=sequence_length,
+                                                     context_length=context_length)
+        if (largest := int(self.answers.ids.max())) >= vocab_size:
+            raise UserError(f"the pairs have ids up to {largest}: model.vocab_size={vocab_size} must be at least "
+                            f"{largest + 1}")
+        self._names = list(config.sources)
+        self._groups = np.array([self.group_names.index(config.groups[name]) for name in self._names], np.int32)
+        self._sequence_length, self._rows = sequence_length, rows
+        self._lengths = self.answers.lengths.reshape(-1, 2).sum(axis=1)
+        self._packed = PackedEpochs(self._lengths, sequence_length, rows=rows, seed=seed, most=config.pairs_per_row)
+        self.rows_per_epoch, self.steps_per_epoch = self._packed.rows_per_epoch, self._packed.steps_per_epoch
+        self.steps = config.epochs * self.steps_per_epoch
+        self.num_segments = 2 * self._packed.most_in_a_row
+        self.reference_logps = np.zeros(len(self.answers.sources), np.float32)
+        self.tokenizer_path: Path | None = tokenizer.path
+        self.token_bytes: np.ndarray | None = None
+        self.eod_id: int | None = template.stop_ids[0] if template.stop_ids else None
+        filled = len(self.answers.ids) / (self.rows_per_epoch * sequence_length)
+        self.report |= {"rows_per_epoch": self.rows_per_epoch, "steps_per_epoch": self.steps_per_epoch,
+                        "num_segments": self.num_segments, "filled": round(filled, 6)}
+        content = hashlib.sha256()
+        for array in self.answers:
+            content.update(np.ascontiguousarray(array))
+        self.identity: dict[str, Any] = {"tokenizer_sha256": tokenizer.sha256, "template": template.fingerprint(),
+                                         "sequence_length": sequence_length, "pairs_sha256": content.hexdigest()}
+        self.reference_identity: dict[str, Any] | None = None
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """See `BatchSource`; with the identity of the reference, once it is set."""
+        return {"kind": "preference", "seed": self._packed.seed, "rows": self._rows, "groups": self.group_names,
+                "pairs_per_row": self.num_segments // 2, **self.identity, "reference": self.reference_identity}
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self._lengths)
+
+    def pairs_at(self, place: int) -> np.ndarray:
+        """The pairs of row `place` of the first epoch, int64."""
+        return self._packed.items_at(0, place)
+
+    def row(self, step: int, row: int) -> Batch:
+        """One row of one step: a `Batch` of [S] and [M] arrays."""
+        return self.pack(self._packed.items(step, row))
+
+    def pack(self, pairs: Sequence[int]) -> Batch:
+        """A row of these pairs, answer behind answer; of none, padding."""
+        pair_ids_M, is_chosen_M = np.zeros(self.num_segments, np.int32), np.zeros(self.num_segments, bool)
+        group_M, reference_M = np.zeros_like(pair_ids_M), np.zeros(self.num_segments, np.float32)
+        preference = Preference(pair_ids_M, is_chosen_M, group_M, reference_M)
+        if not len(pairs):
+            return padding_row(self._sequence_length)._replace(preference=preference)
+        answers = np.asarray([answer for pair in pairs for answer in (2 * pair, 2 * pair + 1)])
+        count = len(answers)
+        pair_ids_M[:count] = np.arange(count) // 2 + 1
+        is_chosen_M[:count] = answers % 2 == 0
+        group_M[:count] = self._groups[self.answers.sources[answers]]
+        reference_M[:count] = self.reference_logps[answers]
+        return pack_row(self.answers, answers, self._sequence_length)._replace(preference=preference)
+
+    def iterate(self, start_step: int, *, local_rows: Sequence[int]) -> Iterator[Batch]:
+        """Batches of these rows from data step `start_step` on, without end."""
+        local = checked_rows(local_rows, self._rows)
+
+        def batches():
+            for step in itertools.count(start_step):
+                yield stack_rows([self.row(step, int(row)) for row in local])
+
+        return batches()
+
+    def held_out(self, *, rows: int, split: str, max_tokens: int) -> dict[str, Iterable[Batch]]:
+        """None: all pairs are trained on."""
+        del rows, split, max_tokens
+        return {}
+
+    def tokens_per_source(self, steps: int) -> dict[str, int]:
+        """Tokens of each source's pairs, prompts twice, in the first `steps` steps; padding belongs to none."""
+        tokens = np.bincount(self.answers.sources[::2], weights=self._packed.times_seen(steps) * self._lengths,
+                             minlength=len(self._names))
+        return {name: int(count) for name, count in zip(self._names, tokens, strict=True)}
+
+    def epochs(self, steps: int) -> dict[str, float]:
+        """How often each source has been seen through after `steps` steps."""
+        return {name: tokens / max(1, self.report["sources"][name]["tokens"])
+                for name, tokens in self.tokens_per_source(steps).items()}
+
+
+def tokenize_sources(config: PairDataConfig, template: ChatTemplate, *, sequence_length: int,
+                     context_length: int) -> tuple[Examples, dict[str, Any]]:
+    """The answers of all pairs that are trained on, in the order of sources and rows, and the report.
+
+    UserError where a source cannot be read, a pair is too long with over_length=raise, or none is left.
+    """
+    answers: list[Rendered] = []
+    owners: list[int] = []
+    sources: dict[str, dict[str, Any]] = {}
+    for index, (name, source) in enumerate(config.sources.items()):
+        try:
+            read = read_pairs(source.path, layout=source.layout, max_bad=source.max_bad)
+        except UserError as error:
+            raise UserError(f"data.sources.{name}: {error}") from None
+        counts = {"over_length_prompt": 0, "over_length": 0, "cut": 0, "equal_ids": 0}
+        kept: list[Rendered] = []
+        for pair, both in _rendered(read.pairs, template):
+            fitted, reason = _fitted(both, sequence_length, context_length)
+            if reason and config.over_length == "raise":
+                raise UserError(f"{pair.file}:{pair.row}: {len(both[0].ids)} and {len(both[1].ids)} tokens, prompts "
+                                f"included, do not fit into sequence_length={sequence_length} (and "
+                                f"context_length={context_length} each); data.over_length=drop or truncate lets "
+                                "training go on")
+            if reason == "cut" and config.over_length == "drop":
+                reason, fitted = "over_length", None
+            if fitted is not None and np.array_equal(fitted[0].ids, fitted[1].ids):
+                reason, fitted = "equal_ids", None
+            if reason:
+                counts[reason] += 1
+            if fitted is not None:
+                kept += fitted
+        answers += kept
+        owners += [index] * len(kept)
+        sources[name] = {"group": config.groups[name], "layouts": sorted(set(read.layouts.values())), "read": read.rows,
+                         "dropped": read.dropped, **counts, "pairs": len(kept) // 2,
+                         "tokens": sum(len(each.ids) for each in kept),
+                         "learned_tokens": sum(int(np.count_nonzero(each.weights)) for each in kept)}
+        logger.info("data.sources.%s: %s", name, sources[name])
+        for reason, meaning in _REASONS.items():
+            if counts[reason]:
+                logger.warning("data.sources.%s: %d of %d pairs %s", name, counts[reason], read.rows,
+                               meaning.format(S=sequence_length, context=context_length))
+    if not answers:
+        raise UserError(f"no pair is left to train on with sequence_length={sequence_length}: {sources}")
+    examples = Examples(np.concatenate([each.ids for each in answers]),
+                        np.concatenate([each.weights for each in answers]),
+                        np.cumsum([0, *(len(each.ids) for each in answers)], dtype=np.int64),
+                        np.asarray(owners, np.int32))
+    return examples, {"sources": sources}
+
+
+_REASONS = {
+    "over_length_prompt": "are left out: their prompts, which stand before both answers, leave no room for answers in "
+                          "rows of {S} tokens and a context of {context}",
+    "over_length": "are left out: both answers with their prompts are more than {S} tokens, or one more than "
+                   "{context}; data.over_length=truncate keeps them",
+    "cut": "are cut at the end of an answer, to fit into {S} tokens and a context of {context}",
+    "equal_ids": "are left out: as tokens, or once cut, their answers are equal",
+}
+
+
+def _fitted(both: tuple[Rendered, Rendered], sequence_length: int,
+            context_length: int) -> tuple[tuple[Rendered, Rendered] | None, str]:
+    """The answers as they fit into a row, or None; and why not whole: "", "over_length_prompt" or "cut"."""
+    prompt = int(np.flatnonzero(both[0].weights)[0])
+    if 2 * (prompt + 1) > sequence_length or prompt + 1 > context_length:
+        return None, "over_length_prompt"
+    # The shorter one gets half of the row at most, the longer one what is left.
+    lengths = [min(len(each.ids), context_length) for each in both]
+    shorter = min(*lengths, sequence_length // 2)
+    fitted = tuple(Rendered(each.ids[:most], each.weights[:most]) for each, most in
+                   zip(both, (min(length, sequence_length - shorter) for length in lengths), strict=True))
+    if sum(len(each.ids) for each in fitted) > sequence_length:  # both are longer than half
+        fitted = tuple(Rendered(each.ids[:sequence_length // 2], each.weights[:sequence_length // 2])
+                       for each in both)
+    return fitted, "cut" if any(len(new.ids) < len(old.ids) for new, old in zip(fitted, both, strict=True)) else ""
+
+
+def _rendered(pairs: list[Pair], template: ChatTemplate) -> Iterator[tuple[Pair, tuple[Rendered, Rendered]]]:
+    for start in range(0, len(pairs), _TOKENIZED_TOGETHER):
+        together = pairs[start:start + _TOKENIZED_TOGETHER]
+        dialogues = [dialogue for pair in together for dialogue in pair.dialogues()]
+        try:
+            rendered = template.render_many(dialogues, loss_on="last_answer")
+        except UserError:
+            for pair in together:
+                for dialogue in pair.dialogues():
+                    try:
+                        template.render(dialogue, loss_on="last_answer")
+                    except UserError as error:
+                        raise UserError(f"{pair.file}:{pair.row}: {error}") from None
+            raise
+        yield from zip(together, zip(rendered[::2], rendered[1::2], strict=True), strict=True)

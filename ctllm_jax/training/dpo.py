@@ -1,0 +1,121 @@
+"""Training on preferences (DPO and its relatives): the shared step with a loss over pairs of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ctllm_jax.config.dpo import DPOConfig, PreferenceLossConfig
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.sft import TemplateConfig
+from ctllm_jax.data.batch import Batch
+from ctllm_jax.data.chat import open_template
+from ctllm_jax.data.preference import PreferenceData
+from ctllm_jax.data.tokenizer import load_tokenizer
+from ctllm_jax.losses.preference import KINDS, Answers, pair_logps, preference_loss
+from ctllm_jax.model.decoder import Decoder
+from ctllm_jax.training.checkpoint import find_checkpoint, read_model_config
+from ctllm_jax.training.pretrain import Objective
+from ctllm_jax.training.reference import answer_logps
+from ctllm_jax.training.sft import completed, tokenizer_of
+
+
+class Preferences(NamedTuple):
+    """A config without gaps, its pairs, its objective, and what its checkpoints say of the template."""
+
+    config: DPOConfig
+    data: PreferenceData
+    objective: Objective
+    meta: dict[str, Any]
+
+
+def open_preferences(config: DPOConfig) -> Preferences:
+    """Take from `config.init` what the config leaves open, and from the data the steps; the reference is not there yet.
+
+    Raises:
+      UserError: no such MODEL, one of another template or architecture, pairs that do not fit, or a loss whose options
+        contradict each other.
+    """
+    check_loss(config.loss)
+    source, kept = find_checkpoint(config.init)
+    model = read_model_config(source)
+    if config.model is not None and config.model != model:
+        raise UserError(f"model differs from that of init={config.init}: leave it out")
+    tokenizer = load_tokenizer(config.data.tokenizer or tokenizer_of(source, config.init))
+    known = kept.meta.get("template")
+    if config.data.template is None and not known:
+        raise UserError(f"init={config.init} was not taught to answer and has no template: tune it first"
+                        " (launch.py sft), or give data.template")
+    template_config = config.data.template or TemplateConfig(**known["config"])
+    template = open_template(template_config, tokenizer)
+    if known and known["fingerprint"] != template.fingerprint():
+        raise UserError(f"init={config.init} was tuned with the template {known['config']['kind']}, and data.template "
+                        f"is another ({template.kind}): a model keeps the one it has learned; leave it out")
+    data = PreferenceData(config.data, template=template, tokenizer=tokenizer,
+                          sequence_length=config.batch.sequence_length, context_length=model.context_length,
+                          rows=config.batch.rows, seed=config.seed, vocab_size=model.vocab_size)
+    steps = config.steps or data.steps
+    optimizer = config.optimizer.model_dump()
+    if config.warmup_ratio is not None:
+        optimizer["warmup_steps"] = int(config.warmup_ratio * steps)
+    whole = completed(config, model=model.model_dump(), steps=steps, optimizer=optimizer)
+    meta = {"template": {"config": template_config.model_dump(mode="json"), "fingerprint": template.fingerprint()}}
+    return Preferences(whole, data, make_objective(data), meta)
+
+
+def needs_reference(config: DPOConfig) -> bool:
+    """Whether the loss compares with the model that training starts from."""
+    return KINDS[config.loss.kind].reference
+
+
+def make_objective(data: PreferenceData) -> Objective:
+    """The loss over pairs; with several groups, metrics of each too."""
+    groups = tuple(data.group_names) if len(data.group_names) > 1 else ()
+
+    def make(config: DPOConfig, decoder: Decoder, mesh: jax.sharding.Mesh | None) -> Callable:
+        return make_loss_fn(config, decoder, mesh=mesh, groups=groups)
+
+    return Objective(make, describe, data.num_segments)
+
+
+def make_loss_fn(config: DPOConfig, decoder: Decoder, *, mesh: jax.sharding.Mesh | None,
+                 groups: tuple[str, ...] = ()) -> Callable:
+    """`(params, frozen, batch) -> (sum of loss, pairs, sums of metrics)`; the batch has its `preference` part."""
+    reference = needs_reference(config)
+    options = config.loss.model_dump()
+
+    def loss_fn(params: Any, frozen: Any, batch: Batch):
+        known = batch.preference
+        logps, lengths = answer_logps(decoder, params, batch, config=config, mesh=mesh)
+        answers = Answers(logps, lengths, known.reference_logps if reference else None)
+        chosen, rejected, weights = pair_logps(answers, known.pair_ids, known.is_chosen)
+        return preference_loss(chosen, rejected, **options, weights=weights, group=known.group if groups else None,
+                               groups=groups)
+
+    return loss_fn
+
+
+def describe(metrics: dict[str, float]) -> dict[str, float]:
+    """Sums over pairs to means, under TRL's names; NAME/GROUP over that group's pairs, left out where it has none."""
+    means = {"pairs": metrics["pairs"]}
+    for name, value in metrics.items():
+        if name.startswith(("rewards/", "logps/")):
+            kind, _, rest = name.partition("/")
+            metric, _, group = rest.partition("/")
+            count = metrics[f"pairs/{group}" if group else "pairs"]
+            if count:
+                means[f"{kind}/{metric}/{group}" if group else name] = value / count
+    return means
+
+
+def check_loss(config: PreferenceLossConfig) -> None:
+    """UserError where an option of the loss would be ignored, or is missing."""
+    one = np.ones(1, np.float32)
+    answers = Answers(one, one, one if KINDS[config.kind].reference else None)
+    try:
+        jax.eval_shape(lambda: preference_loss(answers, answers, **config.model_dump()))
+    except ValueError as error:
+        raise UserError(f"loss: {error}") from None

@@ -1,0 +1,171 @@
+"""Log-probabilities of all answers under the model that training starts from: computed once, kept, and checked.
+
+The weights are on the devices for this pass alone, before the run's state is there: never two models at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ctllm_jax import sharding
+from ctllm_jax.config.dpo import DPOConfig
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.data.batch import Batch, stack_rows
+from ctllm_jax.data.preference import PreferenceData
+from ctllm_jax.losses.preference import sequence_logps
+from ctllm_jax.model.decoder import Decoder, head_weights
+from ctllm_jax.training.checkpoint import Kept, find_checkpoint, load_params
+from ctllm_jax.training.pretrain import Objective, make_decoder, place_batch, plan_step
+
+FILE = "reference.npz"
+TOLERANCE = 1e-4
+"""Nats a token, in float32: other packings and meshes stay below a tenth of it."""
+_CHECKED = 8  # rows, computed anew at each start
+_MEASURED = 16  # pairs whose rows are computed alone, to see what packing changes
+logger = logging.getLogger(__name__)
+
+
+def answer_logps(decoder: Decoder, params: Any, batch: Batch, *, config: DPOConfig,
+                 mesh: jax.sharding.Mesh | None) -> tuple[jax.Array, jax.Array]:
+    """(sum of log p, tokens) of each answer of a batch, float32 [B, M]."""
+    hidden_BSD, _ = decoder.apply({"params": params}, batch.tokens, batch.segment_ids, batch.positions)
+    return sequence_logps(hidden_BSD, head_weights(params), batch.targets, batch.loss_weights, batch.segment_ids,
+                          num_segments=batch.preference.pair_ids.shape[1], chunk_size=config.compute.loss_chunk,
+                          vocab_size=config.model.vocab_size, mesh=mesh, batch_axes=sharding.BATCH_AXES,
+                          tensor_axis="tensor")
+
+
+def attach_reference(config: DPOConfig, data: PreferenceData, objective: Objective, *, directory: Path,
+                     stage: Callable[[str], None] = logger.info) -> dict[str, Any]:
+    """Give `data` its reference log-probabilities: those that are kept, once some are computed anew, or new ones.
+
+    Args:
+      config: with its model; `config.init` is the reference.
+      directory: of the run, where they are kept unless `config.data.reference` says otherwise.
+      stage: told what is being done.
+
+    Returns:
+      What was found: `file`, `how` ("computed" or "kept"), `answers`, `tolerance` and the largest `difference` seen,
+      both in nats a token.
+
+    Raises:
+      UserError: the file is of another reference, tokenizer, template, length or data, which are named, is damaged, or
+        says other than the model does.
+    """
+    path = Path(config.data.reference) if config.data.reference else directory / FILE
+    _, checkpoint = find_checkpoint(config.init)
+    identity = identify(config, data, checkpoint)
+    mesh = sharding.make_mesh(config.mesh.model_dump())
+    plan = plan_step(config, mesh, objective=objective)
+    kept = read_reference(path, identity) if path.exists() else None
+    stage(f"taking the reference from {path}" if kept else f"computing the reference log-probabilities of {len(data)}"
+          " pairs")
+    params = load_params(checkpoint, plan.abstract_state.params)
+    compute = _make_compute(config, mesh, params, rows=plan.micro_rows * sharding.axis_size(mesh, sharding.BATCH_AXES))
+    lengths = np.add.reduceat(data.answers.weights > 0, data.answers.offsets[:-1])
+    draws = np.random.default_rng([config.seed, data.rows_per_epoch])
+    if kept is None:
+        logps = _logps_of(data, compute, [data.pairs_at(place) for place in range(data.rows_per_epoch)])
+        alone = [[int(pair)] for pair in draws.permutation(len(data))[:_MEASURED]]
+        difference = _largest_difference(data, compute, alone, logps, lengths)
+        exact = jnp.dtype(config.compute.dtype) == jnp.float32
+        tolerance = TOLERANCE if exact else max(TOLERANCE, 2 * difference)
+        how = "computed"
+    else:
+        logps, tolerance = kept
+        places = draws.permutation(data.rows_per_epoch)[:_CHECKED]
+        difference = _largest_difference(data, compute, [data.pairs_at(place) for place in places], logps, lengths)
+        how = "kept"
+    if not difference <= tolerance:
+        raise UserError(f"{path}: the reference log-probabilities differ by up to {difference:.2g} nats a token from"
+                        f" those that init={config.init} gives now, more than {tolerance:.2g}: other weights, or a"
+                        " damaged file; remove it, and they are computed anew")
+    if how == "computed" and jax.process_index() == 0:
+        _write(path, logps, identity, tolerance)
+    data.reference_logps, data.reference_identity = logps, identity["reference"]
+    return {"file": str(path), "how": how, "answers": len(logps), "tolerance": tolerance, "difference": difference}
+
+
+def identify(config: DPOConfig, data: PreferenceData, checkpoint: Kept) -> dict[str, Any]:
+    """What the log-probabilities depend on, as JSON. The reference is named by its step and what its run was."""
+    run = hashlib.sha256(json.dumps(checkpoint.meta["fingerprint"], sort_keys=True).encode()).hexdigest()
+    return {"reference": {"step": checkpoint.step, "run_sha256": run}, **data.identity, "dtype": config.compute.dtype}
+
+
+def read_reference(path: Path, identity: dict[str, Any]) -> tuple[np.ndarray, float]:
+    """(log-probabilities float32 [2N], tolerance in nats a token) of a file. UserError as `attach_reference` says."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            logps, found = file["logps"], json.loads(str(file["identity"]))
+            tolerance = float(file["tolerance"])
+    except Exception as error:  # zipfile, zlib, numpy and json each have their own
+        raise UserError(f"{path}: the reference log-probabilities cannot be read ({error}); remove the file, and they"
+                        " are computed anew") from None
+    differing = [f"{_flat(name)}: {found.get(name)} in the file, {value} now" for name, value in identity.items()
+                 if found.get(name) != value]
+    if differing:
+        raise UserError("\n  ".join([f"{path}: the reference log-probabilities are stale:", *differing])
+                        + "\nremove the file, and they are computed anew, or give another data.reference")
+    return logps, tolerance
+
+
+def _flat(name: str) -> str:
+    return {"reference": "reference model", "tokenizer_sha256": "tokenizer", "pairs_sha256": "pairs"}.get(name, name)
+
+
+def _write(path: Path, logps: np.ndarray, identity: dict[str, Any], tolerance: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        np.savez(file, logps=logps, identity=json.dumps(identity), tolerance=tolerance)
+    os.replace(temporary, path)
+
+
+def _make_compute(config: DPOConfig, mesh: jax.sharding.Mesh, params: Any, *,
+                  rows: int) -> Callable[[list[Batch]], np.ndarray]:
+    """`rows of [S] arrays -> log p of their answers [n, M]`, `rows` at once over all devices."""
+    decoder = make_decoder(config, mesh).clone(remat="none")
+    step = jax.jit(lambda params, batch: answer_logps(decoder, params, batch, config=config, mesh=mesh)[0],
+                   out_shardings=sharding.replicated(mesh))
+    local = sharding.local_rows(mesh, rows)
+    place = partial(place_batch, sharding=sharding.batch_sharding(mesh), rows=rows)
+
+    def compute(packed: list[Batch]) -> np.ndarray:
+        padding = jax.tree.map(np.zeros_like, packed[0])
+        found = []
+        for start in range(0, len(packed), rows):
+            together = packed[start:start + rows]
+            together += [padding] * (rows - len(together))
+            found.append(np.asarray(step(params, place(stack_rows([together[row] for row in local])))))
+        return np.concatenate(found)[:len(packed)]
+
+    return compute
+
+
+def _logps_of(data: PreferenceData, compute: Callable, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """log p float32 [2N] of the answers of the pairs of these rows; NaN for others."""
+    logps = np.full(2 * len(data), np.nan, np.float32)
+    found = compute([data.pack(pairs) for pairs in rows])
+    for pairs, logps_M in zip(rows, found, strict=True):
+        answers = [answer for pair in pairs for answer in (2 * pair, 2 * pair + 1)]
+        logps[answers] = logps_M[:len(answers)]
+    return logps
+
+
+def _largest_difference(data: PreferenceData, compute: Callable, rows: Sequence[Sequence[int]], logps: np.ndarray,
+                        lengths: np.ndarray) -> float:
+    """The largest difference, in nats a token, of these log-probabilities from those computed in these rows."""
+    again = _logps_of(data, compute, rows)
+    differences = np.abs(again - logps)[~np.isnan(again)] / lengths[~np.isnan(again)]
+    return float(differences.max())
