@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from ctllm_jax import cli
+from ctllm_jax.config.dpo import DPOConfig
 from ctllm_jax.config.load import find_config, load
 from ctllm_jax.config.prepare import PrepareConfig
 from ctllm_jax.config.pretrain import PretrainConfig
@@ -153,7 +154,7 @@ def test_keys_in_running_text_exist(page):
     dotted = [match.group(1) for span in spans(page) for match in
               re.finditer(rf"(?<![\w./])((?:{'|'.join(sections)})\.[a-z_]+(?:\.\w+)*)(?![\w./(])", span)]
     files = (".yaml", ".json", ".jsonl", ".html", ".model")
-    assert_keys(PretrainConfig, [path for path in dotted if not path.endswith(files)], SFTConfig)
+    assert_keys(PretrainConfig, [path for path in dotted if not path.endswith(files)], SFTConfig, DPOConfig)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
