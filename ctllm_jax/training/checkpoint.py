@@ -140,7 +140,10 @@ class Checkpointer:
 
     @contextmanager
     def _disk_errors_told(self) -> Iterator[None]:
-        """A disk's errors in a user's words. What is half written goes at once: it would keep the disk full."""
+        """A disk's errors in a user's words. What is half written goes at once: it would keep the disk full.
+
+        A thread of Orbax may make an empty remainder of it again as the process ends; the next start removes that.
+        """
         try:
             yield
         except (OSError, ValueError) as error:
