@@ -140,10 +140,7 @@ class Checkpointer:
 
     @contextmanager
     def _disk_errors_told(self) -> Iterator[None]:
-        """A disk's errors in a user's words. What is half written goes at once: it would keep the disk full.
-
-        A thread of Orbax may make an empty remainder of it again as the process ends; the next start removes that.
-        """
+        """A disk's errors in a user's words. What is half written goes at once: it would keep the disk full."""
         try:
             yield
         except (OSError, ValueError) as error:
@@ -152,8 +149,7 @@ class Checkpointer:
             reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None)
             if reason is None:
                 raise
-            for path in self.run_dir.glob("*/*.orbax-checkpoint-tmp*"):
-                _remove(path)
+            _remove_half_written(self.run_dir)
             raise UserError(f"a checkpoint could not be written below {self.run_dir}: {reason};"
                             f" {self._advice()}") from error
 
@@ -182,13 +178,17 @@ def _restore_args(abstract: Any) -> ocp.args.StandardRestore:
     return ocp.args.StandardRestore(abstract)
 
 
-def _remove(path: Path) -> None:
-    """Remove a folder into which threads of a failed save may still be writing."""
-    for _ in range(50):
-        shutil.rmtree(path, ignore_errors=True)
-        if not path.exists():
-            return
-        time.sleep(0.1)
+def _remove_half_written(run_dir: Path) -> None:
+    """Remove the folders of a failed save, until they have stayed away for a second (at most ten).
+
+    TensorStore's threads may still be writing other arrays of it, and make a folder again that is gone.
+    """
+    until, quiet_since = time.monotonic() + 10, time.monotonic()
+    while time.monotonic() < min(until, quiet_since + 1):
+        for path in run_dir.glob("*/*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
+            quiet_since = time.monotonic()
+        time.sleep(0.05)
 
 
 def _empty_trash(directory: Any) -> None:
