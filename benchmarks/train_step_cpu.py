@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from data_loading import cpu_name
 
 # As a user's shell: one CPU device. Set before jax is imported, which is inside of the functions.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -150,15 +151,6 @@ def make_theirs(dtype: str, batches: list, weights: dict, config) -> Callable[[]
         return loss.item()
 
     return step
-
-
-def cpu_name() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main() -> None:

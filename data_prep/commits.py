@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ctllm_jax.dataset.staging import flush
+
 Unit = dict[str, Any]
 """JSON values; `id` names it (a file name), and everything in it decides its bytes, apart from `location`."""
 
@@ -179,12 +181,3 @@ def write_atomically(path: Path, text: str) -> None:
         flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """Bring a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

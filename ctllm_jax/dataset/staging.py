@@ -52,16 +52,17 @@ def staged(directory: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in sorted(temporary.rglob("*")):
-            _flush(path)
-        _flush(temporary)
+            flush(path)
+        flush(temporary)
         temporary.rename(directory)
-        _flush(directory.parent)
+        flush(directory.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Bring a file or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
