@@ -24,6 +24,7 @@ COMMANDS = {
     "data": "look at a dataset (inspect), check its sums (verify)",
     "pretrain": "train a model from a config, or go on with a run",
     "sft": "teach a pretrained model to answer, from dialogues",
+    "pairs": "preference pairs for dpo, from good answers and a weaker model or an endpoint",
     "dpo": "teach a tuned model which answers are preferred, from pairs",
     "generate": "text from a trained model",
     "chat": "talk to a model that was taught to answer",

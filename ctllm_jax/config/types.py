@@ -62,7 +62,7 @@ def describe_type(annotation: Any) -> str:
     elif is_section(annotation):
         words = "section"
     else:
-        words = {int: "int", float: "float", bool: "true|false", str: "text"}.get(annotation, str(annotation))
+        words = {int: "int", float: "float", bool: "true|false", str: "text", Any: "value"}.get(annotation, str(annotation))
     return words + ("|null" if optional else "")
 
 
@@ -81,7 +81,9 @@ def describe_default(field: FieldInfo) -> str:
     value = field.default if field.default is not PydanticUndefined else field.default_factory()
     if isinstance(value, Section):
         return ""
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, (list, dict)) else str(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def mark(field: FieldInfo, name: str) -> bool:

@@ -87,19 +87,34 @@ def read_conversations(path: Path | str, *, layout: str | None = None, max_bad: 
     """
     layouts: dict[str, str] = {}
 
+    parse_messages = message_parser(layout, layouts)
+
     def parse(record: dict, file: Path, row: int) -> Dialogue:
+        return Dialogue(up_to_last_answer(parse_messages(record, file, row)), file, row)
+
+    read = read_rows(path, parse, max_bad=max_bad, quarantine=quarantine)
+    if not read.parsed:
+        raise UserError(f"{path} holds no dialogue with an answer ({read.rows} rows, {read.dropped or 'all empty'})")
+    return Conversations(read.parsed, layouts, read.rows, read.dropped)
+
+
+def message_parser(layout: str | None, layouts: dict[str, str]) -> Callable[[dict, Path, int], list[Message]]:
+    """`(record, file, row) -> all messages of the row`, as they are.
+
+    The layout of a file is that of its first row where None is given; `layouts` is told it in words. ValueError or
+    `Dropped` for a row that has no messages in it; UserError where no layout is recognized, with the fields seen.
+    """
+    detected: dict[Path, str] = {}
+
+    def parse(record: dict, file: Path, row: int) -> list[Message]:
         found = layout or detected.get(file) or _detected(record, file, row)
         detected[file] = found
         if str(file) not in layouts:
             layouts[str(file)] = _in_words(record, found)
             logger.info("%s: %s", file, layouts[str(file)])
-        return Dialogue(_checked(_PARSERS[found](record)), file, row)
+        return _PARSERS[found](record)
 
-    detected: dict[Path, str] = {}
-    read = read_rows(path, parse, max_bad=max_bad, quarantine=quarantine)
-    if not read.parsed:
-        raise UserError(f"{path} holds no dialogue with an answer ({read.rows} rows, {read.dropped or 'all empty'})")
-    return Conversations(read.parsed, layouts, read.rows, read.dropped)
+    return parse
 
 
 def read_rows(path: Path | str, parse: Callable[[dict, Path, int], Any], *, max_bad: int = 0,
@@ -271,8 +286,8 @@ def _with_system(record: dict, messages: list[Message]) -> list[Message]:
 _PARSERS = {"messages": _from_list, "sharegpt": _from_list, "alpaca": _from_alpaca, "prompt": _from_pair}
 
 
-def _checked(messages: list[Message]) -> tuple[Message, ...]:
-    """The messages up to the last answer. An empty system prompt is none."""
+def up_to_last_answer(messages: list[Message]) -> tuple[Message, ...]:
+    """The messages up to the last answer, if it can be learned. An empty system prompt is none."""
     if messages and messages[0].role == "system" and not messages[0].content.strip():
         messages = messages[1:]
     while messages and not (messages[-1].role == "assistant" and messages[-1].content.strip()):

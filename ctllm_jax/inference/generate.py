@@ -21,42 +21,45 @@ PROMPT_BUCKET = 32
 
 
 def generate(decoder: Decoder, params: Any, prompts: Sequence[Sequence[int]], *, max_tokens: int, seed: int = 0,
-             temperature: float = 0.8, top_k: int | None = None, top_p: float = 0.95,
-             stop_ids: Sequence[int] = ()) -> list[list[int]]:
+             temperature: float = 0.8, top_k: int | None = None, top_p: float = 0.95, stop_ids: Sequence[int] = (),
+             row_ids: Sequence[int] | None = None, pad_to: int = 0) -> list[list[int]]:
     """The new tokens of each prompt, without the one that ends it.
 
     Args:
       decoder: its `remat` and `constrain` do not matter here.
       prompts: token ids, at least one each.
       max_tokens: most new tokens a row.
-      seed: a row's draws depend on the seed and its place in the list, not on its neighbours.
+      seed: a row's draws depend on the seed and its row id, not on its neighbours.
       stop_ids: any of them ends a row.
+      row_ids: a number of 32 bits for each row; None: its place in the list.
+      pad_to: prompts are padded to at least so many tokens, so that lists of other lengths need no other program.
 
     Raises:
       ValueError: an empty prompt.
     """
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("prompts: each needs at least one token; a document starts behind the model's prefix id")
-    longest = max(len(prompt) for prompt in prompts)
+    longest = max([pad_to, *map(len, prompts)])
     padded = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
     tokens_BP = np.zeros((len(prompts), padded), np.int32)
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BP[row, :len(prompt)] = prompt
+    ids_B = np.asarray(range(len(prompts)) if row_ids is None else list(row_ids), np.uint32)
     new_BM, counts_B = jax.device_get(_generate(
-        decoder, params, tokens_BP, lengths_B, np.uint32(seed), np.asarray(list(stop_ids), np.int32),
+        decoder, params, tokens_BP, lengths_B, np.uint32(seed), ids_B, np.asarray(list(stop_ids), np.int32),
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p))
     return [row[:count].tolist() for row, count in zip(new_BM, counts_B, strict=True)]
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("max_tokens", "temperature", "top_k", "top_p"))
-def _generate(decoder: Decoder, params: Any, tokens_BP, lengths_B, seed, stop_ids, *, max_tokens: int,
+def _generate(decoder: Decoder, params: Any, tokens_BP, lengths_B, seed, ids_B, stop_ids, *, max_tokens: int,
               temperature: float, top_k: int | None, top_p: float):
     """Returns (new tokens [B, max_tokens], how many of them count [B])."""
     rows, padded = tokens_BP.shape
     config = decoder.config
     head_DV = head_weights(params)
-    keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(rows))
+    keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(ids_B)
 
     def draw(hidden_BD, index):
         logits_BV = jnp.einsum("BD,DV->BV", hidden_BD.astype(jnp.float32), head_DV)

@@ -1,0 +1,73 @@
+"""A model behind an OpenAI-compatible endpoint: where it is, how it is asked, how long it is waited for."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import field_validator
+
+from ctllm_jax.config.base import Section, key
+
+_OURS = ("messages", "model", "n", "stream")
+"""Fields of a request that are never taken from `body`: the client writes or relies on them itself."""
+
+
+def check_base_url(url: str) -> str:
+    """The URL without a slash at its end. ValueError, which never repeats a password, says what is wrong with it."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+        (host or "").encode("idna")
+    except ValueError as error:
+        raise ValueError(f"not a URL: {error}") from None
+    if "@" in parts.netloc:
+        raise ValueError("must not hold a user name or password: a key goes into the environment, see api_key_env")
+    if parts.scheme not in ("http", "https") or not host:
+        raise ValueError(f"{url} must begin with http:// or https:// and a host, such as http://localhost:8000/v1")
+    if parts.query or parts.fragment or not re.fullmatch(r"[!-~]+", url):
+        raise ValueError(f"{url!r} must end with its path, without ?, # or white space, in ASCII")
+    if parts.path.rstrip("/").endswith("/chat/completions"):
+        raise ValueError(f"{url} must end before /chat/completions, which is added")
+    return url.rstrip("/")
+
+
+class EndpointConfig(Section):
+    """An endpoint that answers POST {base_url}/chat/completions."""
+
+    base_url: str = key(..., "address of an OpenAI-compatible server up to its version, such as "
+                             "http://localhost:8000/v1; a proxy is taken from the environment, but not to this machine")
+    model: str = key(..., "name of the model, as the server knows it", min_length=1)
+    api_key_env: str | None = key(None, "name of the environment variable that holds the key; null: none is sent")
+    max_tokens: int | None = key(1024, "most tokens of an answer; null: the server's own limit", ge=1)
+    temperature: float | None = key(None, "0: the likeliest token each time; null: the server's own default", ge=0)
+    top_p: float | None = key(None, "draw from the likeliest tokens that together have this probability; null: the "
+                                    "server's own default", gt=0, le=1)
+    body: dict[str, Any] = key({}, "further fields of a request, such as {top_k: 50}; null leaves out one that would "
+                                   "be sent, as in {max_tokens: null, max_completion_tokens: 1024}")
+    send_seed: bool = key(False, "send a seed of its own with each request; some servers refuse the field")
+    timeout: float = key(120.0, "seconds that an answer may take", gt=0)
+    retries: int = key(5, "times that a request is sent again after 408, 429, 5xx, a timeout or a lost connection, "
+                          "after 1, 2, 4, … seconds or as Retry-After says", ge=0)
+    concurrency: int = key(8, "requests at a time", ge=1)
+    max_failures: int = key(20, "requests that fail one after the other before the command stops", ge=1)
+
+    @field_validator("base_url")
+    @classmethod
+    def _check_url(cls, value: str | None) -> str | None:
+        return value if value is None else check_base_url(value)
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _check_name(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z_]\w*", value, re.ASCII):
+            raise ValueError("must be the name of an environment variable, such as OPENAI_API_KEY, and never the key")
+        return value
+
+    @field_validator("body")
+    @classmethod
+    def _check_body(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := [name for name in _OURS if name in value]:
+            raise ValueError(f"must not hold {taken[0]}, which is written by the client")
+        return value

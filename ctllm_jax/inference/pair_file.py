@@ -1,0 +1,184 @@
+"""A file of pairs that is made a row at a time, and gone on with after any interruption. No jax here.
+
+OUTPUT holds the pairs, JSON lines that `data.pairs` reads. OUTPUT.state holds, also as JSON lines, the settings and the
+day on which the file was begun, then the prompts that gave no pair. A key is in one of the two, once. Rows are
+appended; what a kill or a full disk left of a last line is cut off at the next start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ctllm_jax.config.errors import UserError
+
+_FORMAT = 1
+_FLUSH_SECONDS = 1.0  # what a power cut may cost; a killed process costs nothing that was appended
+logger = logging.getLogger(__name__)
+
+
+class PairFile:
+    """An output, open for one process.
+
+    Args:
+      path: the output.
+      settings: all that decides its rows, as JSON; those of a file that is there must be the same.
+
+    Attributes:
+      date: ISO day on which the file was begun.
+      done: keys that have a pair, or never will.
+      pairs: rows of the file.
+      dropped: prompts without a pair, by reason.
+
+    Raises:
+      UserError: other settings, with each difference; a file that this class did not write; another process at work.
+    """
+
+    def __init__(self, path: Path | str, settings: dict[str, Any]):
+        self.path = Path(path)
+        self.state = self.path.with_name(self.path.name + ".state")
+        self.done: set[str] = set()
+        self.pairs = 0
+        self.dropped: Counter[str] = Counter()
+        settings = json.loads(json.dumps({"format": _FORMAT, **settings}))
+        if self.path.exists() and not self.state.exists():
+            raise UserError(f"output={self.path} is there, but not {self.state.name}, which would say how it was made: "
+                            "give another output, or move the file away")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._state = open(self.state, "ab", buffering=0)
+        except OSError as error:
+            raise UserError(f"output={self.path} cannot be written: {error.strerror}") from None
+        try:
+            self._lock()
+            self.date = self._open(settings)
+            self._rows = open(self.path, "ab", buffering=0)
+        except BaseException:
+            self._state.close()
+            raise
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> PairFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._sync()
+        self._rows.close()
+        self._state.close()
+
+    def add(self, key: str, row: dict[str, Any]) -> None:
+        """Append a pair. `row` holds the key as `provenance.key`."""
+        self._append(self._rows, row)
+        self.done.add(key)
+        self.pairs += 1
+
+    def drop(self, key: str, source: str, reason: str) -> None:
+        """Note that a prompt gives no pair."""
+        self._append(self._state, {"key": key, "source": source, "reason": reason})
+        self.done.add(key)
+        self.dropped[reason] += 1
+
+    def _open(self, settings: dict[str, Any]) -> str:
+        """Read what is there, or begin; the day of the beginning."""
+        if not self.path.exists():
+            # Rows come after the state, so there are none: whatever the state says is of a file that was taken away.
+            date = datetime.datetime.now(datetime.UTC).date().isoformat()
+            self._state.truncate(0)
+            self._append(self._state, {"settings": settings, "date": date})
+            os.fsync(self._state.fileno())
+            return date
+        records = _mended(self.state)
+        try:
+            kept, date = records[0]["settings"], records[0]["date"]
+            for record in records[1:]:
+                self.done.add(record["key"])
+                self.dropped[record["reason"]] += 1
+        except (IndexError, KeyError, TypeError):
+            raise UserError(f"{self.state} was not written by this command") from None
+        _compare(self.path, kept, settings)
+        for line, record in enumerate(_mended(self.path), 1):
+            try:
+                self.done.add(record["provenance"]["key"])
+            except (KeyError, TypeError):
+                raise UserError(f"{self.path}:{line}: a row without provenance.key: it was changed since it was "
+                                "written") from None
+            self.pairs += 1
+        return date
+
+    def _lock(self) -> None:
+        """The state is locked as long as it is open; where there are no locks, there is none."""
+        try:
+            import fcntl
+        except ImportError:
+            return
+        try:
+            fcntl.flock(self._state, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"output={self.path}: another process is making it") from None
+        except OSError as error:
+            logger.info("%s cannot be locked: %s", self.state, error)
+
+    def _append(self, file: Any, record: dict[str, Any]) -> None:
+        data = memoryview(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        try:
+            while data:
+                data = data[file.write(data):]
+        except OSError as error:
+            raise UserError(f"{file.name} cannot be written: {error.strerror}; the same command goes on when there is "
+                            "room") from None
+        if file is not self._state and time.monotonic() - self._synced > _FLUSH_SECONDS:
+            self._sync()
+
+    def _sync(self) -> None:
+        for file in (self._state, self._rows):
+            with contextlib.suppress(OSError):
+                os.fsync(file.fileno())
+        self._synced = time.monotonic()
+
+
+def _mended(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, from which a last line that is not whole is cut off. UserError for any other line."""
+    records: list[dict[str, Any]] = []
+    good = 0
+    torn: int | None = None
+    with open(path, "rb") as file:
+        for line, data in enumerate(file, 1):
+            if torn is not None:
+                raise UserError(f"{path}:{torn}: not a row of this command: it was changed since it was written")
+            try:
+                record = json.loads(data) if data.endswith(b"\n") else None
+            except ValueError:
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+                good += len(data)
+            else:
+                torn = line
+    if torn is not None:
+        logger.warning("%s:%d: the last line is not whole, and is cut off", path, torn)
+        os.truncate(path, good)
+    return records
+
+
+def _compare(path: Path, kept: dict[str, Any], now: dict[str, Any]) -> None:
+    before, after = _flat(kept), _flat(now)
+    differing = [f"{name}: {json.dumps(before.get(name), ensure_ascii=False)} in the file, "
+                 f"{json.dumps(after.get(name), ensure_ascii=False)} now"
+                 for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    if differing:
+        raise UserError("\n  ".join([f"output={path} was begun with other settings:", *differing])
+                        + "\ntake these back, or give another output")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
