@@ -24,7 +24,7 @@ rejected answer. The chosen one is the last answer of the dialogue in data, or a
 of sft or dpo, or RUN@STEP; an endpoint is any server of OpenAI's chat completions. The output goes into dpo as it is.
 The same command goes on where it was stopped, and asks again for what failed:
   python launch.py pairs data=dialogues.jsonl rejected=runs/chat output=pairs.jsonl
-  python launch.py pairs data=dialogues.jsonl output=pairs.jsonl rejected.base_url=http://localhost:8000/v1 rejected.model=NAME
+  python launch.py pairs data=dialogues.jsonl rejected.base_url=http://localhost:8000/v1 rejected.model=NAME output=FILE
   python launch.py pairs configs/data/pairs_ct_llm.yaml data=questions.jsonl output=data/dpo/zh.jsonl limit=100
 """
 
