@@ -98,7 +98,8 @@ class ChatServer:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         handler.close_connection = True
         handler.send_response(say.status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **say.headers}.items():
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(data)), **say.headers}
+        for name, value in headers.items():
             handler.send_header(name, value)
         handler.end_headers()
         data = data[:len(data) // 2] if say.cut else data

@@ -125,3 +125,14 @@ def test_bfloat16_keeps_its_cache_in_bfloat16(model):
     new = generate(decoder.clone(dtype=jnp.bfloat16), params, PROMPTS, max_tokens=4, temperature=0)
     logits_V = forward_logits(model, PROMPTS[0])
     assert logits_V[new[0][0]] > np.sort(logits_V)[-10]
+
+
+def test_row_ids_carry_the_draws_to_any_place(model):
+    """A row with its id draws the same elsewhere in another list, with more padding; another id draws otherwise."""
+    options = {"max_tokens": NEW, "temperature": 1.0, "top_p": 1.0, "seed": 3}
+    ids = [2**32 - 1, 7, 123_456_789]
+    here = generate(*model, PROMPTS, row_ids=ids, **options)
+    there = generate(*model, [[1, 2], *PROMPTS[::-1]], row_ids=[5, *ids[::-1]], pad_to=100, **options)
+    assert there[1:] == here[::-1]
+    other = generate(*model, PROMPTS, row_ids=[1, 2, 3], **options)
+    assert all(ours != theirs for ours, theirs in zip(here, other, strict=True))
