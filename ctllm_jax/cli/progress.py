@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -44,21 +45,31 @@ def count_bar(console: Console, noun: str, *, total: int, done: int = 0) -> Iter
 
     A terminal shows a bar with rate and time left; elsewhere a line says as much every 30 seconds.
     """
-    began = told = time.monotonic()
+    began = time.monotonic()
     count = done
+
+    def pace() -> str:
+        rate = (count - done) / max(time.monotonic() - began, 1e-9)
+        return f"{compact(rate)}/s | eta {duration((total - count) / rate)}" if rate else "eta –"
+
+    # By the clock and not by the count: what is made in batches is counted in bursts.
+    def tell_lines() -> None:
+        while not ended.wait(_LINE_SECONDS):
+            console.print(f"{noun} {count:,} of {total:,} | {pace()}")
+
+    ended = threading.Event()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(noun, total=total, completed=done, pace="")
+        if not console.is_terminal:
+            threading.Thread(target=tell_lines, daemon=True).start()
 
         def advance() -> None:
-            nonlocal count, told
+            nonlocal count
             count += 1
-            now = time.monotonic()
-            rate = (count - done) / max(now - began, 1e-9)
-            pace = f"{compact(rate)}/s | eta {duration((total - count) / rate)}"
-            progress.update(task, completed=count, pace=pace)
-            if not console.is_terminal and now - told >= _LINE_SECONDS:
-                told = now
-                console.print(f"{noun} {count:,} of {total:,} | {pace}")
+            progress.update(task, completed=count, pace=pace())
 
-        yield advance
+        try:
+            yield advance
+        finally:
+            ended.set()

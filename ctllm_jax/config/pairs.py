@@ -65,6 +65,6 @@ class PairsConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if not self.output.endswith(".jsonl"):
-            raise ValueError(f"output={self.output} must end in .jsonl")
+        if not self.output.endswith(".jsonl") or "://" in self.output:
+            raise ValueError(f"output={self.output} must be a file of this machine that ends in .jsonl")
         return self

@@ -23,7 +23,8 @@ def tuned(text_run, tmp_path_factory):
     printed = call("sft", "quickstart/sft", f"init={text_run.directory}", f"run.dir={folder / 'run'}",
                    f"data.sources.zh={write_dialogues(folder / 'zh.jsonl')}", "batch.tokens=512",
                    "batch.sequence_length=64", "data.epochs=1", "evaluation.every=0", "sample.every=0",
-                   "log.report=false")
+                   "checkpoint.every=1", "checkpoint.keep_last=2", "log.report=false",
+                   *(f"data.template.plain_{role}={{content}}\n" for role in ("system", "user", "assistant")))
     assert printed.status == 0, printed.err
     return folder / "run"
 
@@ -35,7 +36,7 @@ def dialogues(tmp_path_factory):
         roles = ["user", "assistant"] * len(texts)
         return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
-    rows = [{"messages": turns("今天" * (1 + index % 19) + str(index), "我们去公园。")} for index in range(44)]
+    rows = [{"messages": turns("今天" * (1 + index % 15) + str(index), "我们去公园。")} for index in range(44)]
     rows += [{"messages": [{"role": "system", "content": "不错"}, *turns("今天", "天气", "我们", "去公园。", "还")]}]
     rows += [{"messages": turns("今天", "天气", "公园", "散步。")}, rows[0], {"messages": turns(LONG, "好")},
              {"messages": turns("今天")}, {"messages": turns("天气", "好")}]
@@ -123,19 +124,19 @@ def test_the_same_command_has_nothing_left_to_do(made, command):
 
 
 def test_draws_depend_on_seed_and_prompt_alone(made, command, tmp_path):
-    """Batches of one row and of several, a part of the prompts: the same bits; another seed: others."""
+    """Batches of one row: the same bits; some of the prompts: the same rows; another seed: others."""
     path, _ = made
-    for tokens in (1, 200):
-        printed = call(*command, f"output={tmp_path / f'{tokens}.jsonl'}", f"rejected.batch_tokens={tokens}")
-        assert printed.status == 0 and (tmp_path / f"{tokens}.jsonl").read_bytes() == path.read_bytes()
-    printed = call(*command, f"output={tmp_path / 'some.jsonl'}", "limit=9")
+    by_one = [*command, "rejected.batch_tokens=1"]
+    assert call(*by_one, f"output={tmp_path / 'one.jsonl'}").status == 0
+    assert (tmp_path / "one.jsonl").read_bytes() == path.read_bytes()
+    printed = call(*by_one, f"output={tmp_path / 'some.jsonl'}", "limit=9")
     assert printed.status == 0 and in_table(printed)["beyond limit"] == 39
     assert 0 < len(read(tmp_path / "some.jsonl")) <= 9
     assert set((tmp_path / "some.jsonl").read_text().splitlines()) < set(path.read_text().splitlines())
-    call(*command, f"output={tmp_path / 'other.jsonl'}", "seed=6")
-    texts = [{row["provenance"]["key"]: row["rejected"] for row in read(each)} for each in (
-        path, tmp_path / "other.jsonl")]
-    assert sum(texts[0][key] != texts[1][key] for key in texts[0].keys() & texts[1].keys()) > 35
+    assert call(*by_one, f"output={tmp_path / 'other.jsonl'}", "seed=6").status == 0
+    ours, others = ({row["provenance"]["key"]: row["rejected"] for row in read(each)} for each in (
+        path, tmp_path / "other.jsonl"))
+    assert sum(ours[key] != others[key] for key in ours.keys() & others.keys()) > 35
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.93])
@@ -175,15 +176,10 @@ def test_a_changed_setting_is_refused_on_the_same_output(made, command, override
     assert path.read_bytes() == before
 
 
-def test_another_checkpoint_is_refused_on_the_same_output(made, command, tuned, text_run, tmp_path):
+def test_another_checkpoint_is_refused_on_the_same_output(made, command, tuned):
     path, _ = made
-    printed = call("sft", "quickstart/sft", f"init={text_run.directory}", f"run.dir={tmp_path / 'run'}",
-                   f"data.sources.zh={write_dialogues(tmp_path / 'zh.jsonl')}", "batch.tokens=512", "seed=7",
-                   "batch.sequence_length=64", "data.epochs=1", "evaluation.every=0", "sample.every=0",
-                   "log.report=false")
-    assert printed.status == 0, printed.err
-    printed = call(*command, f"output={path}", f"rejected={tmp_path / 'run'}")
-    assert printed.status == 2 and "rejected.fingerprint: " in printed.err and "rejected.step" not in printed.err
+    printed = call(*command, f"output={path}", f"rejected={tuned}@{read_run(tuned).step - 1}")
+    assert printed.status == 2 and "rejected.fingerprint: " in printed.err and "rejected.step: " in printed.err
 
 
 def endpoint(side, server, **options):
@@ -301,7 +297,9 @@ def test_a_plan_asks_nothing_and_writes_nothing(questions, tmp_path):
 
 @pytest.mark.parametrize(("overrides", "message"), [
     (["rejected=nowhere"], "no model nowhere"), (["data=missing.jsonl"], "data.path=missing.jsonl does not exist"),
-    (["output=pairs.json"], "output=pairs.json must end in .jsonl"), (["rejected.max_token=3"], "rejected.max_tokens?"),
+    (["output=pairs.json"], "must be a file of this machine that ends in .jsonl"),
+    (["output=gs://bucket/pairs.jsonl"], "must be a file of this machine"),
+    (["rejected.max_token=3"], "rejected.max_tokens?"),
     (["rejected.retries=3"], "retries is only read with base_url"),
     (["rejected.temperature=null"], "may only be null with base_url"),
     (["rejected.base_url=http://localhost/v1", "rejected.top_k=3"], "body={top_k"),

@@ -6,6 +6,7 @@ import pytest
 
 from ctllm_jax.config.dpo import DPOConfig
 from ctllm_jax.config.load import config_root, load
+from ctllm_jax.config.pairs import PairsConfig
 from ctllm_jax.config.prepare import PrepareConfig
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.config.sft import SFTConfig
@@ -64,8 +65,17 @@ def test_a_tuning_config_loads_with_its_command_in_its_head(path):
     assert f"python launch.py {command} configs/{path.relative_to(config_root())}" in path.read_text()
 
 
-@pytest.mark.parametrize("path", sorted((config_root() / "data").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in sorted((config_root() / "data").glob("*.yaml"))
+                                  if not path.stem.startswith("pairs")], ids=lambda path: path.stem)
 def test_a_corpus_config_loads_with_known_rule_sets_and_its_command_in_its_head(path):
     config = load(PrepareConfig, target=path)
     assert config.all_sources() and config.output
     assert f"python launch.py prepare configs/data/{path.name}" in path.read_text()
+
+
+def test_the_papers_pairs_are_gpt_4s_and_baichuans_and_go_where_dpo_looks():
+    path = config_root() / "data" / "pairs_ct_llm.yaml"
+    config = load(PairsConfig, target=path)
+    assert config.chosen.model == "gpt-4" and "Baichuan" in config.rejected.model and config.rejected.base_url
+    assert config.output == load(DPOConfig, target="ct_llm_2b/dpo").data.sources["zh"].path
+    assert "python launch.py pairs configs/data/pairs_ct_llm.yaml" in path.read_text()
