@@ -27,12 +27,14 @@ def run(context: Context) -> int:
     """Question, answer, until the input ends."""
     if len(context.targets) != 1:
         raise UserError("chat needs one MODEL: a run directory, or RUN@STEP")
-    from ctllm_jax.inference.model import load_model
+    from ctllm_jax.inference.model import load_model, with_template
 
     model = load_model(context.targets[0])
+    if context.config.template is not None:
+        model = with_template(model, context.config.template, name=context.targets[0])
     if model.template is None:
         raise UserError(f"{context.targets[0]} was not taught to answer: it has no chat template. `sft` teaches it; "
-                        "`generate` writes on from a prompt")
+                        "`generate` writes on from a prompt; template=KIND gives it one that it has not learned")
     Dialogue(model, context.config, context.console).run()
     return 0
 

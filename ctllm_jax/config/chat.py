@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from ctllm_jax.config.base import Section, key
+from ctllm_jax.config.sft import TemplateConfig
 
 
 class ChatConfig(Section):
     """Sampling, and how the dialogue begins."""
 
+    template: TemplateConfig | None = key(None, "how messages become ids, for a model that has learned no template; null: the one that it has learned")
     system: str | None = key(None, "system prompt; null: the one of the model's template", text=True)
     max_tokens: int = key(512, "most tokens of an answer", ge=1)
     temperature: float = key(0.7, "0: the likeliest token each time", ge=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ import jax.numpy as jnp
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.sft import TemplateConfig
-from ctllm_jax.data.chat import ChatTemplate, open_template
+from ctllm_jax.data.chat import ChatTemplate, Message, open_template
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ctllm_jax.inference.generate import generate
 from ctllm_jax.model.decoder import Decoder, init_params
 from ctllm_jax.training.checkpoint import find_checkpoint, load_params, read_model_config
+from ctllm_jax.training.sft import check_template
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,22 @@ class Model:
         ids = encode_prompts(self.tokenizer, prompts, prefix_id=self.prefix_id, stop_id=self.stop_id)
         new = generate(self.decoder, self.params, ids, stop_ids=self.stop_ids, **options)
         return [decode_completion(self.tokenizer, prompt, tokens) for prompt, tokens in zip(ids, new, strict=True)]
+
+
+def with_template(model: Model, config: TemplateConfig, *, name: str) -> Model:
+    """The model, asked through a template that it has not learned; `name` is the MODEL that it was loaded from.
+
+    Raises:
+      UserError: it has learned another one, or the template has ids that the model has not.
+    """
+    template = open_template(config, model.tokenizer)
+    _, kept = find_checkpoint(name)
+    check_template(kept.meta.get("template"), config, template, name=name, field="template")
+    largest = max([*template.prompt_ids([Message("user", "")]), *template.stop_ids])
+    if largest >= model.decoder.config.vocab_size:
+        raise UserError(f"template={config.kind} has the id {largest}, and {name} has ids up to "
+                        f"{model.decoder.config.vocab_size - 1} only")
+    return replace(model, template=template)
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], *, prefix_id: int | None,

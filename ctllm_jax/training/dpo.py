@@ -20,7 +20,7 @@ from ctllm_jax.model.decoder import Decoder
 from ctllm_jax.training.checkpoint import find_checkpoint, read_model_config
 from ctllm_jax.training.pretrain import Objective
 from ctllm_jax.training.reference import answer_logps
-from ctllm_jax.training.sft import completed, tokenizer_of
+from ctllm_jax.training.sft import check_template, completed, tokenizer_of
 
 
 class Preferences(NamedTuple):
@@ -51,9 +51,7 @@ def open_preferences(config: DPOConfig) -> Preferences:
                         " (launch.py sft), or give data.template")
     template_config = config.data.template or TemplateConfig(**known["config"])
     template = open_template(template_config, tokenizer)
-    if known and known["fingerprint"] != template.fingerprint():
-        raise UserError(f"init={config.init} was tuned with the template {known['config']['kind']}, and data.template "
-                        f"is another ({template.kind}): a model keeps the one it has learned; leave it out")
+    check_template(known, template_config, template, name=f"init={config.init}", field="data.template")
     data = PreferenceData(config.data, template=template, tokenizer=tokenizer,
                           sequence_length=config.batch.sequence_length, context_length=model.context_length,
                           rows=config.batch.rows, seed=config.seed, vocab_size=model.vocab_size)

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import PretrainConfig
-from ctllm_jax.config.sft import SFTConfig
+from ctllm_jax.config.sft import SFTConfig, TemplateConfig
+from ctllm_jax.data.chat import ChatTemplate
 from ctllm_jax.data.sft import SFTData
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.training.checkpoint import find_checkpoint, read_model_config
@@ -39,12 +40,28 @@ def open_tuning(config: SFTConfig) -> Tuning:
     data = SFTData(config.data, tokenizer=tokenizer, sequence_length=config.batch.sequence_length,
                    rows=config.batch.rows, seed=config.seed, vocab_size=model.vocab_size)
     known = kept.meta.get("template")
-    if known and known["fingerprint"] != data.template.fingerprint():
-        raise UserError(f"init={config.init} was tuned with the template {known['config']['kind']}, and data.template "
-                        f"is another ({config.data.template.kind}): a model keeps the one it has learned")
+    check_template(known, config.data.template, data.template, name=f"init={config.init}", field="data.template")
     whole = completed(config, model=model.model_dump(), steps=config.steps or data.steps)
     template = {"config": config.data.template.model_dump(mode="json"), "fingerprint": data.template.fingerprint()}
     return Tuning(whole, data, {"template": template})
+
+
+def check_template(known: dict[str, Any] | None, config: TemplateConfig, template: ChatTemplate, *, name: str,
+                   field: str) -> None:
+    """UserError, with each difference, where a checkpoint was tuned with another template than is asked for.
+
+    Args:
+      known: `template` of the checkpoint's `meta`; None where it has learned none.
+      config, template: what is asked for.
+      name, field: the MODEL and the config's key, as the message calls them.
+    """
+    if not known or known["fingerprint"] == template.fingerprint():
+        return
+    asked = config.model_dump(mode="json")
+    differing = [f"{key}: {value!r} there, {asked.get(key)!r} here" for key, value in known["config"].items()
+                 if asked.get(key) != value] or ["the tokenizer, or the template's file, is another"]
+    raise UserError("\n  ".join([f"{name} was tuned with another template than {field}={config.kind}, and a model keeps"
+                                 " the one it has learned:", *differing]))
 
 
 def completed(config: Config, **found: Any) -> Config:

@@ -103,6 +103,31 @@ def test_questions_from_a_pipe_are_answered(tuned, monkeypatch):
     assert "forgotten" in lines and "there are /reset, /system TEXT and /exit" in lines
 
 
-def test_a_model_that_was_not_taught_is_refused(text_run):
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["template=chatml"], "kind: 'plain' there, 'chatml' here"),
+    (["template.kind=baichuan2"], "kind: 'plain' there, 'baichuan2' here"),
+    (["template.kind=plain", "template.system=好"], "system: None there, '好' here"),
+    (["template=baichuan"], "baichuan2"),
+])
+def test_a_chat_through_another_template_is_refused(tuned, monkeypatch, overrides, message):
+    directory, _ = tuned
+    printed = chat(monkeypatch, ["今天"], directory, *overrides)
+    assert printed.status == 2 and message in printed.err and "Traceback" not in printed.err
+    if message != "baichuan2":
+        assert f"{directory} was tuned with another template than template=" in printed.err
+        assert "a model keeps the one it has learned" in printed.err
+
+
+def test_the_template_that_was_learned_may_be_named(tuned, monkeypatch):
+    directory, _ = tuned
+    words = (directory, "temperature=0", "max_tokens=4")
+    assert chat(monkeypatch, ["今天"], *words, "template=plain").out == chat(monkeypatch, ["今天"], *words).out
+
+
+def test_a_model_that_was_not_taught_needs_a_template(text_run, monkeypatch):
     printed = call("chat", text_run.directory)
     assert printed.status == 2 and "was not taught to answer" in printed.err
+    printed = chat(monkeypatch, ["今天"], text_run.directory, "template=plain", "max_tokens=4")
+    assert printed.status == 0 and "> 今天" in printed.out
+    printed = chat(monkeypatch, ["今天"], text_run.directory, "template=plain", "template.end_id=400")
+    assert printed.status == 2 and "has the id 400, and" in printed.err

@@ -12,6 +12,7 @@ from ctllm_jax.config.sft import TemplateConfig
 from ctllm_jax.data.chat import Message, open_template
 from ctllm_jax.data.tokenizer import load_tokenizer
 from data_prep import train_tokenizer
+from tests.data.hugging_face import make_tokenizer
 
 SYSTEM = "你是一个有用的人工智能助手。"
 MARKERS = ["<|im_start|>", "<|im_end|>", "<reserved_195>", "<reserved_196>"]
@@ -232,28 +233,6 @@ def test_the_fingerprint_tells_templates_apart(make):
     assert prints == [make(config, "small")[0].fingerprint() for config in given]
 
 
-def hugging_face(tokenizer_name, tokenizer, template):
-    """transformers' tokenizer of the same pieces, with the names of the template's markers special."""
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    if tokenizer_name == "json":
-        backend = tokenizers.Tokenizer.from_file(str(tokenizer.path))
-    else:
-        from sentencepiece import sentencepiece_model_pb2
-
-        proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
-        vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
-        merged = [piece for piece in proto.pieces if piece.type == 1 and len(piece.piece) > 1]
-        merges = [(piece.piece[:cut], piece.piece[cut:]) for piece in sorted(merged, key=lambda piece: -piece.score)
-                  for cut in range(1, len(piece.piece)) if {piece.piece[:cut], piece.piece[cut:]} <= vocab.keys()]
-        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
-        backend.normalizer = tokenizers.normalizers.Replace(" ", "▁")
-    names = [template._vocabulary.pieces[marker] for marker in template._markers]
-    backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template.to_jinja())
-
-
 @pytest.mark.parity
 @pytest.mark.parametrize(("config", "name"), [
     ("baichuan2", "small"), ("baichuan2-bos", "small"), ("baichuan2", "marked"), ("baichuan2", "json"),
@@ -261,7 +240,7 @@ def hugging_face(tokenizer_name, tokenizer, template):
 @pytest.mark.parametrize("system", [None, "回答 in English。"])
 def test_hugging_face_gives_the_same_ids_and_mask(make, config, name, system):
     template, tokenizer = make(config, name)
-    peer = hugging_face(name, tokenizer, template)
+    peer = make_tokenizer(tokenizer, template)
     messages = dialogue([("今天天气不错。 the model\n42", "我们去公园散步😀"), ("去 “龘” {{ x }}", "{% b %}\n\n 好 ")],
                         system)
     given = [{"role": message.role, "content": message.content} for message in messages]

@@ -4,11 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.sft import TemplateConfig
 from ctllm_jax.data.chat import Message, open_template
 from ctllm_jax.data.tokenizer import load_tokenizer
+from tests.data.test_chat import dialogue, learned_runs, said, turns
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 HEAD = "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -84,6 +87,39 @@ def test_typed_markers_stay_text(make, tokenizer, source):
     counts = {name: int((rendered.ids == index).sum()) for name, index in ids.items()}
     assert counts == {"<s>": 1, "</s>": 0, "<|im_start|>": 2, "<|im_end|>": 2}
     assert tokenizer.decode(rendered.ids[rendered.weights > 0]) == typed
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory, tokenizer):
+    """The template of each source that takes texts as they are, by name."""
+    pytest.importorskip("jinja2")
+    opened = {}
+    for name, source in (("marked", MARKED), ("unmarked", UNMARKED)):
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+        (folder / "chat_template.jinja").write_text(source)
+        opened[name] = open_template(TemplateConfig(kind="jinja", path=str(folder)), tokenizer)
+    return opened
+
+
+@settings(max_examples=40, deadline=None)
+@given(turns=turns, system=st.one_of(st.none(), said))
+@pytest.mark.parametrize("name", ["marked", "unmarked"])
+def test_whatever_is_typed_the_mask_holds_the_answers_and_nothing_else(templates, tokenizer, name, turns, system):
+    template = templates[name]
+    messages = dialogue(turns, system)
+    rendered = template.render(messages)
+    runs = learned_runs(rendered)
+    assert len(runs) == len(turns)
+    ids = {name: index for index, name in enumerate(SPECIAL)}
+    for run, (_, answer) in zip(runs, turns, strict=True):
+        assert run[-1] == ids["<|im_end|>"] and not set(run[:-1]) & set(ids.values())
+        assert tokenizer.decode(run[:-1]) == answer
+    counts = {name: int((rendered.ids == index).sum()) for name, index in ids.items()}
+    assert counts == {"<s>": 1, "</s>": 0, "<|im_start|>": len(messages), "<|im_end|>": len(messages)}
+    for index in range(1, len(messages), 2) if system is None else range(2, len(messages), 2):
+        prompt = template.prompt_ids(messages[:index])
+        assert rendered.ids[:len(prompt)].tolist() == prompt and rendered.weights[len(prompt)] > 0
 
 
 def test_trimmed_texts_are_trimmed(make, tokenizer):

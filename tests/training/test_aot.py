@@ -1,11 +1,15 @@
-"""The train step compiled by TPU's own compiler, for a slice that is not here: what it costs in memory."""
+"""The train steps compiled by TPU's own compiler, for a slice that is not here: what it costs in memory."""
 
 import pytest
 
 from ctllm_jax import sharding
+from ctllm_jax.config.dpo import DPOConfig
 from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import PretrainConfig
-from ctllm_jax.training.pretrain import plan_step
+from ctllm_jax.model.parameters import count_parameters
+from ctllm_jax.training.dpo import describe, make_loss_fn
+from ctllm_jax.training.pretrain import Objective, plan_step
+from ctllm_jax.training.sft import completed
 
 pytestmark = pytest.mark.aot
 
@@ -40,6 +44,20 @@ def test_memory_of_the_step_on_a_slice(devices):
     assert none - block > tokens * 768 // 2 * 2 * 2 * (LAYERS - 1)
     logits = tokens * VOCAB // 2 * 4
     assert block < logits
+
+
+def test_a_dpo_step_holds_neither_a_second_model_nor_logits(devices):
+    model = load(PretrainConfig, target="debug/pretrain", overrides=OVERRIDES).model
+    same = [word for word in OVERRIDES if not word.startswith("model.")]
+    config = completed(load(DPOConfig, target="quickstart/dpo", overrides=[
+        *same, "compute.scan_layers=true", "compute.remat=block", "warmup_ratio=null"]),
+        model=model.model_dump(), steps=10)
+    mesh = sharding.make_mesh(config.mesh.model_dump(), devices)
+    objective = Objective(lambda *args: make_loss_fn(*args[:2], mesh=args[2]), describe, num_segments=4)
+    memory = plan_step(config, mesh, objective=objective).compile().memory_analysis()
+    # Weights and two moments, split over all chips but for the norms.
+    assert memory.argument_size_in_bytes < 1.05 * 3 * 4 * count_parameters(model) / 4
+    assert memory.temp_size_in_bytes < ROWS // 2 * LENGTH * VOCAB // 2 * 4
 
 
 def test_remat_of_unrolled_blocks_is_real_on_a_tpu(devices):
