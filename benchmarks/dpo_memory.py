@@ -20,8 +20,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -121,7 +119,7 @@ def measure_step(config: Any, mesh: Any, options: dict[str, Any]) -> dict[str, f
                                                              sharding=x.sharding), plan.abstract_state.params)
     state = plan.abstract_state
     return measure(lambda: plan.jitted.lower(state, plan.abstract_batch, frozen).compile(),
-                   parameters=state.params, optimizer=state.opt_state, reference_model=frozen,
+                   parameters=state.params, optimizer=state.opt_state, reference_model=frozen or {},
                    batch=plan.abstract_batch)
 
 
@@ -145,7 +143,7 @@ def measure_reference_pass(config: Any, mesh: Any) -> dict[str, float]:
 def measure(compile_step: Callable, **kinds: Any) -> dict[str, float]:
     """`kinds` are trees of abstract arguments; what the compiler says of all of them must be their sum."""
     found = compile_step().memory_analysis()
-    sizes = {name: bytes_on_a_device(tree) for name, tree in kinds.items() if tree is not None}
+    sizes = {name: bytes_on_a_device(tree) for name, tree in kinds.items()}
     # Paddings of small arrays aside.
     if abs(found.argument_size_in_bytes - sum(sizes.values())) > 0.01 * sum(sizes.values()):
         raise RuntimeError(f"the compiler counts {found.argument_size_in_bytes} bytes of arguments, which are {sizes}")
@@ -179,6 +177,22 @@ def measure_all(chips: str, devices: Any, overrides: Sequence[str] = ()) -> dict
     return {title: columns}
 
 
+def write(output: Path, section: dict[str, Any]) -> None:
+    """Add a table to the result, where others stay: the TPU's and the GPU's may be made on different machines."""
+    sections = json.loads(output.read_text(encoding="utf-8"))["sections"] if output.exists() else {}
+    versions = {}
+    for package in ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-pjrt", "nvidia-cuda-nvcc"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    result = {"sections": sections | section, "figures": {"parameters": 2_134_509_568, "sequence_length": 4096},
+              "device": f"compiled on {cpu_name()}", "python": platform.python_version(), "versions": versions,
+              "flags": {"compute": "bfloat16", "state": "float32", "remat": "block", "attention": "xla"},
+              "command": "python benchmarks/dpo_memory.py --gpu-target h100_sxm.txtpb"}
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Compile, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -188,27 +202,14 @@ def main() -> None:
     arguments = parser.parse_args()
     from jax.experimental import topologies
 
-    sections = {}
     if arguments.tpu:
         chips = topologies.get_topology_desc(platform="tpu", topology_name=arguments.tpu)
-        sections |= measure_all(f"TPU {arguments.tpu}", chips.devices)
+        write(arguments.output, measure_all(f"TPU {arguments.tpu}", chips.devices))
     for shape, meshes in GPUS.items() if arguments.gpu_target else ():
         node = topologies.get_topology_desc(platform="cuda", topology_name="H100", topology=shape,
                                             target_config=arguments.gpu_target.read_text(encoding="utf-8"))
         for overrides in meshes:
-            sections |= measure_all(f"{len(node.devices)} x H100", node.devices, overrides)
-    words = [Path(word).name if word.endswith(".txtpb") else word for word in sys.argv[1:]]
-    versions = {}
-    for package in ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-pjrt", "nvidia-cuda-nvcc"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    result = {"sections": sections, "figures": {"parameters": 2_134_509_568, "sequence_length": 4096},
-              "device": f"compiled on {cpu_name()}", "python": platform.python_version(), "versions": versions,
-              "flags": {"compute": "bfloat16", "state": "float32", "remat": "block", "attention": "xla"},
-              "command": shlex.join(["python", "benchmarks/dpo_memory.py", *words])}
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write(arguments.output, measure_all(f"{len(node.devices)} x H100", node.devices, overrides))
 
 
 if __name__ == "__main__":

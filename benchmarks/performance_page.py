@@ -28,8 +28,9 @@ CIRCUMSTANCES = ("name", "command", "device", "python", "versions", "flags", "da
 HEAD = """# Performance
 
 Written by `python benchmarks/performance_page.py` from `benchmarks/results/*.json`: run a benchmark again to change a
-figure. Each section gives its command. A list of repeats is shown as median (lowest to highest). All of it is from
-CPUs; figures of a GPU or TPU do not exist yet, and what to run for them stands in [log.md](log.md#to-measure-on-a-gpu).
+figure. Each section gives its command. A list of repeats is shown as median (lowest to highest). All speeds are from
+CPUs; those of a GPU or TPU do not exist yet, and what to run for them stands in [log.md](log.md#to-measure-on-a-gpu).
+Memory on a TPU or GPU is what its compiler says of the step.
 """
 
 

@@ -117,7 +117,7 @@ def test_whatever_is_typed_the_mask_holds_the_answers_and_nothing_else(templates
         assert tokenizer.decode(run[:-1]) == answer
     counts = {name: int((rendered.ids == index).sum()) for name, index in ids.items()}
     assert counts == {"<s>": 1, "</s>": 0, "<|im_start|>": len(messages), "<|im_end|>": len(messages)}
-    for index in range(1, len(messages), 2) if system is None else range(2, len(messages), 2):
+    for index in [index for index, message in enumerate(messages) if message.role == "assistant"]:
         prompt = template.prompt_ids(messages[:index])
         assert rendered.ids[:len(prompt)].tolist() == prompt and rendered.weights[len(prompt)] > 0
 

@@ -26,9 +26,9 @@ PAIRS = [("今天", "天气不错", "不错"), ("公园", "我们去散步", "�
 def load_data(tmp_path_factory):
     """Changes -> the data: of the pairs, the tokenizer, the template, the length of a row."""
     folder = tmp_path_factory.mktemp("pairs")
-    for name, texts in (("small", 60), ("other", 61)):
-        lines = [f"{index}：{''.join(pair)}" for index in range(texts) for pair in PAIRS]
-        (folder / f"{name}.model").write_bytes(fit(lines, vocab_size=290, character_coverage=1.0))
+    lines = [f"{index}：{''.join(pair)}" for index in range(60) for pair in PAIRS]
+    for name, size in (("small", 290), ("other", 289)):
+        (folder / f"{name}.model").write_bytes(fit(lines, vocab_size=size, character_coverage=1.0))
 
     def load_data(*, pairs=PAIRS, tokenizer="small", plain_user="用户：{content}\n", sequence_length=S):
         rows = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]

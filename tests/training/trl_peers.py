@@ -25,8 +25,8 @@ WORDS = ["今天", "天气", "不错", "我们", "去", "公园", "散步", "。
 
 
 def say(draw, most):
-    """A text of one to `most` words."""
-    return "".join(draw.choices(WORDS, k=draw.randint(1, most)))
+    """A text of one to `most` words, the first of which is none of blanks."""
+    return "".join([draw.choice(WORDS[:-2]), *draw.choices(WORDS, k=draw.randint(1, most) - 1)])
 
 
 def save_model(directory):
