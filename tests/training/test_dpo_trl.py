@@ -131,7 +131,7 @@ def test_every_step_is_the_same(both):
 
 def test_the_weights_have_moved_alike(both):
     after = trl_peers.read_params(both.directory, both.config.model)
-    trl_peers.assert_same_weights(both.config.model, after, both.before, both.trainer.model, within=1e-3)
+    trl_peers.assert_same_weights(both.config.model, after, both.before, both.trainer.model, within=5e-3)
 
 
 def test_the_gradients_of_a_trained_policy_are_the_same(both):
