@@ -181,7 +181,7 @@ def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any]) -> li
     evaluate = make_evaluation(run) if config.evaluation.every else None
     if evaluate is not None:
         def evaluation_hook(step: int, state: Any) -> None:
-            values = {"step": step, "tokens": config.tokens_at(step), "sources": evaluate(state.params)}
+            values = {"step": step, "tokens": config.tokens_at(step), **evaluate(state.params)}
             results.update(values["sources"])
             writer.event("evaluation", **values)
             shown.evaluation(values)
@@ -201,11 +201,14 @@ def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any]) -> li
 
 
 def make_evaluation(run: Run) -> Any:
-    """`params -> {source: figures}` on the held-out split of each source; None where there is none."""
+    """`params -> {"sources": {source: figures}, …}` on what is held out of each; None where nothing is."""
     from functools import partial
+
+    import jax
 
     from ctllm_jax import sharding
     from ctllm_jax.evaluation.bits_per_byte import evaluate_sources, make_evaluation_step
+    from ctllm_jax.evaluation.preferences import evaluate_pairs
     from ctllm_jax.training.pretrain import make_loss_fn, place_batch
 
     config = run.config
@@ -213,16 +216,22 @@ def make_evaluation(run: Run) -> Any:
     sources = run.data.held_out(rows=rows, split=config.evaluation.split, max_tokens=config.evaluation.max_tokens)
     if not sources:
         return None
-    loss_fn = make_loss_fn(config, run.decoder.clone(remat="none"), mesh=run.mesh, token_bytes=run.data.token_bytes,
-                           z_loss=0.0, padded=config.isolated)
+    decoder = run.decoder.clone(remat="none")
+    if run.objective is None:
+        loss_fn = make_loss_fn(config, decoder, mesh=run.mesh, token_bytes=run.data.token_bytes, z_loss=0.0,
+                               padded=config.isolated)
+    else:
+        loss_fn = run.objective.make_loss_fn(config, decoder, run.mesh)
     step = make_evaluation_step(loss_fn, out_sharding=sharding.replicated(run.mesh))
     local = sharding.local_rows(run.mesh, rows)
     place_global = partial(place_batch, sharding=sharding.batch_sharding(run.mesh), rows=rows)
 
     def place(batch: Any) -> Any:
-        return place_global(type(batch)(*(part if part is None else part[local] for part in batch)))
+        return place_global(jax.tree.map(lambda x: x[local], batch))
 
-    return lambda params: evaluate_sources(step, params, sources, place=place)
+    if run.objective is not None:
+        return lambda params: evaluate_pairs(step, params, sources, place=place, describe=run.objective.describe)
+    return lambda params: {"sources": evaluate_sources(step, params, sources, place=place)}
 
 
 def make_sampler(run: Run) -> Any:

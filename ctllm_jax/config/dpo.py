@@ -31,6 +31,7 @@ class PairDataConfig(Section):
     template: TemplateConfig | None = key(None, "how messages become ids; null: the one that the model has learned")
     over_length: Literal["drop", "truncate", "raise"] = key("drop", "a pair of more than sequence_length tokens, or an answer beyond the model's context: leave the pair out, cut the ends of its answers off, or fail; counted in the report")
     pairs_per_row: int | None = key(None, "most pairs of a row; 1 makes a step of as many pairs as the batch has rows. null: as many as fit", ge=1)
+    held_out: float = key(0.0, "share of each source's prompts, chosen by a hash of their tokens, whose pairs are only evaluated", ge=0, lt=1)
     epochs: int = key(2, "times that every pair is seen", ge=1, changeable=True)
     reference: str | None = key(None, "file (.npz) of the reference log-probabilities, made where there is none; null: reference.npz in the run directory", changeable=True)
 

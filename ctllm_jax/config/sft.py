@@ -62,7 +62,7 @@ class SFTDataConfig(Section):
     loss_on: Literal["answers", "last_answer", "everything"] = key("answers", "tokens that are learned: every answer with its end, the last one, or all tokens")
     over_length: Literal["drop", "truncate", "raise"] = key("drop", "a dialogue of more than sequence_length tokens: leave it out, cut its end off, or fail; counted in the report")
     ratio: str | None = key(None, "KEPT:DRAWN=a:b, such as zh:en=2:1: all rows of group KEPT, and b/a times as many of DRAWN; a smaller draw is part of a larger one. null: all rows")
-    held_out: float = key(0.0, "share of the dialogues, chosen by a hash of their tokens, that is only evaluated", ge=0, lt=1)
+    held_out: float = key(0.0, "share of each source's dialogues, chosen by a hash of their tokens before the ratio draws, that is only evaluated", ge=0, lt=1)
     epochs: int = key(3, "times that every dialogue is seen", ge=1, changeable=True)
 
     @classmethod

@@ -19,9 +19,10 @@ from ctllm_jax.config.dpo import PairDataConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.batch import Batch, Preference, checked_rows, padding_row, stack_rows
 from ctllm_jax.data.chat import ChatTemplate, Rendered
-from ctllm_jax.data.epochs import PackedEpochs
+from ctllm_jax.data.epochs import PackedEpochs, best_fit
 from ctllm_jax.data.pairs import Pair, read_pairs
-from ctllm_jax.data.sft import Examples, pack_row
+from ctllm_jax.data.pretrain import HeldOutData
+from ctllm_jax.data.sft import Examples, content_sha256, is_held_out, joined, pack_row, select
 from ctllm_jax.data.tokenizer import Tokenizer
 
 _TOKENIZED_TOGETHER = 512  # pairs
@@ -31,13 +32,14 @@ logger = logging.getLogger(__name__)
 class PreferenceData:
     """Pairs packed into rows. A `BatchSource`.
 
-    Steps, rows and epochs are those of `PackedEpochs`, with pairs as items. `num_segments` is M, twice the most pairs
-    of a row, the same for every batch. `reference_logps` float32 [2N] are those of the answers, zeros until they are
-    set. `report` tells what was read, left out and kept, as JSON.
+    Steps, rows and epochs are those of `PackedEpochs`, with the pairs that are trained on as items. `num_segments` is
+    M, twice the most pairs of a row, the same for every batch. `answers` and `reference_logps` float32 [2N], zeros
+    until they are set, are those of all pairs, held-out ones included. `report` tells what was read, left out and kept,
+    as JSON. `pairs` are those that `answers` were made from, if they are to be kept.
     """
 
     def __init__(self, config: PairDataConfig, *, template: ChatTemplate, tokenizer: Tokenizer, sequence_length: int,
-                 context_length: int, rows: int, seed: int, vocab_size: int):
+                 context_length: int, rows: int, seed: int, vocab_size: int, keep_pairs: bool = False):
         """
         Args:
           context_length: the most tokens of an answer behind its prompt.
@@ -45,8 +47,9 @@ class PreferenceData:
         """
         self.template = template
         self.group_names = sorted(set(config.groups.values()))
-        self.answers, self.report = tokenize_sources(config, template, sequence_length=sequence_length,
-                                                     context_length=context_length)
+        self.answers, self.report, pairs = tokenize_sources(config, template, sequence_length=sequence_length,
+                                                            context_length=context_length)
+        self.pairs: list[Pair] | None = pairs if keep_pairs else None
         if (largest := int(self.answers.ids.max())) >= vocab_size:
             raise UserError(f"the pairs have ids up to {largest}: model.vocab_size={vocab_size} must be at least "
                             f"{largest + 1}")
@@ -54,7 +57,13 @@ class PreferenceData:
         self._groups = np.array([self.group_names.index(config.groups[name]) for name in self._names], np.int32)
         self._sequence_length, self._rows = sequence_length, rows
         self._lengths = self.answers.lengths.reshape(-1, 2).sum(axis=1)
-        self._packed = PackedEpochs(self._lengths, sequence_length, rows=rows, seed=seed, most=config.pairs_per_row)
+        apart = held_out_pairs(self.answers, config.held_out)
+        if apart.all():
+            raise UserError(f"data.held_out={config.held_out} leaves none of {len(apart)} pairs to train on")
+        self._trained, self._apart = np.flatnonzero(~apart), np.flatnonzero(apart)
+        self._count(config)
+        self._packed = PackedEpochs(self._lengths[self._trained], sequence_length, rows=rows, seed=seed,
+                                    most=config.pairs_per_row)
         self.rows_per_epoch, self.steps_per_epoch = self._packed.rows_per_epoch, self._packed.steps_per_epoch
         self.steps = config.epochs * self.steps_per_epoch
         self.num_segments = 2 * self._packed.most_in_a_row
@@ -62,7 +71,7 @@ class PreferenceData:
         self.tokenizer_path: Path | None = tokenizer.path
         self.token_bytes: np.ndarray | None = None
         self.eod_id: int | None = template.stop_ids[0] if template.stop_ids else None
-        filled = len(self.answers.ids) / (self.rows_per_epoch * sequence_length)
+        filled = self._lengths[self._trained].sum() / (self.rows_per_epoch * sequence_length)
         self.report |= {"rows_per_epoch": self.rows_per_epoch, "steps_per_epoch": self.steps_per_epoch,
                         "num_segments": self.num_segments, "filled": round(filled, 6)}
         content = hashlib.sha256()
@@ -70,25 +79,32 @@ class PreferenceData:
             content.update(np.ascontiguousarray(array))
         self.identity: dict[str, Any] = {"tokenizer_sha256": tokenizer.sha256, "template": template.fingerprint(),
                                          "sequence_length": sequence_length, "pairs_sha256": content.hexdigest()}
+        self._held_out_share = config.held_out
         self.reference_identity: dict[str, Any] | None = None
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """See `BatchSource`; with the identity of the reference, once it is set."""
         return {"kind": "preference", "seed": self._packed.seed, "rows": self._rows, "groups": self.group_names,
-                "pairs_per_row": self.num_segments // 2, **self.identity, "reference": self.reference_identity}
+                "pairs_per_row": self.num_segments // 2, "held_out": self._held_out_share, **self.identity,
+                "reference": self.reference_identity}
 
     def __len__(self) -> int:
-        """N."""
+        """N, held-out pairs included."""
         return len(self._lengths)
 
-    def pairs_at(self, place: int) -> np.ndarray:
-        """The pairs of row `place` of the first epoch, int64."""
-        return self._packed.items_at(0, place)
+    def all_rows(self) -> list[np.ndarray]:
+        """Every pair once, int64 for each row: the rows of the first epoch, then those of what is held out."""
+        return [*(self._trained[self._packed.items_at(0, place)] for place in range(self.rows_per_epoch)),
+                *self._rows_of(self._apart)]
+
+    def items(self, step: int, row: int) -> np.ndarray:
+        """The pairs of a row of a step, int64; none in a row of padding."""
+        return self._trained[self._packed.items(step, row)]
 
     def row(self, step: int, row: int) -> Batch:
         """One row of one step: a `Batch` of [S] and [M] arrays."""
-        return self.pack(self._packed.items(step, row))
+        return self.pack(self.items(step, row))
 
     def pack(self, pairs: Sequence[int]) -> Batch:
         """A row of these pairs, answer behind answer; of none, padding."""
@@ -116,14 +132,47 @@ class PreferenceData:
         return batches()
 
     def held_out(self, *, rows: int, split: str, max_tokens: int) -> dict[str, Iterable[Batch]]:
-        """None: all pairs are trained on."""
-        del rows, split, max_tokens
-        return {}
+        """The pairs of `config.held_out`, by source; `split` says nothing here. They carry `reference_logps` as it is
+        when a batch is made."""
+        del split
+        found: dict[str, Iterable[Batch]] = {}
+        for index, name in enumerate(self._names):
+            packed = self._rows_of(self._apart[self.answers.sources[2 * self._apart] == index])
+            if packed:
+                count = min(len(packed), max(1, max_tokens // self._sequence_length))
+                found[name] = HeldOutData(_Rows(self, packed), rows=rows, sequence_length=self._sequence_length,
+                                          count=count, padding=self.pack([]))
+        return found
+
+    def _rows_of(self, pairs: np.ndarray) -> list[np.ndarray]:
+        """These pairs in rows, from the longest on, no more in one than in a row of training."""
+        order = pairs[np.argsort(-self._lengths[pairs], kind="stable")]
+        packing = best_fit(self._lengths[order], self._sequence_length, most=self.num_segments // 2)
+        by_row = np.argsort(packing.row_of_rank, kind="stable")
+        ends = np.cumsum(np.bincount(packing.row_of_rank, minlength=packing.rows))
+        return np.split(order[by_row], ends[:-1]) if len(order) else []
+
+    def _count(self, config: PairDataConfig) -> None:
+        """Adds to the report what each source and group gives to training, and what is held out of it."""
+        groups: dict[str, dict[str, int]] = {}
+        learned = np.add.reduceat(self.answers.weights > 0, self.answers.offsets[:-1]).reshape(-1, 2).sum(axis=1)
+        for index, name in enumerate(self._names):
+            own, apart = (chosen[self.answers.sources[2 * chosen] == index] for chosen in (self._trained, self._apart))
+            figures = {"pairs": len(own), "tokens": int(self._lengths[own].sum()),
+                       "learned_tokens": int(learned[own].sum())}
+            answers = np.ravel([2 * apart, 2 * apart + 1])
+            self.report["sources"][name] |= {**figures, "held_out": len(apart),
+                                             "held_out_sha256": content_sha256(select(self.answers, answers))}
+            group = groups.setdefault(config.groups[name], dict.fromkeys(figures, 0))
+            for figure, value in figures.items():
+                group[figure] += value
+            logger.info("data.sources.%s: %s", name, self.report["sources"][name])
+        self.report |= {"groups": groups, "held_out": len(self._apart)}
 
     def tokens_per_source(self, steps: int) -> dict[str, int]:
         """Tokens of each source's pairs, prompts twice, in the first `steps` steps; padding belongs to none."""
-        tokens = np.bincount(self.answers.sources[::2], weights=self._packed.times_seen(steps) * self._lengths,
-                             minlength=len(self._names))
+        tokens = np.bincount(self.answers.sources[2 * self._trained], minlength=len(self._names),
+                             weights=self._packed.times_seen(steps) * self._lengths[self._trained])
         return {name: int(count) for name, count in zip(self._names, tokens, strict=True)}
 
     def epochs(self, steps: int) -> dict[str, float]:
@@ -132,14 +181,40 @@ class PreferenceData:
                 for name, tokens in self.tokens_per_source(steps).items()}
 
 
+class _Rows:
+    """Rows by their pairs, packed when they are asked for."""
+
+    def __init__(self, data: PreferenceData, pairs: list[np.ndarray]):
+        self.data, self.pairs = data, pairs
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.data.pack(self.pairs[index])
+
+
+def held_out_pairs(answers: Examples, fraction: float) -> np.ndarray:
+    """bool [N]: the pairs of about `fraction` of the prompts, by a hash of a prompt's ids.
+
+    Pairs of one prompt fall on one side, whatever their answers and their order: none of what is asked in training is
+    asked again.
+    """
+    chosen = np.zeros(len(answers.sources) // 2, bool)
+    if fraction:
+        for pair in range(len(chosen)):
+            here = slice(*answers.offsets[2 * pair:2 * pair + 2])
+            prompt = int(np.argmax(answers.weights[here] > 0))
+            chosen[pair] = is_held_out(answers.ids[here][:prompt], fraction)
+    return chosen
+
+
 def tokenize_sources(config: PairDataConfig, template: ChatTemplate, *, sequence_length: int,
-                     context_length: int) -> tuple[Examples, dict[str, Any]]:
-    """The answers of all pairs that are trained on, in the order of sources and rows, and the report.
+                     context_length: int) -> tuple[Examples, dict[str, Any], list[Pair]]:
+    """The answers of all pairs that are of use, in the order of sources and rows; the report; and the pairs.
 
     UserError where a source cannot be read, a pair is too long with over_length=raise, or none is left.
     """
     answers: list[Rendered] = []
     owners: list[int] = []
+    pairs: list[Pair] = []
     sources: dict[str, dict[str, Any]] = {}
     for index, (name, source) in enumerate(config.sources.items()):
         try:
@@ -163,24 +238,18 @@ def tokenize_sources(config: PairDataConfig, template: ChatTemplate, *, sequence
                 counts[reason] += 1
             if fitted is not None:
                 kept += fitted
+                pairs.append(pair)
         answers += kept
         owners += [index] * len(kept)
         sources[name] = {"group": config.groups[name], "layouts": sorted(set(read.layouts.values())), "read": read.rows,
-                         "dropped": read.dropped, **counts, "pairs": len(kept) // 2,
-                         "tokens": sum(len(each.ids) for each in kept),
-                         "learned_tokens": sum(int(np.count_nonzero(each.weights)) for each in kept)}
-        logger.info("data.sources.%s: %s", name, sources[name])
+                         "dropped": read.dropped, **counts}
         for reason, meaning in _REASONS.items():
             if counts[reason]:
                 logger.warning("data.sources.%s: %d of %d pairs %s", name, counts[reason], read.rows,
                                meaning.format(S=sequence_length, context=context_length))
     if not answers:
         raise UserError(f"no pair is left to train on with sequence_length={sequence_length}: {sources}")
-    examples = Examples(np.concatenate([each.ids for each in answers]),
-                        np.concatenate([each.weights for each in answers]),
-                        np.cumsum([0, *(len(each.ids) for each in answers)], dtype=np.int64),
-                        np.asarray(owners, np.int32))
-    return examples, {"sources": sources}
+    return joined(answers, owners), {"sources": sources}, pairs
 
 
 _REASONS = {

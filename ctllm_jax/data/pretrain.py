@@ -53,12 +53,13 @@ def open_held_out_data(config: DataConfig, *, split: str, sequence_length: int, 
 
 
 class HeldOutData:
-    """The first `count` rows of a split, in order, as batches [rows, S]."""
+    """The first `count` rows of a split, in order, as batches [rows, S]; the last is filled up with `padding`."""
 
-    def __init__(self, packed: Sequence[Batch], *, rows: int, sequence_length: int, count: int):
+    def __init__(self, packed: Sequence[Batch], *, rows: int, sequence_length: int, count: int,
+                 padding: Batch | None = None):
         self._packed = packed
         self._rows = rows
-        self._padding = padding_row(sequence_length)
+        self._padding = padding_row(sequence_length) if padding is None else padding
         self._count = count
 
     def __len__(self) -> int:

@@ -7,6 +7,7 @@ R rows of an epoch, T tokens of a dialogue.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,20 +50,16 @@ class SFTData:
     Row r of data step t is row `t % steps_per_epoch * B + r` of epoch `t // steps_per_epoch`: the last batch of an
     epoch is filled up with padding rows, and no batch spans two epochs. An epoch is a new draw of which dialogues of
     equal length share rows, and of the order of the rows; all have the same number of rows. `report` tells what was
-    read, left out and kept, as JSON.
+    read, left out and kept, as JSON. `dialogues` are those that `examples` were made from, if they are to be kept.
     """
 
     def __init__(self, config: SFTDataConfig, *, tokenizer: Tokenizer, sequence_length: int, rows: int, seed: int,
-                 vocab_size: int):
+                 vocab_size: int, keep_dialogues: bool = False):
         self.template = open_template(config.template, tokenizer)
-        examples, self.report = tokenize_sources(config, self.template, sequence_length=sequence_length, seed=seed)
-        apart = chosen_by_content(examples, config.held_out)
-        if apart.all():
-            raise UserError(f"data.held_out={config.held_out} leaves none of {len(apart)} dialogues to train on")
-        self._held_out = select(examples, np.flatnonzero(apart))
-        self.examples = select(examples, np.flatnonzero(~apart))
-        self.report["held_out"] = int(apart.sum())
-        largest = int(examples.ids.max())
+        found = tokenize_sources(config, self.template, sequence_length=sequence_length, seed=seed)
+        self.examples, self._held_out, self.report = found.trained, found.held_out, found.report
+        self.dialogues: list[Dialogue] | None = found.dialogues if keep_dialogues else None
+        largest = max(int(examples.ids.max(initial=0)) for examples in (self.examples, self._held_out))
         if largest >= vocab_size:
             raise UserError(f"the dialogues have ids up to {largest}: model.vocab_size={vocab_size} must be at least "
                             f"{largest + 1}")
@@ -92,9 +89,13 @@ class SFTData:
             "over_length": config.over_length, "ratio": config.ratio, "held_out": config.held_out,
             "examples_sha256": content.hexdigest()}
 
+    def items(self, step: int, row: int) -> np.ndarray:
+        """Which of `examples` fill a row of a step, int64; none in a row of padding."""
+        return self._packed.items(step, row)
+
     def row(self, step: int, row: int) -> Batch:
         """One row of one step: a `Batch` of [S] arrays."""
-        chosen = self._packed.items(step, row)
+        chosen = self.items(step, row)
         if not len(chosen):
             return padding_row(self._sequence_length)
         return pack_row(self.examples, chosen, self._sequence_length)
@@ -169,14 +170,44 @@ def pack_row(examples: Examples, chosen: Sequence[int], sequence_length: int) ->
     return Batch(tokens_S, targets_S, loss_weights_S, segment_ids_S, positions_S)
 
 
-def chosen_by_content(examples: Examples, fraction: float) -> np.ndarray:
-    """bool [N]: about `fraction` of the dialogues, by a hash of their ids: copies fall on one side."""
-    chosen = np.zeros(len(examples.sources), bool)
-    if fraction:
-        for index, (first, last) in enumerate(zip(examples.offsets[:-1], examples.offsets[1:], strict=True)):
-            digest = hashlib.blake2b(examples.ids[first:last].tobytes(), digest_size=8).digest()
-            chosen[index] = int.from_bytes(digest, "little") < fraction * 2**64
-    return chosen
+def is_held_out(ids: np.ndarray, fraction: float) -> bool:
+    """Whether a hash of these int32 ids puts them among the held-out ones, which are about `fraction` of all.
+
+    Nothing but the ids decides: copies fall on one side, and so does the same text in another run's data.
+    """
+    digest = hashlib.blake2b(ids.tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+def joined(rendered: Sequence[Rendered], sources: Sequence[int]) -> Examples:
+    """Tokenized dialogues, and the index of each one's source, as `Examples`."""
+    nothing = Rendered(np.empty(0, np.int32), np.empty(0, np.float32))
+    return Examples(*(np.concatenate(arrays) for arrays in zip(*(rendered or [nothing]), strict=True)),
+                    np.cumsum([0, *(len(each.ids) for each in rendered)], dtype=np.int64),
+                    np.asarray(sources, np.int32))
+
+
+def content_sha256(examples: Examples) -> str:
+    """A hash of tokenized dialogues, whatever their order and source."""
+    parts = sorted(hashlib.sha256(examples.ids[first:last].tobytes()).digest()
+                   for first, last in itertools.pairwise(examples.offsets))
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+class Tokenized(NamedTuple):
+    """The dialogues of a config: those that are trained on, those that are held out, the report, and the texts of the
+    former."""
+
+    trained: Examples
+    held_out: Examples
+    report: dict[str, Any]
+    dialogues: list[Dialogue]
+
+
+class _Kept(NamedTuple):
+    rendered: Rendered
+    key: int
+    dialogue: Dialogue
 
 
 def select(examples: Examples, chosen: np.ndarray) -> Examples:
@@ -188,16 +219,16 @@ def select(examples: Examples, chosen: np.ndarray) -> Examples:
                     np.cumsum([0, *examples.lengths[chosen]], dtype=np.int64), examples.sources[chosen])
 
 
-def tokenize_sources(config: SFTDataConfig, template: ChatTemplate, *, sequence_length: int,
-                     seed: int) -> tuple[Examples, dict[str, Any]]:
-    """All dialogues of a config that are trained on, in the order of sources and rows, and the report.
+def tokenize_sources(config: SFTDataConfig, template: ChatTemplate, *, sequence_length: int, seed: int) -> Tokenized:
+    """All dialogues of a config that are trained on, or held out, in the order of sources and rows.
 
-    The report holds for each source and group the rows (dialogues), their tokens and the learned ones, and for each
-    source how many were left out, by reason. UserError where a source cannot be read, a dialogue is too long with
+    Held-out ones are chosen before the ratio draws: every ratio is evaluated on the same. The report holds for each
+    source and group the rows (dialogues) that are trained on, their tokens and the learned ones, and for each source
+    how many were left out, by reason. UserError where a source cannot be read, a dialogue is too long with
     over_length=raise, or a group is too small for the ratio.
     """
-    kept: dict[str, list[Rendered]] = {}
-    keys: dict[str, list[int]] = {}
+    kept: dict[str, list[_Kept]] = {}
+    apart: dict[str, list[Rendered]] = {}
     sources: dict[str, dict[str, Any]] = {}
     for name, source in config.sources.items():
         try:
@@ -205,7 +236,7 @@ def tokenize_sources(config: SFTDataConfig, template: ChatTemplate, *, sequence_
         except UserError as error:
             raise UserError(f"data.sources.{name}: {error}") from None
         counts = {"over_length": 0, "cut": 0, "nothing_learned": 0, "not_drawn": 0}
-        kept[name], keys[name] = [], []
+        kept[name], apart[name] = [], []
         for dialogue, rendered in _rendered(read.dialogues, template, config.loss_on):
             if len(rendered.ids) > sequence_length:
                 if config.over_length == "raise":
@@ -220,28 +251,36 @@ def tokenize_sources(config: SFTDataConfig, template: ChatTemplate, *, sequence_
             if not rendered.weights[1:].any():
                 counts["nothing_learned"] += 1
                 continue
-            kept[name].append(rendered)
-            keys[name].append(_draw_key(seed, name, dialogue))
+            if is_held_out(rendered.ids, config.held_out):
+                apart[name].append(rendered)
+            else:
+                kept[name].append(_Kept(rendered, _draw_key(seed, name, dialogue), dialogue))
         sources[name] = {"group": config.groups[name], "layouts": sorted(set(read.layouts.values())), "read": read.rows,
                          "dropped": read.dropped, **counts}
     if config.parsed_ratio is not None:
-        _draw(config, kept, keys, sources)
+        _draw(config, kept, sources)
+    held_out = {name: joined(rendered, [index] * len(rendered)) for index, (name, rendered) in enumerate(apart.items())}
     groups: dict[str, dict[str, int]] = {}
     for name, rows in kept.items():
-        figures = {"rows": len(rows), "tokens": sum(len(each.ids) for each in rows),
-                   "learned_tokens": sum(int(np.count_nonzero(each.weights[1:])) for each in rows)}
-        sources[name] |= figures
+        figures = {"rows": len(rows), "tokens": sum(len(each.rendered.ids) for each in rows),
+                   "learned_tokens": sum(int(np.count_nonzero(each.rendered.weights[1:])) for each in rows)}
+        sources[name] |= {**figures, "held_out": len(apart[name]), "held_out_sha256": content_sha256(held_out[name])}
         group = groups.setdefault(config.groups[name], dict.fromkeys(figures, 0))
         for figure, value in figures.items():
             group[figure] += value
         logger.info("data.sources.%s: %s", name, sources[name])
     rows = [each for each_source in kept.values() for each in each_source]
+    total = sum(map(len, apart.values()))
+    if not rows and total:
+        raise UserError(f"data.held_out={config.held_out} leaves none of {total} dialogues to train on")
     if not rows:
         raise UserError(f"no dialogue is left to train on with sequence_length={sequence_length}: {sources}")
-    examples = Examples(np.concatenate([each.ids for each in rows]), np.concatenate([each.weights for each in rows]),
-                        np.cumsum([0, *(len(each.ids) for each in rows)], dtype=np.int64),
-                        np.repeat(np.arange(len(kept), dtype=np.int32), [len(each) for each in kept.values()]))
-    return examples, {"sources": sources, "groups": groups, "ratio": config.ratio}
+    owners = np.repeat(np.arange(len(kept)), [len(each) for each in kept.values()])
+    return Tokenized(joined([each.rendered for each in rows], owners),
+                     joined([each for each_source in apart.values() for each in each_source],
+                            np.repeat(np.arange(len(apart)), [len(each) for each in apart.values()])),
+                     {"sources": sources, "groups": groups, "ratio": config.ratio, "held_out": total},
+                     [each.dialogue for each in rows])
 
 
 def _rendered(dialogues: list[Dialogue], template: ChatTemplate,
@@ -260,14 +299,13 @@ def _rendered(dialogues: list[Dialogue], template: ChatTemplate,
         yield from zip(together, rendered, strict=True)
 
 
-def _draw(config: SFTDataConfig, kept: dict[str, list[Rendered]], keys: dict[str, list[int]],
-          sources: dict[str, dict[str, Any]]) -> None:
+def _draw(config: SFTDataConfig, kept: dict[str, list[_Kept]], sources: dict[str, dict[str, Any]]) -> None:
     """Leaves of the drawn group the rows with the smallest keys: a smaller draw is part of a larger one."""
     whole, drawn, parts, drawn_parts = config.parsed_ratio
     groups = config.groups
     wanted = sum(len(kept[name]) for name in kept if groups[name] == whole) * drawn_parts // parts
-    candidates = sorted((key, name, index) for name in kept if groups[name] == drawn
-                        for index, key in enumerate(keys[name]))
+    candidates = sorted((each.key, name, index) for name in kept if groups[name] == drawn
+                        for index, each in enumerate(kept[name]))
     if wanted > len(candidates):
         raise UserError(f"data.ratio={config.ratio} needs {wanted} rows of group {drawn!r}, which has "
                         f"{len(candidates)}: give it more data, or choose a smaller share")

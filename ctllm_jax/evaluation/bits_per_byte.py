@@ -16,32 +16,44 @@ from ctllm_jax.data.batch import Batch
 
 
 def make_evaluation_step(loss_fn: Callable, *, out_sharding: Any) -> Callable:
-    """`(params, batch) -> {nats, tokens, bytes}`: sums, compiled. `loss_fn` as of the train step, without z-loss."""
+    """`(params, batch) -> {loss, weight, …}`: sums, compiled. `loss_fn` as of the train step, without z-loss."""
     def evaluation_step(params: Any, batch: Batch) -> dict[str, jax.Array]:
         loss, weight, sums = loss_fn(params, None, batch)
-        return {"nats": loss, "tokens": weight, **({"bytes": sums["bytes"]} if "bytes" in sums else {})}
+        return {**sums, "loss": loss, "weight": weight}
 
     return jax.jit(evaluation_step, out_shardings=out_sharding)
 
 
+def text_figures(sums: Mapping[str, float]) -> dict[str, float]:
+    """Sums over text to `loss` (nats a token), `tokens`, `bits_per_byte` and `bytes`; without bytes there are no bits."""
+    figures = {"loss": sums["loss"] / sums["weight"], "tokens": sums["weight"]}
+    if sums.get("bytes"):
+        figures |= {"bits_per_byte": sums["loss"] / math.log(2) / sums["bytes"], "bytes": sums["bytes"]}
+    return figures
+
+
 def evaluate_sources(evaluation_step: Callable, params: Any, sources: Mapping[str, Iterable[Batch]], *,
                      place: Callable[[Batch], Batch]) -> dict[str, dict[str, float]]:
-    """Per source: `loss` (nats a token), `bits_per_byte`, `tokens`, `bytes`. A source without text has no bits.
+    """`text_figures` of each source that has anything to learn."""
+    return {name: text_figures(sums)
+            for name, sums in sum_sources(evaluation_step, params, sources, place=place).items()}
+
+
+def sum_sources(evaluation_step: Callable, params: Any, sources: Mapping[str, Iterable[Batch]], *,
+                place: Callable[[Batch], Batch]) -> dict[str, dict[str, float]]:
+    """The sums of `evaluation_step` over all batches of each source; a source of weight 0 is left out.
 
     Args:
       evaluation_step: from `make_evaluation_step`.
       sources: name -> batches, all of one shape.
       place: puts a batch on the devices.
     """
-    results = {}
+    totals = {}
     for name, batches in sources.items():
         sums = [evaluation_step(params, place(batch)) for batch in batches]
         # Summed on the host in float64: a million float32 additions would lose digits.
         sums = jax.device_get(sums)
         total = {key: math.fsum(float(entry[key]) for entry in sums) for key in (sums[0] if sums else ())}
-        if not total.get("tokens"):
-            continue
-        results[name] = {"loss": total["nats"] / total["tokens"], "tokens": total["tokens"]}
-        if total.get("bytes"):
-            results[name] |= {"bits_per_byte": total["nats"] / math.log(2) / total["bytes"], "bytes": total["bytes"]}
-    return results
+        if total.get("weight"):
+            totals[name] = total
+    return totals

@@ -90,10 +90,11 @@ class TrainingConsole:
     def evaluation(self, record: dict[str, Any]) -> None:
         """An "evaluation" record, above the live line."""
         parts = [Text(self._step(record["step"]), style="cyan"), Text(" | held out", style="bold")]
-        for source, values in record["sources"].items():
-            figures = [f"{name} {_number(values[key])}" for name, key in (("loss", "loss"), ("bpb", "bits_per_byte"))
-                       if key in values]
-            parts.append(Text(f" | {visible(source)}: {', '.join(figures)}"))
+        named = record["sources"].items()
+        if "rewards/margins" in record:
+            named = [("all", record), *(named if len(named) > 1 else ())]
+        for source, values in named:
+            parts.append(Text(f" | {visible(source)}: {', '.join(_held_out_figures(values))}"))
         self._show(Text.assemble(*parts))
 
     def sample(self, record: dict[str, Any]) -> None:
@@ -128,6 +129,14 @@ class TrainingConsole:
 def _one_line(text: str) -> str:
     shown = visible(text).replace("\n", "↵").replace("\t", " ")
     return shown if len(shown) <= _KEPT_ON_A_LINE else shown[:_KEPT_ON_A_LINE] + "…"
+
+
+def _held_out_figures(values: dict[str, Any]) -> list[str]:
+    """What an evaluation says of a source, in words."""
+    return [f"{name} {write(values[key])}" for name, key, write in (
+        ("loss", "loss", _number), ("bpb", "bits_per_byte", _number),
+        ("accuracy", "rewards/accuracies", lambda value: "–" if value is None else percent(value)),
+        ("margin", "rewards/margins", _number)) if key in values]
 
 
 def _number(value: float | None, places: int = 3) -> str:

@@ -176,13 +176,14 @@ def _plain(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
     """The curves that a record adds to: train/loss, evaluation/zh/bits_per_byte. Empty for other events."""
-    if record["event"] == "train":
-        parts = {f"train/{name}": value for name, value in record.items() if name not in ("event", "time", "step")}
-    elif record["event"] == "evaluation":
-        parts = {f"evaluation/{source}/{name}": value for source, values in record["sources"].items()
-                 for name, value in values.items()}
-    else:
-        parts = {}
+    kind = record["event"]
+    if kind not in ("train", "evaluation"):
+        return {}
+    parts = {f"{kind}/{name}": value for name, value in record.items() if name not in ("event", "time", "step")}
+    if kind == "evaluation":
+        parts.pop("evaluation/tokens", None)  # those of training, at that step
+        parts |= {f"evaluation/{source}/{name}": value for source, values in record["sources"].items()
+                  for name, value in values.items()}
     return {name: float(value) for name, value in parts.items()
             if isinstance(value, int | float) and not isinstance(value, bool)}
 

@@ -74,9 +74,10 @@ def attach_reference(config: DPOConfig, data: PreferenceData, objective: Objecti
     params = load_params(checkpoint, plan.abstract_state.params)
     compute = _make_compute(config, mesh, params, rows=plan.micro_rows * sharding.axis_size(mesh, sharding.BATCH_AXES))
     lengths = np.add.reduceat(data.answers.weights > 0, data.answers.offsets[:-1])
-    draws = np.random.default_rng([config.seed, data.rows_per_epoch])
+    rows = data.all_rows()
+    draws = np.random.default_rng([config.seed, len(rows)])
     if kept is None:
-        logps = _logps_of(data, compute, [data.pairs_at(place) for place in range(data.rows_per_epoch)])
+        logps = _logps_of(data, compute, rows)
         alone = [[int(pair)] for pair in draws.permutation(len(data))[:_MEASURED]]
         difference = _largest_difference(data, compute, alone, logps, lengths)
         exact = jnp.dtype(config.compute.dtype) == jnp.float32
@@ -84,8 +85,8 @@ def attach_reference(config: DPOConfig, data: PreferenceData, objective: Objecti
         how = "computed"
     else:
         logps, tolerance = kept
-        places = draws.permutation(data.rows_per_epoch)[:_CHECKED]
-        difference = _largest_difference(data, compute, [data.pairs_at(place) for place in places], logps, lengths)
+        checked = [rows[place] for place in draws.permutation(len(rows))[:_CHECKED]]
+        difference = _largest_difference(data, compute, checked, logps, lengths)
         how = "kept"
     if not difference <= tolerance:
         raise UserError(f"{path}: the reference log-probabilities differ by up to {difference:.2g} nats a token from"

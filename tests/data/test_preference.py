@@ -149,3 +149,77 @@ def test_a_context_shorter_than_the_row_bounds_each_answer(load, write):
 def test_what_does_not_fit_is_refused(load, changes, message):
     with pytest.raises(UserError, match=message):
         load(**changes)
+
+
+def prompts_of(data, pairs):
+    """The ids of each pair's prompt."""
+    found = []
+    for pair in pairs:
+        here = slice(*data.answers.offsets[2 * pair:2 * pair + 2])
+        found.append(data.answers.ids[here][:np.flatnonzero(data.answers.weights[here])[0]].tobytes())
+    return found
+
+
+def trained_pairs(data):
+    rows = [data.items(step, row) for step in range(data.steps_per_epoch) for row in range(ROWS)]
+    return np.concatenate(rows).tolist()
+
+
+@pytest.fixture(scope="module")
+def asked_twice(load, make_texts, write):
+    """20 prompts, each with a pair, a copy, the pair turned round, and another answer; in one file in another order."""
+    texts = [text[:12] for text in make_texts(300)]
+    rows = [row for index in range(20) for prompt, *answers in [texts[4 * index:4 * index + 4]] for row in (
+        (prompt, answers[0], answers[1]), (prompt, answers[0], answers[1]), (prompt, answers[1], answers[0]),
+        (prompt, answers[2], answers[1]))]
+    return {"x": {"path": write(rows), "group": "zh"}, "y": {"path": write(rows[::-1]), "group": "en"}}
+
+
+def test_what_is_held_out_is_never_asked_in_training(load, asked_twice):
+    data = load(sources=asked_twice, held_out=0.3)
+    trained = trained_pairs(data)
+    apart = sorted(set(range(len(data))) - set(trained))
+    assert len(trained) == len(set(trained)) and len(apart) == data.report["held_out"] > 0
+    assert not set(prompts_of(data, trained)) & set(prompts_of(data, apart))
+    assert sorted(pair for row in data.all_rows() for pair in row) == list(range(len(data)))
+    report = data.report["sources"]
+    assert report["x"]["held_out"] == report["y"]["held_out"] and report["x"]["pairs"] == report["y"]["pairs"]
+    assert report["x"]["held_out_sha256"] == report["y"]["held_out_sha256"]
+    assert data.report["groups"]["zh"]["pairs"] == report["x"]["pairs"] == len(trained) // 2
+    assert data.epochs(data.steps) == {"x": 2, "y": 2}
+
+
+def test_held_out_batches_hold_every_pair_once_with_its_reference(load, asked_twice):
+    data = load(sources=asked_twice, held_out=0.3)
+    batches = data.held_out(rows=4, split="anything", max_tokens=10**9)
+    data.reference_logps = -np.arange(1, 2 * len(data) + 1, dtype=np.float32)  # set after, as a run does
+    apart = set(range(len(data))) - set(trained_pairs(data))
+    seen = {}
+    for name, each in batches.items():
+        for batch in each:
+            assert batch.tokens.shape == (4, S) and batch.preference.group.shape == (4, data.num_segments)
+            for row in range(4):
+                one = type(batch)(*(part[row] for part in batch[:5]),
+                                  type(batch.preference)(*(part[row] for part in batch.preference)))
+                seen.setdefault(name, []).extend(answer for answer, _ in held_out_answers(data, one))
+    assert sorted(answer for name in seen for answer in seen[name]) == sorted(
+        answer for pair in apart for answer in (2 * pair, 2 * pair + 1))
+    assert {int(data.answers.sources[answer]) for answer in seen["y"]} == {1}
+    assert len(list(data.held_out(rows=1, split="", max_tokens=2 * S)["x"])) == 2
+    assert load().held_out(rows=4, split="", max_tokens=10**9) == {}
+
+
+def held_out_answers(data, row):
+    """As `answers_of`, whatever the groups."""
+    return [(int(-row.preference.reference_logps[segment]) - 1, int(row.preference.pair_ids[segment]))
+            for segment in range(int(row.segment_ids.max()))]
+
+
+def test_a_share_held_out_changes_the_run_but_not_the_reference(load, asked_twice):
+    whole, part = load(sources=asked_twice), load(sources=asked_twice, held_out=0.3)
+    assert whole.identity == part.identity and whole.fingerprint != part.fingerprint
+
+
+def test_a_share_that_leaves_nothing_is_refused(load, write):
+    with pytest.raises(UserError, match="held_out=0.999999 leaves none of 1 pairs"):
+        load(sources={"x": {"path": write([("问", "今天", "天气")])}}, held_out=0.999999)

@@ -281,3 +281,32 @@ def test_real_dialogues(load):
     first = data.template.render([Message("user", "你好"), Message("assistant", "好")])
     assert (first.ids == 195).sum() == (first.ids == 196).sum() == 1
     assert sorted(segment for row in epoch_of(data, 0) for segment in dialogues_of(row)) == expected(data)
+
+
+def contents(examples):
+    return {tuple(examples.ids[first:last].tolist()) for first, last in itertools.pairwise(examples.offsets)}
+
+
+def test_every_ratio_holds_out_the_same_and_trains_on_none_of_it(load):
+    found = {ratio: load(ratio=ratio, held_out=0.2) for ratio in
+             (None, "zh:en=1:1", "zh:en=4:1", "zh:en=1:0", "en:zh=1:0")}
+    apart = {ratio: {name: each["held_out_sha256"] for name, each in data.report["sources"].items()}
+             for ratio, data in found.items()}
+    assert len({json.dumps(each) for each in apart.values()}) == 1
+    for data in found.values():
+        held_out = {tuple(batch.tokens[row][batch.segment_ids[row] == segment].tolist())
+                    for each in data.held_out(rows=2, split="", max_tokens=10**9).values() for batch in each
+                    for row in range(2) for segment in range(1, int(batch.segment_ids[row].max()) + 1)}
+        assert len(held_out) > 5 and not held_out & contents(data.examples)
+        assert set(data.held_out(rows=2, split="", max_tokens=10**9)) == {"zh-a", "zh-b", "english"}
+    assert drawn(found["zh:en=4:1"]) < drawn(found["zh:en=1:1"]) < drawn(found[None])
+    assert found["zh:en=1:0"].report["groups"]["en"]["rows"] == 0 == found["en:zh=1:0"].report["groups"]["zh"]["rows"]
+
+
+def test_copies_of_a_dialogue_are_held_out_together(load, write):
+    path = write(60, seed=3)
+    path.write_text(path.read_text() * 3)
+    data = load(sources={"x": {"path": str(path)}}, held_out=0.3)
+    assert data.report["held_out"] % 3 == 0 and 0 < data.report["held_out"] < 180
+    with pytest.raises(UserError, match="held_out=0.9999999 leaves none of 180 dialogues"):
+        load(sources={"x": {"path": str(path)}}, held_out=0.9999999)

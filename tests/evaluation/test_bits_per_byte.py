@@ -151,7 +151,7 @@ def test_sources_can_be_read_again_and_cut_short(corpus, params):
 def test_a_source_without_text_has_no_bits():
     """And one without a token that counts is left out, instead of a division by nothing."""
     def step(params, batch):
-        return {"nats": jnp.float32(6), "tokens": jnp.sum(batch.loss_weights), "bytes": jnp.float32(0)}
+        return {"loss": jnp.float32(6), "weight": jnp.sum(batch.loss_weights), "bytes": jnp.float32(0)}
 
     def batch(weight):
         return Batch(None, None, np.full((1, 3), weight, np.float32), None, None)
@@ -164,7 +164,7 @@ def test_a_source_without_text_has_no_bits():
 def test_a_million_batches_lose_no_digits():
     """Sums on the host: float32 would stop growing at 16.8 million tokens."""
     def step(params, batch):
-        return {"nats": np.float32(1), "tokens": np.float32(2**24), "bytes": np.float32(3)}
+        return {"loss": np.float32(1), "weight": np.float32(2**24), "bytes": np.float32(3)}
 
     results = evaluate_sources(step, None, {"big": [None] * 1001}, place=lambda batch: batch)
     assert results["big"]["tokens"] == 1001 * 2**24 and results["big"]["bytes"] == 3003

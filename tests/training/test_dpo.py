@@ -52,9 +52,9 @@ def load_data(tmp_path_factory):
     tokenizer = load_tokenizer(path)
     template = open_template(TemplateConfig(kind="plain"), tokenizer)
 
-    def load_data(*groups):
+    def load_data(*groups, **changes):
         config = PairDataConfig(sources={group: {"path": str(folder / f"{group}.jsonl")}
-                                         for group in groups or ("zh", "en")})
+                                         for group in groups or ("zh", "en")}, **changes)
         return PreferenceData(config, template=template, tokenizer=tokenizer,
                               sequence_length=S, context_length=S, rows=ROWS, seed=3, vocab_size=352)
 
@@ -107,7 +107,7 @@ def test_packed_equals_unpacked(load_data, params, kind):
         together = jax.tree.map(lambda *x: np.stack(x), *batches)
         return function(params, together)
 
-    packed = [data.pairs_at(place) for place in range(4)]
+    packed = data.all_rows()[:4]
     assert max(map(len, packed)) > 1
     (loss, pairs), grads = total(packed)
     (alone, count), alone_grads = total([[pair] for pairs in packed for pair in pairs])
@@ -181,3 +181,15 @@ def test_the_kinds_of_the_config_are_those_of_the_loss():
 def test_options_that_would_be_ignored_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):
         check_loss(make_config(*overrides).loss)
+
+
+def test_the_reference_of_held_out_pairs_is_kept_and_checked_with_the_others(load_data, init, tmp_path):
+    whole, part = load_data(), load_data(held_out=0.3)
+    assert 0 < part.report["held_out"] < len(part)
+    attach_reference(make_config(), whole, make_objective(whole), directory=tmp_path)
+    # The file is of all pairs: another share held out takes it as it is.
+    found = attach_reference(make_config(), part, make_objective(part), directory=tmp_path)
+    assert found["how"] == "kept" and found["difference"] < 1e-5
+    again = load_data(held_out=0.3)
+    attach_reference(make_config(), again, make_objective(again), directory=tmp_path / "anew")
+    np.testing.assert_allclose(again.reference_logps, whole.reference_logps, rtol=1e-5)
