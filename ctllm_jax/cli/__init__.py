@@ -26,6 +26,7 @@ COMMANDS = {
     "sft": "teach a pretrained model to answer, from dialogues",
     "pairs": "preference pairs for dpo, from good answers and a weaker model or an endpoint",
     "dpo": "teach a tuned model which answers are preferred, from pairs",
+    "sweep": "several runs of a stage in turn, and what they come to beside each other",
     "generate": "text from a trained model",
     "chat": "talk to a model that was taught to answer",
     "checkpoint": "list the checkpoints of a run (ls)",
@@ -118,9 +119,16 @@ def _run(module, command: str, arguments: list[str]) -> int:
             given = f"{words[0]} is none: " if words else ""
             raise UserError(f"{command} needs an action; {given}there are {', '.join(actions)}")
         action = words.pop(0)
-    schema = actions[action] if actions else module.SCHEMA
     from ctllm_jax.config import load
 
+    if hasattr(module, "configure"):
+        # A command whose keys no single schema describes reads its words itself.
+        config = module.configure(action, words, overrides)
+        if "--print-config" in options:
+            print(module.to_yaml(config), end="")
+            return 0
+        return module.run(_context(command, action, words, overrides, options, config))
+    schema = actions[action] if actions else module.SCHEMA
     takes_config = getattr(module, "TAKES_CONFIG", False)
     target = words.pop(0) if takes_config and words else getattr(module, "DEFAULT_CONFIG", None)
     if takes_config and words:
@@ -131,12 +139,17 @@ def _run(module, command: str, arguments: list[str]) -> int:
     if "--print-config" in options:
         print(load.to_yaml(config), end="")
         return 0
+    targets = [target] * bool(target) if takes_config else words
+    return module.run(_context(command, action, targets, overrides, options, config))
+
+
+def _context(command: str, action: str | None, targets: list[str], overrides: list[str], options: list[str],
+             config: Any) -> Context:
     from rich.console import Console
 
     console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
-    context = Context(command, console, action=action, targets=[target] * bool(target) if takes_config else words,
-                      overrides=overrides, dry_run="--dry-run" in options, options=frozenset(options), config=config)
-    return module.run(context)
+    return Context(command, console, action=action, targets=targets, overrides=overrides,
+                   dry_run="--dry-run" in options, options=frozenset(options), config=config)
 
 
 def _complain(message: str) -> int:
@@ -168,7 +181,8 @@ def _describe(module, command: str) -> str:
     parts = [f"{command}: {COMMANDS[command]}\n\n{module.USAGE.strip()}"]
     actions = getattr(module, "ACTIONS", None)
     if actions:
-        parts += [f"keys of {command} {action}:\n{describe_keys(schema)}" for action, schema in actions.items()]
+        parts += [f"keys of {command} {action}:\n{describe_keys(schema)}" for action, schema in actions.items()
+                  if schema is not None]
     else:
         parts.append(f"keys:\n{describe_keys(module.SCHEMA)}")
     return "\n\n".join(parts)

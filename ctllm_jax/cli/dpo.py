@@ -78,5 +78,5 @@ def show_data(report: dict[str, Any], console: Any) -> None:
     for line in lines:
         console.print(Text(line))
     console.print(f"{report['rows_per_epoch']:,} rows of at most {report['num_segments'] // 2} pairs, "
-                  f"{report['filled']:.1%} full; {report['steps_per_epoch']:,} steps an epoch; {report['held_out']:,} pairs "
-                  "held out")
+                  f"{report['filled']:.1%} full; {report['steps_per_epoch']:,} steps an epoch; "
+                  f"{report['held_out']:,} pairs held out")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from ctllm_jax.cli.sweep import STATE, run_directories
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.report import ReportConfig
 from ctllm_jax.report.page import write_report
@@ -19,7 +20,7 @@ SCHEMA = ReportConfig
 USAGE = """
 usage: python launch.py report RUN [RUN2 …] [output=FILE]
 
-RUN is a run directory, whether its run is over or not:
+RUN is a run directory, whether its run is over or not, or the directory of a sweep, which stands for all its runs:
   python launch.py report runs/quickstart
   python launch.py report runs/quickstart runs/try output=compare.html
 """
@@ -29,8 +30,12 @@ def run(context: Context) -> int:
     """Write the page, and print where it is."""
     if not context.targets:
         raise UserError("report needs a run directory: launch.py report RUN [RUN2 ...]")
-    directories = [Path(target) for target in context.targets]
-    output = Path(context.config.output) if context.config.output else _default(directories)
+    targets = [Path(target) for target in context.targets]
+    directories = [directory for target in targets for directory in
+                   (run_directories(target) if (target / STATE).exists() else [target])]
+    if not directories:
+        raise UserError(f"{targets[0]}: no run of this sweep has begun")
+    output = Path(context.config.output) if context.config.output else _default(targets)
     if context.dry_run:
         for directory in directories:
             read_run(directory)
@@ -41,5 +46,5 @@ def run(context: Context) -> int:
     return 0
 
 
-def _default(directories: list[Path]) -> Path:
-    return directories[0] / "report.html" if len(directories) == 1 else Path("report.html")
+def _default(targets: list[Path]) -> Path:
+    return targets[0] / "report.html" if len(targets) == 1 else Path("report.html")

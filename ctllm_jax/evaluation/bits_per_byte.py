@@ -25,7 +25,7 @@ def make_evaluation_step(loss_fn: Callable, *, out_sharding: Any) -> Callable:
 
 
 def text_figures(sums: Mapping[str, float]) -> dict[str, float]:
-    """Sums over text to `loss` (nats a token), `tokens`, `bits_per_byte` and `bytes`; without bytes there are no bits."""
+    """Sums over text to `loss` (nats a token), `tokens`, `bits_per_byte` and `bytes`; without bytes, no bits."""
     figures = {"loss": sums["loss"] / sums["weight"], "tokens": sums["weight"]}
     if sums.get("bytes"):
         figures |= {"bits_per_byte": sums["loss"] / math.log(2) / sums["bytes"], "bytes": sums["bytes"]}

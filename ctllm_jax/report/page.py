@@ -10,7 +10,8 @@ import base64
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -18,6 +19,8 @@ from statistics import median
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.report import tables
 from ctllm_jax.report.charts import Chart, Level, Series, figure
+from ctllm_jax.report.comparison import compares_answers
+from ctllm_jax.report.comparison import held_out as held_out_by_group
 from ctllm_jax.report.readable import clock, compact, duration, finite, percent, visible
 from ctllm_jax.report.run import Run, labels, read_run
 
@@ -123,6 +126,10 @@ def _cards(run: Run) -> str:
         final, lowest = losses.values[-1], min(known)
         cards.append(("final loss", "not finite" if final is None else f"{final:.3f}",
                       f"lowest {lowest:.3f} at step {losses.steps[losses.values.index(lowest)]:,}"))
+    if run.evaluation and "rewards/margins" in run.evaluation[-1]:
+        found = held_out_by_group(run)[""]
+        cards.append(("held-out accuracy", percent(found.get("rewards/accuracies", 0.0)),
+                      f"{found.get('pairs', 0):,.0f} pairs, margin {found.get('rewards/margins', 0.0):.3f}"))
     for source, values in (run.evaluation[-1]["sources"] if run.evaluation else {}).items():
         bits = finite(values.get("bits_per_byte"))
         if bits is not None:
@@ -184,12 +191,10 @@ def _charts(runs: Sequence[Run], names: Sequence[str]) -> str:
                  for index, (run, name) in enumerate(zip(runs, names, strict=True))]
         return Chart(title, lines, restarts=restarts, **looks)
 
-    compares = any("rewards/margins" in record for run in runs for record in run.train[-1:])
+    compares = any(compares_answers(run) for run in runs)
     charts = [trained("Training loss", "loss", note="per pair" if compares else "nats per token", smooth=True)]
     if compares:
-        charts += [trained("Reward accuracy", "rewards/accuracies", note="pairs whose chosen answer is ahead",
-                           kind="percent", from_zero=True, smooth=True),
-                   trained("Reward margin", "rewards/margins", note="chosen less rejected", smooth=True)]
+        charts += _preferences(runs, names, trained)
     else:
         charts += _bits(runs, names, restarts)
     small = {"width": _SMALL, "height": 160}
@@ -212,16 +217,54 @@ def _switches() -> str:
             + tables.switch("span", {"whole": "whole run", "late": "last 80%"}) + "</div>")
 
 
+def _preferences(runs: Sequence[Run], names: Sequence[str], trained: Callable[..., Chart]) -> list[Chart]:
+    """Accuracy and margin: training and held out on one chart of a single run, on two of several; of groups, if any."""
+    several = len(runs) > 1
+    groups = list(dict.fromkeys(group for run in runs for group in held_out_by_group(run) if group))
+    looks = {"rewards/accuracies": ("Reward accuracy", "pairs whose chosen answer is ahead",
+                                    {"kind": "percent", "from_zero": True}),
+             "rewards/margins": ("Reward margin", "chosen less rejected", {})}
+
+    def reached(run: Run, name: str, color: int, key: str, group: str) -> Series:
+        return _series(run, name, color, run.evaluation,
+                       lambda it: held_out_by_group(run, it).get(group, {}).get(key, ...), dots=True)
+
+    charts = []
+    for key, (title, note, look) in looks.items():
+        chart = trained(title, key, note=note, smooth=True, **look)
+        if not any("rewards/margins" in record for run in runs for record in run.evaluation[-1:]):
+            charts.append(chart)
+        elif several:
+            charts.append(replace(chart, title=f"{title}, training"))
+            for group in ["", *(groups if len(groups) > 1 else [])]:
+                lines = [reached(run, name, index, key, group)
+                         for index, (run, name) in enumerate(zip(runs, names, strict=True))]
+                charts.append(Chart(f"{title}, held out{f' · {group}' if group else ''}", lines, note=note, **look))
+        else:
+            lines = [replace(chart.series[0], name="train"), reached(runs[0], "held out", 1, key, "")]
+            lines += [reached(runs[0], f"held out · {group}", 2 + index, key, group)
+                      for index, group in enumerate(groups if len(groups) > 1 else [])]
+            charts.append(replace(chart, series=lines))
+    return charts
+
+
 def _bits(runs: Sequence[Run], names: Sequence[str], restarts: list) -> list[Chart]:
     """Bits per byte: one chart of a single run with few sources, else one for each source and one for training."""
     several = len(runs) > 1
-    sources = list(dict.fromkeys(source for run in runs for source in run.sources))
+    if several:
+        sources = list(dict.fromkeys(group for run in runs for record in [*run.evaluation[-1:], *run.evaluation[:1]]
+                                     for group in held_out_by_group(run, record)))
+    else:
+        sources = runs[0].sources
     train = [_series(run, names[index] if several else "train", index, run.train,
                      lambda it: it.get("bits_per_byte", ...)) for index, run in enumerate(runs)]
 
     def held_out(run: Run, name: str, color: int, source: str) -> Series:
-        return _series(run, name, color, run.evaluation,
-                       lambda it: it["sources"].get(source, {}).get("bits_per_byte", ...), dots=True)
+        def read(record: dict) -> object:
+            found = held_out_by_group(run, record) if several else record["sources"]
+            return found.get(source, {}).get("bits_per_byte", ...)
+
+        return _series(run, name, color, run.evaluation, read, dots=True)
 
     if not several and len(sources) <= 2:
         lines = train + [held_out(runs[0], f"held out · {source}" if len(sources) > 1 else "held out", 1 + index,

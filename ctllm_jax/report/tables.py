@@ -6,6 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from ctllm_jax.report.comparison import (
+    best_value,
+    compares_answers,
+    figures_of,
+    groups_of_sources,
+    held_out,
+    trained_on,
+    unequal_held_out,
+    unit,
+)
 from ctllm_jax.report.readable import clock, compact, duration, finite, visible
 from ctllm_jax.report.run import Run, differences, flatten
 
@@ -73,8 +83,9 @@ def against_baselines(run: Run, source: str) -> str:
 
 
 def overview(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Headline figures of several runs, a row each."""
+    """Headline figures of several runs, a row each, with what each group of dialogues or pairs gave them."""
     rows = []
+    groups = list(dict.fromkeys(group for run in runs for group, counts in trained_on(run).items() if "rows" in counts))
     for index, run in enumerate(runs):
         last = run.train[-1] if run.train else {}
         loss = finite(last.get("loss"))
@@ -86,17 +97,40 @@ def overview(runs: Sequence[Run], names: Sequence[str]) -> str:
             f"{loss:.3f}" if loss is not None else "not finite" if "loss" in last else "–",
             f"{run.step:,}",
             "–" if tokens is None else compact(tokens),
+            *(_amount(trained_on(run).get(group, {})) for group in groups),
             duration(run.seconds) if run.seconds else "–",
             compact(speeds[len(speeds) // 2]) if speeds else "–",
             "–" if parameters is None else compact(parameters),
         ])
-    head = ["run", "final loss", "step", "tokens", "time", "tokens/s", "parameters"]
-    return section("Runs", table(head, rows, "figures"))
+    head = ["run", "final loss", "step", "tokens", *map(shown, groups), "time", "tokens/s", "parameters"]
+    note = f"of {', '.join(groups)}: {unit(runs)} and tokens of one epoch" if groups else ""
+    return section("Runs", table(head, rows, "figures"), note)
+
+
+def _amount(counts: dict[str, float]) -> str:
+    """Rows of a group, and below them their tokens."""
+    if "rows" not in counts:
+        return "–"
+    tokens = f"<small>{compact(counts['tokens'])} tokens</small>" if "tokens" in counts else ""
+    return f"{counts['rows']:,.0f} {tokens}"
 
 
 def evaluation(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Held-out bits per byte at each run's last evaluation, with the baselines below."""
-    sources = list(dict.fromkeys(source for run in runs for source in run.sources))
+    """Held-out figures at each run's last evaluation: of pairs, or of text in bits per byte with the baselines below.
+
+    Of several runs, sources of one group are one column.
+    """
+    unequal = unequal_held_out(runs) if len(runs) > 1 else []
+    warning = (f'<ul class="problems"><li>Not all runs were evaluated on the same held-out data of '
+               f'{shown(", ".join(unequal))}: these figures are not comparable.</li></ul>' if unequal else "")
+    if any(compares_answers(run) for run in runs):
+        return _held_out_pairs(runs, names, warning)
+    several = len(runs) > 1
+    sources = list(dict.fromkeys(source for run in runs for source in (
+        [*held_out(run), *run.sources] if several else run.sources)))
+    if several:
+        grouped = {source: group for run in runs for source, group in groups_of_sources(run).items()}
+        sources = [source for source in sources if grouped.get(source, source) == source]
     if not sources:
         return ""
     rows: list[tuple[str, dict[str, dict], str]] = []
@@ -104,7 +138,8 @@ def evaluation(runs: Sequence[Run], names: Sequence[str]) -> str:
         if run.evaluation:
             last = run.evaluation[-1]
             label = _name(names, index) if len(runs) > 1 else "this run"
-            rows.append((f"{label} <small>step {last['step']:,}</small>", last["sources"], "model"))
+            found = held_out(run) if several else last["sources"]
+            rows.append((f"{label} <small>step {last['step']:,}</small>", found, "model"))
     rows += [(shown(name), found, "baseline") for name, found in _merged_baselines(runs)]
     best, worst = {}, {}
     for source in sources:
@@ -113,7 +148,30 @@ def evaluation(runs: Sequence[Run], names: Sequence[str]) -> str:
     cells = [[label, *(_measure(found, source, best[source], worst[source], kind) for source in sources)]
              for label, found, kind in rows]
     bits = table(["", *(shown(source) for source in sources)], cells, "bits")
-    return section("Held-out text", bits, "bits per byte, lower is better")
+    return section("Held-out text", warning + bits, "bits per byte, lower is better")
+
+
+def _held_out_pairs(runs: Sequence[Run], names: Sequence[str], warning: str) -> str:
+    """Loss, accuracy and margin of the last evaluation: a row a run, three columns a group; the best are bold."""
+    figures, reached = figures_of(runs), [held_out(run) for run in runs]
+    if not figures:
+        return ""
+    best = [best_value(figure, reached) for figure in figures]
+    rows = []
+    for index, (run, found) in enumerate(zip(runs, reached, strict=True)):
+        if not run.evaluation:
+            continue
+        cells = []
+        for figure, top in zip(figures, best, strict=True):
+            value = found.get(figure.group, {}).get(figure.key)
+            text = "–" if value is None else shown(figure.spell(value))
+            cells.append(f"<b>{text}</b>" if value is not None and value == top else text)
+        label = _name(names, index) if len(runs) > 1 else "this run"
+        rows.append([f"{label} <small>step {run.evaluation[-1]['step']:,}</small>",
+                     f"{found[''].get('pairs', 0):,.0f}" if "" in found else "–", *cells])
+    head = ["", "pairs", *(shown(f"{figure.name} {figure.group}".strip()) for figure in figures)]
+    return section("Held-out pairs", warning + table(head, rows, "figures"),
+                   "accuracy: pairs whose better answer is ahead; margin: by how much")
 
 
 def _merged_baselines(runs: Sequence[Run]) -> list[tuple[str, dict[str, dict]]]:
@@ -203,16 +261,26 @@ def _sample(record: dict) -> str:
 
 
 def data(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """What a whole run takes of each source, as its start line counted it."""
-    rows = []
+    """What a whole run takes of each source, as its start line counted it; how many dialogues or pairs it has."""
+    rows, counted = [], any(isinstance(run.start.get("data"), dict) for run in runs)
     for index, run in enumerate(runs):
         epochs = run.start.get("epochs")
+        told = _mapping(_mapping(run.start.get("data")).get("sources"))
         for source, tokens in _mapping(run.start.get("tokens_per_source")).items():
             count, times = finite(tokens), finite(_mapping(epochs).get(source))
-            rows.append([*([_name(names, index)] if len(runs) > 1 else []), shown(source),
+            own = _mapping(told.get(source))
+            facts = [own.get("group"), own.get("rows", own.get("pairs")), own.get("held_out"), own.get("tokens"),
+                     own.get("learned_tokens")] if counted else []
+            rows.append([*([_name(names, index)] if len(runs) > 1 else []), shown(source), *map(_fact, facts),
                          "–" if count is None else compact(count), "–" if times is None else f"{times:.2f}"])
-    head = [*(["run"] if len(runs) > 1 else []), "source", "tokens", "epochs"]
+    head = [*(["run"] if len(runs) > 1 else []), "source",
+            *(["group", unit(runs), "held out", "tokens an epoch", "learned"] if counted else []), "tokens", "epochs"]
     return section("Data", table(head, rows, "figures"), "what all steps take of each source") if rows else ""
+
+
+def _fact(value: object) -> str:
+    number = finite(value)
+    return "–" if value is None else shown(value) if number is None else f"{number:,.0f}"
 
 
 def _mapping(value: object) -> dict:

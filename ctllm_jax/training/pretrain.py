@@ -323,7 +323,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "implementations": describe_environment(config)["implementations"], "compile_seconds": run.compile_seconds,
         "micro_rows": run.micro_rows, "accumulation": run.accumulation,
         "tokens_per_source": run.data.tokens_per_source(config.steps), "epochs": run.data.epochs(config.steps),
-        "config": config.model_dump(mode="json"),
+        "data": getattr(run.data, "report", None), "config": config.model_dump(mode="json"),
     }
 
 

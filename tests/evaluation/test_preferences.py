@@ -15,9 +15,9 @@ from tests.training.test_dpo import load_data, make_config, params  # noqa: F401
 ROWS = 4
 
 
-def answer_logp(model, params, ids, learned):
-    hidden_SD, _ = Decoder(model).apply({"params": params}, ids[None])
-    logits_SV = (np.asarray(hidden_SD, np.float64)[0] @ np.asarray(head_weights(params), np.float64))
+def answer_logp(model, weights, ids, learned):
+    hidden_SD, _ = Decoder(model).apply({"params": weights}, ids[None])
+    logits_SV = np.asarray(hidden_SD, np.float64)[0] @ np.asarray(head_weights(weights), np.float64)
     logits_SV = logits_SV[:, :model.vocab_size]
     logps_SV = logits_SV - np.log(np.exp(logits_SV).sum(axis=1, keepdims=True))
     return sum(logps_SV[place - 1, ids[place]] for place in np.flatnonzero(learned))
