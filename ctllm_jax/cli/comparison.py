@@ -15,6 +15,8 @@ from ctllm_jax.report.readable import compact, visible
 from ctllm_jax.report.run import Run
 
 MANY_COLUMNS = 200
+_NAME = 18  # columns that a name has at least
+_SHORT = {"bits_per_byte": "bpb"}
 
 
 class Plan(NamedTuple):
@@ -43,7 +45,7 @@ def print_plans(plans: Sequence[Plan], console: Console) -> None:
     _print(table, console)
     if any(plan.report for plan in plans):
         counted = "pairs" if "pairs" in next(iter(plans[0].report["groups"].values())) else "dialogues"
-        console.print(f"[dim]of a group: {counted} and tokens of one epoch[/]")
+        console.print(f"[dim]{', '.join(groups)}: {counted}, and tokens of one epoch[/]")
 
 
 def print_comparison(runs: Mapping[str, Run], states: Mapping[str, str], console: Console) -> None:
@@ -54,7 +56,7 @@ def print_comparison(runs: Mapping[str, Run], states: Mapping[str, str], console
     groups = list(dict.fromkeys(group for run in known for group in trained_on(run)))
     best = [best_value(figure, list(reached.values())) for figure in figures]
     table = _table("run", "", "steps", *_group_heads(groups),
-                   *(f"{figure.name} {visible(figure.group)}".strip() for figure in figures))
+                   *(f"{_SHORT.get(figure.key, figure.name)} {visible(figure.group)}".strip() for figure in figures))
     for name, state in states.items():
         run = runs.get(name)
         if run is None:
@@ -66,7 +68,7 @@ def print_comparison(runs: Mapping[str, Run], states: Mapping[str, str], console
         table.add_row(_text(name), Text(state, style="" if state == "done" else "yellow"), f"{run.step:,}",
                       *(_amount(given.get(group, {})) for group in groups), *cells)
     _print(table, console)
-    notes = [f"{unit(known)} and tokens of a group: of one epoch"] if any(
+    notes = [f"{', '.join(map(visible, groups))}: {unit(known)}, and tokens of one epoch"] if any(
         "rows" in each for run in known for each in trained_on(run).values()) else []
     notes += ["figures: held out, * the best"] if figures else ["nothing was held out, or evaluated (evaluation.every)"]
     console.print(Text("; ".join(notes), style="dim"))
@@ -81,9 +83,9 @@ def _group_heads(groups: Sequence[str]) -> list[str]:
 
 def _amount(figures: Mapping[str, float]) -> str:
     """Rows and tokens of a group."""
-    tokens = f"{compact(figures['tokens'])} tok" if "tokens" in figures else "–"
+    tokens = compact(figures["tokens"]) if "tokens" in figures else "–"
     rows = figures.get("rows", figures.get("pairs"))
-    return tokens if rows is None else f"{rows:,.0f} / {tokens}"
+    return tokens if rows is None else f"{rows:,.0f}, {tokens}"
 
 
 def _cell(value: float | None, figure: Any, best: float | None) -> Text:
@@ -99,10 +101,13 @@ def _text(name: str) -> Text:
 def _table(*heads: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for index, head in enumerate(heads):
-        table.add_column(Text(head), justify="left" if index < 2 else "right", overflow="fold", no_wrap=index > 1)
+        table.add_column(Text(head), justify="left" if index < 2 else "right", overflow="fold",
+                         min_width=_NAME if index == 0 else None)
     return table
 
 
 def _print(table: Table, console: Console) -> None:
     """In a log, a table is as wide as it must be."""
-    console.print(table, width=None if console.is_terminal else MANY_COLUMNS)
+    if not console.is_terminal:
+        console = Console(file=console.file, width=MANY_COLUMNS, highlight=False)
+    console.print(table)
