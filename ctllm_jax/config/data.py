@@ -85,23 +85,3 @@ class BuildConfig(Section):
     seed: int = key(42, "seed of the document shuffle")
     max_bad: int = key(0,
                        "bad records (malformed JSON, invalid UTF-8, no text) put aside before the command fails", ge=0)
-
-
-class InspectConfig(Section):
-    """`launch.py data inspect`: rows as the model sees them."""
-
-    sequence_length: int | None = key(None,
-                                      "length of a row (S); null: the dataset's own record length, 256 for text", ge=1)
-    rows: int = key(2, "rows to print", ge=1)
-    start: int = key(0, "first row", ge=0)
-    show_tokens: int = key(400, "tokens printed of a row; 0: all", ge=0)
-    ids: bool = key(False, "a table of ids, one token a line, instead of running text")
-    split: str = key("train", "split to read")
-    tokenizer: str | None = key(None, "tokenizer for a file that is still text")
-    text_field: str = key("text", "field of a record that holds the text")
-    isolate_documents: bool = key(True, "show segment ids and positions as with isolation")
-    mask_eod: bool = key(True, "show loss weights as with EOD masking")
-
-
-class VerifyConfig(Section):
-    """`launch.py data verify`: it has no keys."""

@@ -179,6 +179,15 @@ class ChatTemplate(ABC):
         """Hash of all that decides the ids of a dialogue but the tokenizer's treatment of its texts."""
         return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
 
+    def marker_names(self) -> dict[int, str]:
+        """What to call the ids that are no text: the role that one stands before, or its piece."""
+        ids = [*self._markers, *self.stop_ids]
+        return {marker: self._vocabulary.pieces.get(marker, f"id {marker}") for marker in ids}
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids, spaces at its ends included; markers have none."""
+        return self._encoder.decode(ids)
+
     @abstractmethod
     def to_jinja(self) -> str:
         """The template as Hugging Face reads it, answers inside {% generation %}.
@@ -256,6 +265,13 @@ class TableTemplate(ChatTemplate):
             write(*assistant.end), "{% endgeneration %}", write(*assistant.after),
             "{% else %}", refuse % "'unknown role: ' + message['role']", "{% endif %}{% endfor %}",
             "{% if add_generation_prompt %}", write(*assistant.before), "{% endif %}"])
+
+    def marker_names(self) -> dict[int, str]:
+        """See `ChatTemplate`."""
+        before = {role: {item for item in turn.before if isinstance(item, int)} for role, turn in self._turns.items()}
+        roles = {marker: role for role, own in before.items() for marker in own
+                 if sum(marker in other for other in before.values()) == 1}
+        return super().marker_names() | roles
 
     def _parts(self, messages: Sequence[Message], *, prompt: bool) -> list[Part]:
         parts = [Part(self._begin, "", -1, False)]

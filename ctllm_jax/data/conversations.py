@@ -36,6 +36,7 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"))
 _EXPECTED = ("messages or conversation [{role, content}], conversations [{from, value}], instruction + output, or "
              + ", ".join(" + ".join(pair) for pair in _PAIRS))
+_FIRST_LINES = 100  # in which a whole one is looked for
 logger = logging.getLogger(__name__)
 
 
@@ -146,6 +147,19 @@ def read_rows(path: Path | str, parse: Callable[[dict, Path, int], Any], *, max_
         logger.warning("%s: of %d rows, left out: %s", path, rows,
                        ", ".join(f"{count} ({reason})" for reason, count in sorted(dropped.items())))
     return Rows(parsed, rows, dict(sorted(dropped.items())))
+
+
+def first_record(path: Path | str) -> dict[str, Any] | None:
+    """The first JSON object or table row of a file, or of the files below a folder; None where there is none, or where
+    the file is of another kind."""
+    try:
+        for file in _files(Path(path)):
+            for _, record in _records(file, Quarantine(None, max_bad=_FIRST_LINES)):
+                if isinstance(record, dict):
+                    return record
+    except UserError:
+        return None
+    return None
 
 
 def detect_layout(record: dict[str, Any]) -> str | None:

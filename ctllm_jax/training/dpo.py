@@ -32,8 +32,10 @@ class Preferences(NamedTuple):
     meta: dict[str, Any]
 
 
-def open_preferences(config: DPOConfig) -> Preferences:
+def open_preferences(config: DPOConfig, *, keep_pairs: bool = False) -> Preferences:
     """Take from `config.init` what the config leaves open, and from the data the steps; the reference is not there yet.
+
+    With `keep_pairs` the data also has the texts that it was made from.
 
     Raises:
       UserError: no such MODEL, one of another template or architecture, pairs that do not fit, or a loss whose options
@@ -54,7 +56,8 @@ def open_preferences(config: DPOConfig) -> Preferences:
     check_template(known, template_config, template, name=f"init={config.init}", field="data.template")
     data = PreferenceData(config.data, template=template, tokenizer=tokenizer,
                           sequence_length=config.batch.sequence_length, context_length=model.context_length,
-                          rows=config.batch.rows, seed=config.seed, vocab_size=model.vocab_size)
+                          rows=config.batch.rows, seed=config.seed, vocab_size=model.vocab_size,
+                          keep_pairs=keep_pairs)
     steps = config.steps or data.steps
     optimizer = config.optimizer.model_dump()
     if config.warmup_ratio is not None:

@@ -26,8 +26,10 @@ class Tuning(NamedTuple):
     meta: dict[str, Any]
 
 
-def open_tuning(config: SFTConfig) -> Tuning:
+def open_tuning(config: SFTConfig, *, keep_dialogues: bool = False) -> Tuning:
     """Take from `config.init` what the config leaves open (architecture, tokenizer), and from the data the steps.
+
+    With `keep_dialogues` the data also has the texts that it was made from.
 
     Raises:
       UserError: no such MODEL, one of another template or architecture, or dialogues that do not fit.
@@ -38,7 +40,8 @@ def open_tuning(config: SFTConfig) -> Tuning:
         raise UserError(f"model differs from that of init={config.init}: leave it out")
     tokenizer = load_tokenizer(config.data.tokenizer or tokenizer_of(source, config.init))
     data = SFTData(config.data, tokenizer=tokenizer, sequence_length=config.batch.sequence_length,
-                   rows=config.batch.rows, seed=config.seed, vocab_size=model.vocab_size)
+                   rows=config.batch.rows, seed=config.seed, vocab_size=model.vocab_size,
+                   keep_dialogues=keep_dialogues)
     known = kept.meta.get("template")
     check_template(known, config.data.template, data.template, name=f"init={config.init}", field="data.template")
     whole = completed(config, model=model.model_dump(), steps=config.steps or data.steps)

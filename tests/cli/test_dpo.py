@@ -42,7 +42,8 @@ def command(tuned, tmp_path_factory):
     return ["dpo", "quickstart/dpo", f"init={tuned}", f"run.dir={folder / 'run'}",
             *(f"data.sources.{name}.path={path}" for name, path in paths.items()), "batch.tokens=1024",
             "batch.sequence_length=128", "optimizer.lr=1e-3", "optimizer.schedule=constant", "warmup_ratio=null",
-            "data.epochs=3", "sample.every=0", "log.every=1", "checkpoint.every=2"]
+            "data.epochs=3", "data.held_out=0.25", "evaluation.every=2", "evaluation.rows_per_device=2",
+            "sample.every=0", "log.every=1", "checkpoint.every=2"]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,31 @@ def test_a_run_learns_what_is_preferred(trained, tuned):
     assert "Reward accuracy" in page and "Reward margin" in page and "per pair" in page
     template = [list_checkpoints(folder)[-1].meta["template"] for folder in (run.directory, tuned)]
     assert template[0]["fingerprint"] == template[1]["fingerprint"]
+
+
+def test_held_out_pairs_are_evaluated_in_the_loop(trained):
+    directory, printed = trained
+    run = read_run(directory)
+    first, last = run.evaluation[0], run.evaluation[-1]
+    assert first["step"] == 2 and last["step"] == run.step and first["pairs"] == last["pairs"] > 0
+    told = run.start["data"]["sources"]
+    assert {name: each["pairs"] for name, each in last["sources"].items()} == {
+        name: each["held_out"] for name, each in told.items()}
+    assert sum(each["held_out"] for each in told.values()) == last["pairs"] == run.start["data"]["held_out"]
+    assert last["loss"] < first["loss"] and last["rewards/margins"] > 0.1 and last["rewards/accuracies"] == 1
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+        for group in ("zh", "en"):
+            assert last[f"{name}/{group}"] == last["sources"][group][name]
+        assert last[name] * last["pairs"] == pytest.approx(
+            sum(each[name] * each["pairs"] for each in last["sources"].values()), rel=1e-5)
+    assert "held out | all: loss" in printed.out and "pairs held out" in printed.out
+    page = (run.directory / "report.html").read_text()
+    assert "Held-out pairs" in page and "held-out accuracy" in page and "held out · zh" in page
+
+
+def test_another_share_held_out_is_refused(trained, command):
+    printed = call(*command, "data.held_out=0.5")
+    assert printed.status == 2 and "data.held_out" in printed.err and "cannot be resumed" in printed.err
 
 
 def test_the_same_command_goes_on_bit_for_bit(trained, command, tmp_path):

@@ -13,7 +13,7 @@ from tests.runs import REPOSITORY
 
 SCHEMAS = [(command, schema) for command in COMMANDS
            for module in [importlib.import_module(f"ctllm_jax.cli.{command}")]
-           for schema in (module.ACTIONS.values() if hasattr(module, "ACTIONS") else [module.SCHEMA])]
+           for schema in (module.ACTIONS.values() if hasattr(module, "ACTIONS") else [module.SCHEMA]) if schema]
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
