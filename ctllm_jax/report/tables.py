@@ -148,7 +148,8 @@ def evaluation(runs: Sequence[Run], names: Sequence[str]) -> str:
     cells = [[label, *(_measure(found, source, best[source], worst[source], kind) for source in sources)]
              for label, found, kind in rows]
     bits = table(["", *(shown(source) for source in sources)], cells, "bits")
-    return section("Held-out text", warning + bits, "bits per byte, lower is better")
+    title = "Held-out dialogues" if any(groups_of_sources(run) for run in runs) else "Held-out text"
+    return section(title, warning + bits, "bits per byte, lower is better")
 
 
 def _held_out_pairs(runs: Sequence[Run], names: Sequence[str], warning: str) -> str:

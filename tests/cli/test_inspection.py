@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-from rich.console import Console
 
 from ctllm_jax.cli.inspection import Shown, Writer, find_kind
 from ctllm_jax.config.inspect import InspectConfig
@@ -98,7 +97,6 @@ def test_color_tells_the_same_as_brackets(corpus):
         assert any("reverse" in style and "</s>" in said for said, style in looks)
         assert all("dim" in style for said, style in looks if "用户" in said) and "⟦" not in text.plain
         assert not tail or (tail, "yellow") in looks
-    Console(file=open("/dev/null", "w"), force_terminal=True).print(*texts)
 
 
 @pytest.mark.parametrize(("record", "kind"), [
@@ -114,7 +112,7 @@ def test_what_a_file_holds_is_seen_from_its_fields(tmp_path, record, kind):
 
 def test_a_text_is_still_a_text(corpus):
     printed = inspect(corpus, corpus.folder / "zh.jsonl", "sequence_length=32")
-    assert printed.status == 0 and "reversed: input without loss" in printed.out and "⟨end⟩" in printed.out
+    assert printed.status == 0 and "reversed: input without loss" in printed.out
 
 
 def test_before_the_words_of_a_run_its_own_rows_are_shown(text_run, tmp_path):
