@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from functools import cache
+from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +16,12 @@ import pytest
 
 from ctllm_jax import cli
 from ctllm_jax.config.dpo import DPOConfig
+from ctllm_jax.config.inspect import InspectConfig
 from ctllm_jax.config.load import find_config, load
 from ctllm_jax.config.prepare import PrepareConfig
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.config.sft import SFTConfig
+from ctllm_jax.config.sweep import STAGES, split_values
 from ctllm_jax.config.types import keys_of
 from tests.runs import cached, environment
 
@@ -132,7 +135,19 @@ def test_commands_actions_configs_and_keys_exist(shown, monkeypatch):
     overrides = [word for word in rest if re.match(r"[a-z][\w.]*=", word)]
     words = [word for word in rest if word not in options and word not in overrides]
     actions = getattr(module, "ACTIONS", None)
-    schema = actions[words.pop(0)] if actions else module.SCHEMA
+    action = words.pop(0) if actions else None
+    schema = actions[action] if actions else module.SCHEMA
+    if words and words[0] in STAGES or action in STAGES:
+        # The words of runs, behind `sweep` or `data inspect`, whose data and model are not here.
+        schema = STAGES[action if action in STAGES else words.pop(0)]
+        overrides = [word for word in overrides if word.partition("=")[0] not in InspectConfig.model_fields]
+        overrides = [f"{key.removeprefix('vary.')}={split_values(text)[0] if key.startswith('vary.') else text}"
+                     for key, _, text in (word.partition("=") for word in overrides)]
+        for pattern in words:
+            for target in glob(pattern):
+                load(schema, target=target, overrides=overrides)
+            assert glob(pattern) or PLACEHOLDER.search(pattern), pattern
+        return
     target = words[0] if getattr(module, "TAKES_CONFIG", False) and words else getattr(module, "DEFAULT_CONFIG", None)
     if not overrides and not target:
         return
