@@ -90,13 +90,13 @@ def figures_of(runs: Sequence[Run]) -> list[Figure]:
     reached = [held_out(run) for run in runs]
     groups = list(dict.fromkeys(group for each in reached for group in each if group))
     if any(compares_answers(run) for run in runs):
-        shown = [("loss", "loss", "{:.4f}".format, min), ("rewards/accuracies", "accuracy", percent, max),
-                 ("rewards/margins", "margin", "{:.3f}".format, max)]
-        places = [*groups, ""] if len(groups) > 1 else [""]
+        shown = [("rewards/accuracies", "accuracy", percent, max), ("rewards/margins", "margin", "{:.3f}".format, max)]
+        found = [Figure("loss", "", "loss", "{:.4f}".format, min)]
+        groups = ["", *(groups if len(groups) > 1 else [])]
     else:
         shown = [("bits_per_byte", "bits a byte", "{:.3f}".format, min), ("loss", "loss", "{:.3f}".format, min)]
-        places = groups
-    found = [Figure(key, place, name, spell, best) for place in places for key, name, spell, best in shown]
+        found = []
+    found += [Figure(key, group, name, spell, best) for group in groups for key, name, spell, best in shown]
     return [figure for figure in found if any(figure.key in each.get(figure.group, {}) for each in reached)]
 
 

@@ -153,7 +153,7 @@ def evaluation(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def _held_out_pairs(runs: Sequence[Run], names: Sequence[str], warning: str) -> str:
-    """Loss, accuracy and margin of the last evaluation: a row a run, three columns a group; the best are bold."""
+    """Loss, accuracies and margins of the last evaluation, of all pairs and by group: a row a run, the best bold."""
     figures, reached = figures_of(runs), [held_out(run) for run in runs]
     if not figures:
         return ""
