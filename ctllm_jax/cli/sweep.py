@@ -37,6 +37,7 @@ is not. A run that fails does not stop the others, unless --fail-fast; the exit 
 the end: a table, and one page of all runs (report.html).
 """
 STATE = "sweep.json"
+_CHILD = "from ctllm_jax.cli.sweep import be_run; be_run()"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -91,9 +92,8 @@ def start(stage: str, each: SweepRun, signals: Signals) -> int:
     """One run in a process of its own, to its end; its exit status as a shell gives it."""
     root = str(Path(__file__).resolve().parent.parent.parent)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    process = subprocess.Popen([sys.executable, "-m", "ctllm_jax.cli", stage, *each.words], process_group=0,
-                               env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-                               preexec_fn=_stop_with_parent if sys.platform == "linux" else None)
+    process = subprocess.Popen([sys.executable, "-c", _CHILD, str(os.getpid()), stage, *each.words], process_group=0,
+                               env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
     signals.process = process
     if signals.received:  # in the moment before there was a process
         process.send_signal(signal.SIGINT)
@@ -104,11 +104,22 @@ def start(stage: str, each: SweepRun, signals: Signals) -> int:
     return 128 - status if status < 0 else status
 
 
-def _stop_with_parent() -> None:
-    """In the child: should the sweep be killed, end as with Ctrl-C, so that a second sweep does not meet this run."""
+def be_run() -> None:
+    """In a process of its own: the run whose words stand behind the sweep's process id.
+
+    Should the sweep be killed, the run ends as with Ctrl-C (on Linux), so that a second sweep does not meet it.
+    """
     import ctypes
 
-    ctypes.CDLL(None).prctl(1, int(signal.SIGINT))  # PR_SET_PDEATHSIG
+    from ctllm_jax.cli import entry
+
+    parent = int(sys.argv.pop(1))
+    sys.argv[0] = "launch.py"
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGINT))  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            sys.exit(130)
+    entry()
 
 
 class Signals:
