@@ -29,7 +29,7 @@ usage: python launch.py sweep pretrain|sft|dpo CONFIG [CONFIG â€¦] [key=value â€
 
 One run for each CONFIG and each choice of the varied keys, in turn, each below run.dir in a folder named by what
 varies. Keys are those of the stage, with or without `vary.`; values stand between commas (\, is a comma of a value):
-  python launch.py sweep sft configs/ct_llm_2b/sft_*.yaml data.sources.zh=zh.jsonl data.sources.en=en.jsonl
+  python launch.py sweep sft configs/ct_llm_2b/sft_*_1.yaml configs/ct_llm_2b/sft_*_only.yaml run.dir=runs/ratios
   python launch.py sweep sft configs/quickstart/sft.yaml data=dialogues.jsonl vary.optimizer.lr=1e-4,3e-4 vary.seed=1,2
 
 All configs are checked before the first run starts. The same command passes over what is finished and goes on with what
