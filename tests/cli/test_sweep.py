@@ -47,10 +47,8 @@ def directory_of(command):
 
 def wait_for_checkpoint(directory, process):
     """Until a run has a step on disk."""
-    began = time.monotonic()
-    while not any(directory.glob("checkpoints/[0-9]*[0-9]")):
+    while not any(path.name.isdigit() for path in directory.glob("checkpoints/*")):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() - began < 240, f"{directory} has no checkpoint"
         time.sleep(0.02)
 
 
@@ -58,14 +56,17 @@ def wait_for_checkpoint(directory, process):
 def swept(command, tmp_path_factory):
     """(what the first call printed, what the second did): in the first one, run 1 is killed and run 2 interrupted."""
     directory, variables = directory_of(command), cached(tmp_path_factory.mktemp("compiled"))
-    process = start(*command, **variables)
-    wait_for_checkpoint(directory / NAMES[0], process)
-    child, = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(child), signal.SIGKILL)
-    wait_for_checkpoint(directory / NAMES[1], process)
-    process.send_signal(signal.SIGINT)
-    first = process.wait_for_text()
-    return first, start(*command, **variables).wait_for_text()
+    with start(*command, **variables) as process:
+        try:
+            wait_for_checkpoint(directory / NAMES[0], process)
+            child, = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(child), signal.SIGKILL)
+            wait_for_checkpoint(directory / NAMES[1], process)
+            process.send_signal(signal.SIGINT)
+            first = process.wait_for_text()
+        finally:
+            process.kill()
+    return first, start(*command, **variables).wait_for_text(timeout=540)
 
 
 def test_a_killed_run_does_not_stop_the_others_and_an_interrupt_does(swept):
