@@ -25,6 +25,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "ffn": "tensor",
     "layers": None,
     "head_dim": None,
+    "rank": None,
     "norm": None,
     None: None,
 }

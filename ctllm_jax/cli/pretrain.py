@@ -181,7 +181,7 @@ def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any]) -> li
     evaluate = make_evaluation(run) if config.evaluation.every else None
     if evaluate is not None:
         def evaluation_hook(step: int, state: Any) -> None:
-            values = {"step": step, "tokens": config.tokens_at(step), **evaluate(state.params)}
+            values = {"step": step, "tokens": config.tokens_at(step), **evaluate(run.weights(state))}
             results.update(values["sources"])
             writer.event("evaluation", **values)
             shown.evaluation(values)
@@ -191,7 +191,7 @@ def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any]) -> li
         sample = make_sampler(run)
 
         def sample_hook(step: int, state: Any) -> None:
-            for prompt, text in sample(state.params, step):
+            for prompt, text in sample(run.weights(state), step):
                 values = {"step": step, "prompt": prompt, "text": text}
                 writer.event("sample", **values)
                 shown.sample(values)
@@ -265,7 +265,8 @@ def make_sampler(run: Run) -> Any:
 def banner_rows(run: Run, start: dict[str, Any]) -> list[tuple[str, str]]:
     """What stands at the head of a run."""
     config = run.config
-    how = {"resume": f"resuming at step {run.start:,}", "init": f"from the weights of {config.init}",
+    adapted = "" if config.lora is None else ", which stay as they are"
+    how = {"resume": f"resuming at step {run.start:,}", "init": f"from the weights of {config.init}{adapted}",
            "scratch": "from scratch"}[run.how]
     mesh = " x ".join(f"{axis} {size}" for axis, size in start["mesh"].items())
     flops = start["flops_per_token"]
@@ -278,6 +279,11 @@ def banner_rows(run: Run, start: dict[str, Any]) -> list[tuple[str, str]]:
                       f" {run.accumulation} accumulated"),
             ("run", f"{config.steps:,} steps, {config.tokens_at(config.steps):,} tokens;"
                     f" compiled in {run.compile_seconds:.1f} s")]
+    if config.lora is not None:
+        share = start["trained_parameters"] / start["parameters"]
+        scale = f"{config.lora.alpha:g} / {'sqrt(' * config.lora.rslora}{config.lora.rank}{')' * config.lora.rslora}"
+        rows.insert(4, ("lora", f"{start['trained_parameters']:,} parameters trained, {share:.2%} of the frozen ones:"
+                                f" rank {config.lora.rank}, scale {scale} = {config.lora.scale:g}"))
     for source, tokens in start["tokens_per_source"].items():
         rows.append((f"source {source}", f"{tokens:,} tokens, {start['epochs'][source]:.2f} epochs"))
     return rows

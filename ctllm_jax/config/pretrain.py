@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from ctllm_jax.config.base import Section, key, section
 from ctllm_jax.config.data import DataConfig
+from ctllm_jax.config.lora import LoraConfig
 from ctllm_jax.config.model import ComputeConfig, MeshConfig, ModelConfig
 
 
@@ -129,10 +130,17 @@ class PretrainConfig(Section):
     data: DataConfig = key(..., "the training data")
     loss: LossConfig = section(LossConfig, "the loss")
     optimizer: OptimizerConfig = key(..., "optimizer and schedule")
+    lora: LoraConfig | None = key(None, "train low-rank adapters beside the frozen weights of init; null: train all weights")
     evaluation: EvaluationConfig = section(EvaluationConfig, "held-out loss in the loop")
     sample: SampleConfig = section(SampleConfig, "samples in the loop")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "what is kept")
     log: LogConfig = section(LogConfig, "what is shown")
+
+    @model_validator(mode="after")
+    def _check_lora(self):
+        if self.lora is not None and self.init is None:
+            raise ValueError("lora needs init: the MODEL whose weights stay as they are")
+        return self
 
     @model_validator(mode="after")
     def _check(self):

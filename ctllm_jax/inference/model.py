@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from ctllm_jax.config.errors import UserError
@@ -16,8 +14,8 @@ from ctllm_jax.config.sft import TemplateConfig
 from ctllm_jax.data.chat import ChatTemplate, Message, open_template
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ctllm_jax.inference.generate import generate
-from ctllm_jax.model.decoder import Decoder, init_params
-from ctllm_jax.training.checkpoint import find_checkpoint, load_params, read_model_config
+from ctllm_jax.model.decoder import Decoder
+from ctllm_jax.training.checkpoint import find_checkpoint, load_whole, read_model_config
 from ctllm_jax.training.sft import check_template
 
 
@@ -93,7 +91,7 @@ def decode_completion(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence
 
 
 def load_model(model: str) -> Model:
-    """The MODEL of a run directory or RUN@STEP, in float32 on the first device.
+    """The MODEL of a run directory or RUN@STEP, in float32 on the first device; a LoRA run's with its adapters merged.
 
     Raises:
       UserError: no such run, step or tokenizer.
@@ -103,14 +101,11 @@ def load_model(model: str) -> Model:
     found = sorted(run_dir.glob("tokenizer.*"))
     if not found:
         raise UserError(f"{run_dir} has no tokenizer: it was trained on synthetic tokens, and has no text to write")
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
     tokenizer = load_tokenizer(found[0])
     known = kept.meta.get("template")
     template = known and open_template(TemplateConfig(**known["config"]), tokenizer)
     if known and template.fingerprint() != known["fingerprint"]:
         raise UserError(f"{run_dir}: its template is not the one that it was tuned with: its tokenizer or its template "
                         "file was changed")
-    return Model(Decoder(config, dtype=jnp.float32), load_params(kept, abstract), tokenizer,
-                 kept.meta.get("prefix_id"), kept.meta.get("eod_id"), run_dir, kept.step, template)
+    return Model(Decoder(config, dtype=jnp.float32), load_whole(kept), tokenizer, kept.meta.get("prefix_id"),
+                 kept.meta.get("eod_id"), run_dir, kept.step, template)

@@ -2,7 +2,7 @@
 
 `Decoder(config).apply({"params": params}, tokens, segment_ids, positions)` gives the normed hidden states; the head is
 applied by the loss, which never holds all logits. Parameters are float32 and stacked over layers, whether the blocks
-are scanned or unrolled.
+are scanned or unrolled. Low-rank adapters (`model.lora.attach`) may lie beside them, as `lora`.
 
 Legend: B batch, S sequence, T cached sequence, D hidden, N query heads, K kv heads, H head dim, F FFN, V vocabulary,
 L layers.
@@ -22,6 +22,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ctllm_jax import kernels
 from ctllm_jax.kernels.attention import cached_attention
+from ctllm_jax.kernels.swiglu import activate
+from ctllm_jax.model.lora import adapter_output
 from ctllm_jax.model.parameters import ONES, ZEROS, Parameter, block_parameters, decoder_parameters
 from ctllm_jax.model.rope import apply_rope, rope_angles
 
@@ -56,13 +58,13 @@ def initializer(path: str, parameter: Parameter) -> Callable[[jax.Array], jax.Ar
 
 def init_params(config: Any, key: jax.Array) -> dict[str, Any]:
     """All parameters, float32: a pure function of the config and the key, to be jitted with the mesh's shardings."""
-    def build(table: dict[str, Any], prefix: str) -> dict[str, Any]:
-        return {
-            name: build(entry, f"{prefix}{name}/") if isinstance(entry, dict)
-            else initializer(prefix + name, entry)(key)
-            for name, entry in table.items()
-        }
-    return build(decoder_parameters(config), "")
+    return init_table(decoder_parameters(config), key)
+
+
+def init_table(table: dict[str, Any], key: jax.Array, prefix: str = "") -> dict[str, Any]:
+    """The parameters of a table (of `model.parameters`, `model.lora`), float32."""
+    return {name: init_table(entry, key, f"{prefix}{name}/") if isinstance(entry, dict)
+            else initializer(prefix + name, entry)(key) for name, entry in table.items()}
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, *, eps: float) -> jax.Array:
@@ -70,6 +72,12 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, *, eps: float) -> jax.Array:
     x_f32 = x.astype(jnp.float32)
     normed = x_f32 * jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
     return (normed * jnp.expand_dims(scale_D, tuple(range(x.ndim - 1)))).astype(x.dtype)
+
+
+def _project(weights: dict[str, jax.Array], adapters: dict[str, Any], equation: str, x: jax.Array, name: str):
+    """x·W, and what the projection's adapter adds where it has one."""
+    y = jnp.einsum(equation, x, weights[name])
+    return y + adapter_output(x, adapters[name]) if name in adapters else y
 
 
 class Block(nn.Module):
@@ -95,12 +103,14 @@ class Block(nn.Module):
         config, dtype = self.config, x_BSD.dtype
         weights = {name: self.param(name, initializer(name, parameter)).astype(dtype)
                    for name, parameter in block_parameters(config).items()}
+        adapters = self.get_variable("params", "lora", {})
         norm = partial(rms_norm, eps=config.norm_eps)
+        project = partial(_project, weights, adapters)
 
         normed_BSD = norm(x_BSD, weights["attention_norm"])
-        q_BSNH = jnp.einsum("BSD,DNH->BSNH", normed_BSD, weights["query"])
-        k_BSKH = jnp.einsum("BSD,DKH->BSKH", normed_BSD, weights["key"])
-        v_BSKH = jnp.einsum("BSD,DKH->BSKH", normed_BSD, weights["value"])
+        q_BSNH = project("BSD,DNH->BSNH", normed_BSD, "query")
+        k_BSKH = project("BSD,DKH->BSKH", normed_BSD, "key")
+        v_BSKH = project("BSD,DKH->BSKH", normed_BSD, "value")
         if config.qkv_bias:
             q_BSNH += weights["query_bias"][None, None]
             k_BSKH += weights["key_bias"][None, None]
@@ -113,14 +123,21 @@ class Block(nn.Module):
                                     sliding_window=config.sliding_window)
         else:
             y_BSNH, cache = self._attend_to_cache(q_BSNH, k_BSKH, v_BSKH, cache)
-        x_BSD = x_BSD + jnp.einsum("BSNH,NHD->BSD", y_BSNH, weights["out"])
+        x_BSD = x_BSD + project("BSNH,NHD->BSD", y_BSNH, "out")
 
-        def ffn(x_BSD, scale_D, gate_DF, up_DF, down_FD):
-            return jnp.einsum("BSF,FD->BSD", self.swiglu(norm(x_BSD, scale_D), gate_DF, up_DF), down_FD)
+        def ffn(x_BSD, weights, adapters):
+            project, normed_BSD = partial(_project, weights, adapters), norm(x_BSD, weights["ffn_norm"])
+            if "gate" in adapters or "up" in adapters:
+                # What adapters add comes before the activation: inside of what a fused kernel does in one go.
+                wide_BSF = activate(project("BSD,DF->BSF", normed_BSD, "gate"),
+                                    project("BSD,DF->BSF", normed_BSD, "up"))
+            else:
+                wide_BSF = self.swiglu(normed_BSD, weights["gate"], weights["up"])
+            return project("BSF,FD->BSD", wide_BSF, "down")
 
         if self.remat_ffn:
             ffn = jax.checkpoint(ffn, prevent_cse=self.prevent_cse)
-        return x_BSD + ffn(x_BSD, *(weights[name] for name in ("ffn_norm", "gate", "up", "down"))), cache
+        return x_BSD + ffn(x_BSD, weights, adapters), cache
 
     def _attend_to_cache(self, q_BSNH, k_BSKH, v_BSKH, cache):
         """Write the new tokens behind each row's length, and attend to everything up to oneself."""
@@ -178,6 +195,7 @@ class Decoder(nn.Module):
         final_norm_D = self.param("final_norm", initializer("final_norm", table["final_norm"]))
         if "head" in table:
             self.param("head", initializer("head", table["head"]))
+        stacks = {**blocks, "lora": self.get_variable("params", "lora", {})}
 
         if positions_BS is None:
             start_B1 = jnp.zeros((1, 1), jnp.int32) if cache is None else cache.length[:, None]
@@ -197,13 +215,14 @@ class Decoder(nn.Module):
             def step(x_BSD, layer):
                 params, keys_values = layer
                 return apply_block(params, x_BSD, keys_values and (*keys_values, cache.length))
-            x_BSD, layer_caches = jax.lax.scan(step, x_BSD, (blocks, cache and (cache.key, cache.value)))
+            x_BSD, layer_caches = jax.lax.scan(step, x_BSD, (stacks, cache and (cache.key, cache.value)))
         else:
             # `split` and not an index: its transpose is one concatenation, where L indices would add L padded stacks.
-            slices = {name: jax.lax.split(stack, [1] * config.num_layers) for name, stack in blocks.items()}
+            leaves, structure = jax.tree.flatten(stacks)
+            slices = [jax.lax.split(stack, [1] * config.num_layers) for stack in leaves]
             outputs = []
             for layer in range(config.num_layers):
-                params = {name: jnp.squeeze(parts[layer], 0) for name, parts in slices.items()}
+                params = structure.unflatten([jnp.squeeze(parts[layer], 0) for parts in slices])
                 layer_cache = cache and (cache.key[layer], cache.value[layer], cache.length)
                 x_BSD, layer_cache = apply_block(params, x_BSD, layer_cache)
                 outputs.append(layer_cache)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from ctllm_jax.model.lora import count_adapters
 from ctllm_jax.model.parameters import count_parameters
 
 
@@ -14,11 +15,12 @@ class FlopsPerToken(NamedTuple):
     full: float
 
 
-def flops_per_token(config: Any, *, sequence_length: int) -> FlopsPerToken:
+def flops_per_token(config: Any, *, sequence_length: int, lora: Any = None) -> FlopsPerToken:
     """FLOPs of one trained token: 6 for each matmul parameter, 12·N·H·S for each layer's attention (PaLM, appendix B).
 
     `full` counts attention to all S tokens, `causal` half of that; with a sliding window both see at most the window.
-    The embedding lookup costs nothing; the head counts once, tied or not.
+    The embedding lookup costs nothing; the head counts once, tied or not. With `lora` (the fields of LoraConfig) frozen
+    weights have no gradient and count 4, adapters 6.
     """
     embedding = config.padded_vocab_size * config.hidden_size
     norms = (2 * config.num_layers + 1) * config.hidden_size
@@ -28,4 +30,5 @@ def flops_per_token(config: Any, *, sequence_length: int) -> FlopsPerToken:
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * window
     causal_share = 1 - window / (2 * sequence_length)
     causal_keys = attention * (causal_share if window < sequence_length else 0.5)
-    return FlopsPerToken(causal=6 * matmul + causal_keys, full=6 * matmul + attention)
+    weights = 6 * matmul if lora is None else 4 * matmul + 6 * count_adapters(config, lora)
+    return FlopsPerToken(causal=weights + causal_keys, full=weights + attention)

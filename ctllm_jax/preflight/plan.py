@@ -9,6 +9,7 @@ from pathlib import Path
 from ctllm_jax.cluster.chips import CHIPS, Chip, find_chip
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.model.flops import flops_per_token
+from ctllm_jax.model.lora import count_adapters
 from ctllm_jax.model.parameters import count_parameters
 
 MANY_EPOCHS = 4.0
@@ -21,13 +22,18 @@ OFFERS = (("H100", "NVIDIA H100", 1), ("8 x H100", "NVIDIA H100", 8), ("v5e-8", 
 
 def hours(config: PretrainConfig, chip: Chip, count: int) -> float:
     """Expected hours of a whole run on `count` chips at EXPECTED_MFU."""
-    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length).causal
+    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length, lora=config.lora).causal
     return config.tokens_at(config.steps) * flops / (chip.peak_flops * count * EXPECTED_MFU) / 3600
+
+
+def count_trained(config: PretrainConfig) -> int:
+    """Parameters that have a gradient and an optimizer state: all, or the adapters alone."""
+    return count_parameters(config.model) if config.lora is None else count_adapters(config.model, config.lora)
 
 
 def checkpoint_bytes(config: PretrainConfig) -> dict[str, int]:
     """Bytes of a resumable checkpoint and of a milestone: float32 weights, and two moments for the optimizer."""
-    weights = 4 * count_parameters(config.model)
+    weights = 4 * count_trained(config)
     return {"resumable": 3 * weights, "milestone": 3 * weights if config.checkpoint.milestone_optimizer else weights}
 
 
@@ -54,8 +60,10 @@ def memory_bytes(config: PretrainConfig, *, devices: int, rows: int) -> dict[str
         given *= max(size, 1)
     sizes = {axis: devices // given if size == -1 else size for axis, size in sizes.items()}
     split = max(sizes["fsdp"] * sizes["tensor"], 1)
-    parameters = 4 * count_parameters(model) // split
+    trained = 4 * count_trained(config) // split
     item = 2 if config.compute.dtype == "bfloat16" else 4
+    # Under LoRA the weights stay in the dtype of the matmuls.
+    frozen = {} if config.lora is None else {"frozen parameters": item * count_parameters(model) // split}
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     width = {"block": model.hidden_size, "attention": model.hidden_size + heads,
              "ffn": 4 * model.hidden_size + 2 * heads, "none": 5 * model.hidden_size + 2 * heads + 3 * model.ffn_size}
@@ -63,7 +71,7 @@ def memory_bytes(config: PretrainConfig, *, devices: int, rows: int) -> dict[str
     kept = tokens * width[config.compute.remat] * model.num_layers * item
     working = tokens * (width["none"] * item)
     logits = 2 * 4 * min(config.compute.loss_chunk, tokens) * model.padded_vocab_size // sizes["tensor"]
-    return {"parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters,
+    return {**frozen, "parameters": trained, "gradients": trained, "optimizer": 2 * trained,
             "activations": kept + working, "logits": logits}
 
 
@@ -84,12 +92,13 @@ def describe(config: PretrainConfig, *, directory: Path, epochs: Mapping[str, fl
       device_kind, devices: what memory and hours are estimated for; None: the usual offers.
     """
     tokens = config.tokens_at(config.steps)
-    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length)
+    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length, lora=config.lora)
     parameters = count_parameters(config.model)
     batch = config.batch
     rows = [("steps", f"{config.steps:,} of {batch.tokens:,} tokens ({batch.rows} rows of {batch.sequence_length:,})"),
             ("tokens", f"{tokens:,} ({tokens / parameters:.1f} a parameter)"),
-            ("parameters", f"{parameters:,}"),
+            ("parameters", f"{parameters:,}" if config.lora is None else
+             f"{parameters:,} frozen, {count_trained(config):,} trained ({count_trained(config) / parameters:.2%})"),
             ("FLOPs a token", f"{flops.causal / 1e6:,.1f} M causal, {flops.full / 1e6:,.1f} M full")]
     warnings = []
     for source, count in (tokens_per_source or {}).items():

@@ -2,10 +2,12 @@
 
 RUN/checkpoints/STEP/ holds a resumable step: `params`, `trainer` (optimizer state and counters), `meta` (JSON).
 RUN/milestones/STEP/ holds weights kept for good: `params` and `meta`. Loading a MODEL reads `params` and `meta` alone.
+A LoRA run's `params` are its adapters; `meta` says which MODEL they belong to, and loading merges the two.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -15,17 +17,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import yaml
 from orbax.checkpoint import checkpoint_managers as policies
 
+from ctllm_jax import sharding
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.lora import LoraConfig
 from ctllm_jax.config.model import ModelConfig
 from ctllm_jax.config.pretrain import CheckpointConfig
+from ctllm_jax.model.decoder import init_params
+from ctllm_jax.model.lora import merge
 from ctllm_jax.training.state import State
 
 log = logging.getLogger(__name__)
@@ -42,6 +50,11 @@ class Kept:
     path: Path
     meta: dict[str, Any]
     size: int
+
+    @property
+    def run_dir(self) -> Path:
+        """The run that it is of."""
+        return self.path.parent.parent
 
 
 class Checkpointer:
@@ -159,6 +172,13 @@ class Checkpointer:
         return f"make room there and give the same command again: {goes_on}"
 
 
+def write_weights(run_dir: Path, params: Any, *, meta: dict[str, Any]) -> None:
+    """Keep weights for good, as a milestone at `meta["step"]`."""
+    with _manager(run_dir / MILESTONES, None) as manager:
+        manager.save(meta["step"], args=ocp.args.Composite(params=ocp.args.StandardSave(params),
+                                                           meta=ocp.args.JsonSave(meta)))
+
+
 def _manager(directory: Path, preservation: Any) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(
         # Retention in place leaves half-deleted steps that look whole when killed; renamed into the trash, none does.
@@ -266,18 +286,109 @@ def read_model_config(run_dir: Path) -> ModelConfig:
     return ModelConfig(**raw["model"])
 
 
-def load_params(checkpoint: Kept, abstract_params: Any) -> Any:
-    """The weights of a checkpoint, laid out as the shardings of `abstract_params` say.
+def identify_model(checkpoint: Kept) -> dict[str, Any]:
+    """Which model this is, wherever it lies: its step, and a hash of what its run was and started from."""
+    was = [checkpoint.meta["fingerprint"], checkpoint.meta.get("init")]
+    if was[1] is not None:
+        was[1] = {name: was[1][name] for name in ("step", "run_sha256")}
+    return {"step": checkpoint.step, "run_sha256": hashlib.sha256(json.dumps(was, sort_keys=True).encode()).hexdigest()}
+
+
+def describe_origin(checkpoint: Kept, *, run_dir: Path) -> dict[str, Any]:
+    """What the run in `run_dir` keeps of the checkpoint that it starts from: where it lies, and which it is."""
+    source = checkpoint.run_dir.absolute()
+    return {"path": str(source), "relative": os.path.relpath(source, run_dir.absolute()), **identify_model(checkpoint)}
+
+
+def find_base(origin: dict[str, Any], *, run_dir: Path, model: str | None = None) -> Kept:
+    """The checkpoint that the adapters of a run belong to.
+
+    Args:
+      origin: from `describe_origin`.
+      run_dir: where the adapters are now; the base may have been moved together with them.
+      model: the MODEL that is said to be it; None: looked for where it was.
 
     Raises:
-      UserError: parameters of other shapes than these; names each.
+      UserError: it is not there, or another model is; names both.
     """
-    path = (checkpoint.path / "params").absolute()
+    wanted = f"{origin['path']}@{origin['step']}"
+    if model is None:
+        places = [Path(origin["path"]), run_dir / origin["relative"]]
+        found = next((place for place in places if place.is_dir()), None)
+        if found is None:
+            raise UserError(f"{run_dir} holds adapters of {wanted}, and there is no such run directory: put it back, or"
+                            f" say where it is: python launch.py lora merge {run_dir} base=MODEL output=DIR")
+        model = f"{found}@{origin['step']}"
+    try:
+        _, base = find_checkpoint(model)
+    except UserError as error:
+        raise UserError(f"{run_dir} holds adapters of {wanted}: {error}") from None
+    if identify_model(base) != {name: origin[name] for name in ("step", "run_sha256")}:
+        raise UserError(f"{run_dir} holds adapters of {wanted}, and {model} is not that model: it is at step"
+                        f" {base.step}" + ("" if base.step != origin["step"] else ", of a run with another config, data"
+                                           " or beginning"))
+    return base
+
+
+def load_params(checkpoint: Kept, abstract_params: Any, *, base: str | None = None) -> Any:
+    """The weights of a checkpoint, laid out as the shardings of `abstract_params` say, in its dtypes.
+
+    Adapters are merged into their base, which is looked for where it was, or is the MODEL `base`.
+
+    Raises:
+      UserError: parameters of other shapes than these, or no base; names each.
+    """
+    if checkpoint.meta.get("lora") is not None:
+        return _load_merged(checkpoint, abstract_params, base=base)
     kept, wanted = (_flatten(jax.tree.map(lambda x: list(x.shape), tree))
-                    for tree in (ocp.PyTreeCheckpointHandler().metadata(path).tree, abstract_params))
+                    for tree in (_read_tree(checkpoint), abstract_params))
     differing = [f"{name}: {kept.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
                  for name in sorted({*kept, *wanted}) if kept.get(name) != wanted.get(name)]
     if differing:
         raise UserError("\n  ".join([f"the weights of {checkpoint.path} are of another model:", *differing]))
+    return _restore(checkpoint, abstract_params)
+
+
+def load_whole(checkpoint: Kept, *, base: str | None = None) -> Any:
+    """The weights of a checkpoint in float32 on the first device, adapters merged; as `load_params`."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.eval_shape(partial(init_params, read_model_config(checkpoint.run_dir)), jax.random.key(0))
+    return load_params(checkpoint, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+                                                abstract), base=base)
+
+
+def load_adapters(checkpoint: Kept, placed: Any = None) -> dict[str, dict[str, jax.Array]]:
+    """The adapters of a LoRA run's checkpoint, `{query: {a, b}, …}`, float32, whole on each device of `placed`."""
+    placed = placed or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if isinstance(placed, jax.sharding.NamedSharding):
+        placed = sharding.replicated(placed.mesh)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=placed),
+                            _read_tree(checkpoint))
+    return _restore(checkpoint, abstract)["blocks"]
+
+
+def _load_merged(checkpoint: Kept, abstract_params: Any, *, base: str | None) -> Any:
+    found = find_base(checkpoint.meta["init"], run_dir=checkpoint.run_dir, model=base)
+    scale = LoraConfig(**checkpoint.meta["lora"]).scale
+    wanted = abstract_params["blocks"]
+    adapters = load_adapters(checkpoint, next(iter(wanted.values())).sharding)
+    # Sums are of float32, whatever is wanted; one projection after the other, so that few are there twice.
+    wide = {name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding) if name in adapters else leaf
+            for name, leaf in wanted.items()}
+    params = load_params(found, {**abstract_params, "blocks": wide})
+    for name, adapter in adapters.items():
+        like = wanted[name]
+        add = jax.jit(lambda weight, a, b, dtype: merge(weight, a, b, scale=scale).astype(dtype), static_argnums=3,
+                      out_shardings=like.sharding)
+        params["blocks"][name] = add(params["blocks"][name], adapter["a"], adapter["b"], like.dtype)
+    return params
+
+
+def _read_tree(checkpoint: Kept) -> Any:
+    """Shapes and dtypes of what is kept."""
+    return ocp.PyTreeCheckpointHandler().metadata((checkpoint.path / "params").absolute()).tree
+
+
+def _restore(checkpoint: Kept, abstract: Any) -> Any:
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, abstract_params)
+        return checkpointer.restore((checkpoint.path / "params").absolute(), abstract)

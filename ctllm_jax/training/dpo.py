@@ -17,6 +17,7 @@ from ctllm_jax.data.preference import PreferenceData
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.losses.preference import KINDS, Answers, pair_logps, preference_loss
 from ctllm_jax.model.decoder import Decoder
+from ctllm_jax.model.lora import lora_parameters
 from ctllm_jax.training.checkpoint import find_checkpoint, read_model_config
 from ctllm_jax.training.pretrain import Objective
 from ctllm_jax.training.reference import answer_logps
@@ -46,6 +47,8 @@ def open_preferences(config: DPOConfig, *, keep_pairs: bool = False) -> Preferen
     model = read_model_config(source)
     if config.model is not None and config.model != model:
         raise UserError(f"model differs from that of init={config.init}: leave it out")
+    if config.lora is not None:
+        lora_parameters(model, config.lora)  # before the data, which may take minutes
     tokenizer = load_tokenizer(config.data.tokenizer or tokenizer_of(source, config.init))
     known = kept.meta.get("template")
     if config.data.template is None and not known:

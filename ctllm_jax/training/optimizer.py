@@ -52,6 +52,11 @@ def path_name(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(part, "key", getattr(part, "idx", getattr(part, "name", part)))) for part in path)
 
 
+def is_matrix(name: str, ndim: int) -> bool:
+    """Whether a parameter is neither a norm's scale nor a bias; the stacking over layers counts for no dim."""
+    return ndim - name.startswith("blocks/") >= 2 and not name.endswith("_bias")
+
+
 def assign_rules(config: OptimizerConfig, params: Any) -> dict[str, Treatment]:
     """How each parameter is treated, by path. `params` may be abstract.
 
@@ -63,8 +68,7 @@ def assign_rules(config: OptimizerConfig, params: Any) -> dict[str, Treatment]:
     treatments, used = {}, set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path_name(path)
-        dims = leaf.ndim - name.startswith("blocks/")
-        decayed = dims >= 2 and not name.endswith("_bias")
+        decayed = is_matrix(name, leaf.ndim)
         treatment = Treatment(1.0, decayed, None)
         for rule in config.rules:
             if re.search(rule.pattern, name):

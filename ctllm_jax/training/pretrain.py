@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,11 +28,14 @@ from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.data.batch import Batch, BatchSource, Preference
 from ctllm_jax.data.pretrain import open_training_data
 from ctllm_jax.losses.cross_entropy import chunked_cross_entropy
-from ctllm_jax.model.decoder import Decoder, head_weights, init_params
+from ctllm_jax.model.decoder import Decoder, head_weights, init_table
 from ctllm_jax.model.flops import flops_per_token
+from ctllm_jax.model.lora import attach, count_adapters, lora_parameters
 from ctllm_jax.model.parameters import count_parameters, decoder_parameters
 from ctllm_jax.training import checkpoint as checkpoints
+from ctllm_jax.training.environment import choose_implementations, describe_environment, warn_of_processors
 from ctllm_jax.training.loop import Hook, run_loop
+from ctllm_jax.training.lora import abstract_base, with_adapters
 from ctllm_jax.training.optimizer import make_optimizer, make_schedule
 from ctllm_jax.training.state import State, init_state
 from ctllm_jax.training.step import make_train_step, plan_accumulation
@@ -100,7 +100,11 @@ class Objective(NamedTuple):
 
 @dataclass
 class Run:
-    """A run, ready for its first step."""
+    """A run, ready for its first step.
+
+    Attributes:
+      frozen: the base's weights under LoRA, whose adapters are the state's; None where the state has all weights.
+    """
 
     config: PretrainConfig
     directory: Path
@@ -116,6 +120,11 @@ class Run:
     compile_seconds: float
     start: int
     objective: Objective | None = None
+    frozen: Any = None
+
+    def weights(self, state: State) -> Any:
+        """The parameters of a state as the decoder takes them."""
+        return state.params if self.frozen is None else attach(self.frozen, state.params, scale=self.config.lora.scale)
 
     @property
     def prefix_id(self) -> int | None:
@@ -135,7 +144,8 @@ class Run:
         batches = self.batches()
         try:
             self.state = run_loop(self.state, self.train_step, batches, start=self.start, stop=self.config.steps,
-                                  log_every=self.config.log.every, record=record, hooks=hooks, interrupted=interrupted)
+                                  log_every=self.config.log.every, record=record, hooks=hooks, frozen=self.frozen,
+                                  interrupted=interrupted)
             step = int(self.state.step)
             self.checkpointer.save(self.state, step=step, last=True)
         finally:
@@ -157,6 +167,7 @@ class StepPlan(NamedTuple):
       jitted: `(state, batch, frozen) -> (state, metrics)`, the state donated.
       init: `key -> state`, jitted straight to the mesh.
       abstract_state, abstract_batch: shapes, dtypes and shardings.
+      abstract_frozen: of the base under LoRA; None where all weights are trained.
       micro_rows, accumulation: rows a device computes at once, and how often.
     """
 
@@ -164,12 +175,18 @@ class StepPlan(NamedTuple):
     init: Any
     abstract_state: State
     abstract_batch: Batch
+    abstract_frozen: Any
     micro_rows: int
     accumulation: int
 
+    @property
+    def abstract_model(self) -> Any:
+        """What a whole model is loaded as, to be trained or to stay as it is."""
+        return self.abstract_state.params if self.abstract_frozen is None else self.abstract_frozen
+
     def compile(self) -> Callable:
         """The step for the mesh that it was planned on, which may be of devices that are not here."""
-        return self.jitted.lower(self.abstract_state, self.abstract_batch, None).compile()
+        return self.jitted.lower(self.abstract_state, self.abstract_batch, self.abstract_frozen).compile()
 
 
 def plan_step(config: PretrainConfig, mesh: jax.sharding.Mesh, *, token_bytes: np.ndarray | None = None,
@@ -177,17 +194,22 @@ def plan_step(config: PretrainConfig, mesh: jax.sharding.Mesh, *, token_bytes: n
     """The train step of a config on a mesh; `objective` is another stage's than pretraining.
 
     Raises:
-      UserError: a batch or a parameter that the mesh does not divide, an optimizer rule that decides for nothing.
+      UserError: a batch or a parameter that the mesh does not divide, an optimizer rule that decides for nothing,
+        something that LoRA cannot adapt.
     """
     parts = sharding.axis_size(mesh, sharding.BATCH_AXES)
     micro_rows, accumulation = plan_accumulation(config.batch.rows, devices=parts,
                                                  rows_per_device=config.batch.rows_per_device)
-    shardings = sharding.param_shardings(decoder_parameters(config.model), mesh)
-    abstract_params = jax.eval_shape(partial(init_params, config.model), jax.random.key(0))
+    table, frozen = decoder_parameters(config.model), None
+    if config.lora is not None:
+        frozen = abstract_base(config, sharding.param_shardings(table, mesh))
+        table = lora_parameters(config.model, config.lora)
+    shardings = sharding.param_shardings(table, mesh)
+    abstract_params = jax.eval_shape(partial(init_table, table), jax.random.key(0))
     optimizer = make_optimizer(config.optimizer, abstract_params)
 
     def init(key: jax.Array) -> State:
-        return init_state(init_params(config.model, key), optimizer)
+        return init_state(init_table(table, key), optimizer)
 
     abstract = jax.eval_shape(init, jax.random.key(0))
     replicated, batch_sharding = sharding.replicated(mesh), sharding.batch_sharding(mesh)
@@ -198,6 +220,8 @@ def plan_step(config: PretrainConfig, mesh: jax.sharding.Mesh, *, token_bytes: n
                                z_loss=config.loss.z_loss, padded=config.isolated)
     else:
         loss_fn = objective.make_loss_fn(config, make_decoder(config, mesh), mesh)
+    if config.lora is not None:
+        loss_fn = with_adapters(loss_fn, scale=config.lora.scale)
     train_step = make_train_step(
         loss_fn, optimizer, make_schedule(config.optimizer, steps=config.steps), accumulation=accumulation,
         constrain_grads=partial(jax.lax.with_sharding_constraint, shardings=shardings))
@@ -209,7 +233,8 @@ def plan_step(config: PretrainConfig, mesh: jax.sharding.Mesh, *, token_bytes: n
         batch = batch._replace(preference=Preference(*(jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
                                                        for dtype in (jnp.int32, jnp.bool_, jnp.int32, jnp.float32))))
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, replicated))
-    return StepPlan(jitted, jax.jit(init, out_shardings=state_shardings), abstract, batch, micro_rows, accumulation)
+    return StepPlan(jitted, jax.jit(init, out_shardings=state_shardings), abstract, batch, frozen, micro_rows,
+                    accumulation)
 
 
 def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str], None] = log.info,
@@ -227,10 +252,7 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
     Raises:
       UserError: whatever in the config, data or checkpoint does not fit, before the model is compiled.
     """
-    try:
-        kernels.implementations(attention=config.compute.attention, swiglu=config.compute.swiglu)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    choose_implementations(config)
     mesh = sharding.make_mesh(config.mesh.model_dump())
     if jax.default_backend() == "cpu" and config.compute.remat != "none" and not config.compute.scan_layers:
         log.warning("compute.remat=%s saves no memory here: XLA's CPU compiler merges the recomputation of unrolled"
@@ -244,31 +266,39 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
     checkpointer = checkpoints.Checkpointer(
         directory, config.checkpoint, tokens_per_step=config.batch.tokens,
         meta={"fingerprint": fingerprint, "eod_id": data.eod_id, "prefix_id": find_prefix_id(config, data.eod_id),
-              **(meta or {})})
+              **({} if config.lora is None else {"lora": config.lora.model_dump(mode="json")}), **(meta or {})})
     # Where a run begins: its own newest checkpoint, else the weights it was told to take, else random ones.
-    newest = checkpointer.latest()
+    newest, base = checkpointer.latest(), None
     if newest is not None:
         how = "resume"
-        checkpoints.compare_fingerprints(checkpointer.read_meta(newest)["fingerprint"], fingerprint, run_dir=directory)
+        known = checkpointer.read_meta(newest)
+        checkpoints.compare_fingerprints(known["fingerprint"], fingerprint, run_dir=directory)
         if newest > config.steps:
             raise UserError(f"steps={config.steps}: {directory} is at step {newest} already")
-        _warn_of_cpu_count(directory)
+        warn_of_processors(directory)
         stage(f"resuming {directory} at step {newest}")
         state = checkpointer.restore(plan.abstract_state, step=newest)
+        checkpointer.meta["init"] = origin = known.get("init")
+        if config.lora is not None:
+            base = checkpoints.find_base(origin, run_dir=directory, model=config.init)
     else:
         how = "init" if config.init else "scratch"
         state = plan.init(jax.random.key(config.seed))
         if config.init:
-            source, kept = checkpoints.find_checkpoint(config.init)
-            stage(f"taking the weights of {source} at step {kept.step}")
-            state = state.replace(params=checkpoints.load_params(kept, plan.abstract_state.params))
+            _, base = checkpoints.find_checkpoint(config.init)
+            checkpointer.meta["init"] = checkpoints.describe_origin(base, run_dir=directory)
+    frozen = None
+    if base is not None:
+        stage(f"taking the weights of {base.run_dir} at step {base.step}")
+        weights = checkpoints.load_params(base, plan.abstract_model)
+        frozen, state = (None, state.replace(params=weights)) if config.lora is None else (weights, state)
     _write_run_files(config, directory, data.tokenizer_path)
     stage("compiling the train step")
     began = time.perf_counter()
     compiled = plan.compile()
     return Run(config, directory, mesh, make_decoder(config, mesh), data, state, how, compiled, checkpointer,
                plan.micro_rows, plan.accumulation, time.perf_counter() - began, start=int(state.step),
-               objective=objective)
+               objective=objective, frozen=frozen)
 
 
 def find_prefix_id(config: PretrainConfig, eod_id: int | None) -> int | None:
@@ -292,32 +322,14 @@ def make_fingerprint(config: PretrainConfig, data: dict[str, Any]) -> dict[str, 
     return {"config": kept, "data": data}
 
 
-def describe_environment(config: PretrainConfig) -> dict[str, Any]:
-    """Versions, devices, processors, flags, and the implementation of every op."""
-    import importlib.metadata
-
-    versions = {}
-    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu", "ctllm_jax"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "python": platform.python_version(), "versions": versions, "command": sys.argv,
-        "devices": [str(device.device_kind) for device in jax.devices()], "backend": jax.default_backend(),
-        "processes": jax.process_count(), "cpu_count": _cpu_count(),
-        "flags": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
-        "implementations": kernels.implementations(attention=config.compute.attention, swiglu=config.compute.swiglu),
-    }
-
-
 def describe_run(run: Run) -> dict[str, Any]:
     """The start of a run, for the banner and for metrics.jsonl."""
     config = run.config
-    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length)
+    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length, lora=config.lora)
     devices = jax.devices()
     return {
         "how": run.how, "step": run.start, "steps": config.steps, "parameters": count_parameters(config.model),
+        **({} if config.lora is None else {"trained_parameters": count_adapters(config.model, config.lora)}),
         "devices": f"{len(devices)} x {devices[0].device_kind}", "mesh": dict(run.mesh.shape),
         "tokens_per_step": config.batch.tokens, "flops_per_token": flops._asdict(),
         "implementations": describe_environment(config)["implementations"], "compile_seconds": run.compile_seconds,
@@ -330,7 +342,7 @@ def describe_run(run: Run) -> dict[str, Any]:
 def make_record(run: Run) -> Callable[[int, dict[str, float], dict[str, float]], dict[str, Any]]:
     """`(step, metrics, timing) -> the record of a "train" event` of metrics.jsonl."""
     config = run.config
-    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length)
+    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length, lora=config.lora)
     devices = jax.devices()
     chip = find_chip(devices[0].device_kind)
 
@@ -376,20 +388,3 @@ def _write_run_files(config: PretrainConfig, directory: Path, tokenizer: Path | 
         target = directory / ("tokenizer" + tokenizer.suffix)
         if not target.exists() or target.read_bytes() != tokenizer.read_bytes():
             shutil.copyfile(tokenizer, target)
-
-
-def _cpu_count() -> int | None:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def _warn_of_cpu_count(directory: Path) -> None:
-    """On the CPU backend another number of processors sums in another order: no longer bit for bit."""
-    try:
-        before = json.loads((directory / "environment.json").read_text())["cpu_count"]
-    except (OSError, KeyError, ValueError):
-        return
-    now = _cpu_count()
-    if jax.default_backend() == "cpu" and before != now:
-        log.warning("%s was begun on %s processors and goes on on %s: the numbers will differ in the last bits",
-                    directory, before, now)

@@ -5,7 +5,6 @@ The weights are on the devices for this pass alone, before the run's state is th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from ctllm_jax.data.batch import Batch, stack_rows
 from ctllm_jax.data.preference import PreferenceData
 from ctllm_jax.losses.preference import sequence_logps
 from ctllm_jax.model.decoder import Decoder, head_weights
-from ctllm_jax.training.checkpoint import Kept, find_checkpoint, load_params
+from ctllm_jax.training.checkpoint import Kept, find_checkpoint, identify_model, load_params
 from ctllm_jax.training.pretrain import Objective, make_decoder, place_batch, plan_step
 
 FILE = "reference.npz"
@@ -71,7 +70,7 @@ def attach_reference(config: DPOConfig, data: PreferenceData, objective: Objecti
     kept = read_reference(path, identity) if path.exists() else None
     stage(f"taking the reference from {path}" if kept else f"computing the reference log-probabilities of {len(data)}"
           " pairs")
-    params = load_params(checkpoint, plan.abstract_state.params)
+    params = load_params(checkpoint, plan.abstract_model)
     compute = _make_compute(config, mesh, params, rows=plan.micro_rows * sharding.axis_size(mesh, sharding.BATCH_AXES))
     lengths = np.add.reduceat(data.answers.weights > 0, data.answers.offsets[:-1])
     rows = data.all_rows()
@@ -100,8 +99,7 @@ def attach_reference(config: DPOConfig, data: PreferenceData, objective: Objecti
 
 def identify(config: DPOConfig, data: PreferenceData, checkpoint: Kept) -> dict[str, Any]:
     """What the log-probabilities depend on, as JSON. The reference is named by its step and what its run was."""
-    run = hashlib.sha256(json.dumps(checkpoint.meta["fingerprint"], sort_keys=True).encode()).hexdigest()
-    return {"reference": {"step": checkpoint.step, "run_sha256": run}, **data.identity, "dtype": config.compute.dtype}
+    return {"reference": identify_model(checkpoint), **data.identity, "dtype": config.compute.dtype}
 
 
 def read_reference(path: Path, identity: dict[str, Any]) -> tuple[np.ndarray, float]:

@@ -13,6 +13,7 @@ from ctllm_jax.config.sft import SFTConfig, TemplateConfig
 from ctllm_jax.data.chat import ChatTemplate
 from ctllm_jax.data.sft import SFTData
 from ctllm_jax.data.tokenizer import load_tokenizer
+from ctllm_jax.model.lora import lora_parameters
 from ctllm_jax.training.checkpoint import find_checkpoint, read_model_config
 
 Config = TypeVar("Config", bound=PretrainConfig)
@@ -38,6 +39,8 @@ def open_tuning(config: SFTConfig, *, keep_dialogues: bool = False) -> Tuning:
     model = read_model_config(source)
     if config.model is not None and config.model != model:
         raise UserError(f"model differs from that of init={config.init}: leave it out")
+    if config.lora is not None:
+        lora_parameters(model, config.lora)  # before the data, which may take minutes
     tokenizer = load_tokenizer(config.data.tokenizer or tokenizer_of(source, config.init))
     data = SFTData(config.data, tokenizer=tokenizer, sequence_length=config.batch.sequence_length,
                    rows=config.batch.rows, seed=config.seed, vocab_size=model.vocab_size,

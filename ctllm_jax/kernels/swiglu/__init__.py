@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 
 from ctllm_jax.kernels.dispatch import choose
-from ctllm_jax.kernels.swiglu.xla import swiglu_xla
+from ctllm_jax.kernels.swiglu.xla import activate, swiglu_xla
 
-__all__ = ["chosen", "swiglu"]
+__all__ = ["activate", "chosen", "swiglu"]
 
 
 def chosen(implementation: str = "auto") -> str:

@@ -10,18 +10,19 @@ def swiglu_xla(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array) -> jax.Array:
     """As `kernels.swiglu`."""
     # Two dims: with [B, S, D] the weights' gradient contracts two, for which XLA copies its wide operand on the CPU.
     x_TD = x.reshape(-1, x.shape[-1])
-    return _activate(jnp.dot(x_TD, gate_DF), jnp.dot(x_TD, up_DF)).reshape(*x.shape[:-1], gate_DF.shape[1])
+    return activate(jnp.dot(x_TD, gate_DF), jnp.dot(x_TD, up_DF)).reshape(*x.shape[:-1], gate_DF.shape[1])
 
 
 # Plain differentiation keeps gate, up, the sigmoid and two products, in float32; a sigmoid costs less than them.
 @jax.custom_vjp
-def _activate(gate, up):
+def activate(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) ⊙ up in float32, returned in their dtype; its backward pass keeps gate and up alone."""
     gate_f32 = gate.astype(jnp.float32)
     return (gate_f32 * jax.nn.sigmoid(gate_f32) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
 def _forward(gate, up):
-    return _activate(gate, up), (gate, up)
+    return activate(gate, up), (gate, up)
 
 
 def _backward(residuals, cotangent):
@@ -34,4 +35,4 @@ def _backward(residuals, cotangent):
     return (cotangent * up * slope).astype(residuals[0].dtype), (cotangent * silu).astype(residuals[1].dtype)
 
 
-_activate.defvjp(_forward, _backward)
+activate.defvjp(_forward, _backward)

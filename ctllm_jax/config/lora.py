@@ -1,0 +1,49 @@
+"""Low-rank adapters on frozen weights (`lora`), and what is made of them (`launch.py lora`)."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from pydantic import field_validator
+
+from ctllm_jax.config.base import Section, key
+
+ALL_PROJECTIONS = "blocks/(query|key|value|out|gate|up|down)$"
+
+
+class LoraConfig(Section):
+    """What is trained beside the frozen weights: y = x·W + scale · x·A·B for each target (arXiv 2106.09685)."""
+
+    rank: int = key(16, "columns of A, rows of B", ge=1)
+    alpha: float = key(32.0, "the scale is alpha / rank: alpha can stay as it is when the rank changes", gt=0)
+    targets: str = key(ALL_PROJECTIONS, "regular expression, searched in the paths of parameters, such as blocks/query; it must hit projections of a block and nothing else")
+    rslora: bool = key(False, "scale by alpha / sqrt(rank) instead, for ranks of 64 and more (arXiv 2312.03732)")
+
+    @field_validator("targets")
+    @classmethod
+    def _check_targets(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"targets={value!r} is no regular expression: {error}") from None
+        return value
+
+    @property
+    def scale(self) -> float:
+        """Factor on A·B."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class LoraMergeConfig(Section):
+    """`launch.py lora merge RUN`."""
+
+    output: str = key(..., "run directory to write: a MODEL like any other, without adapters")
+    base: str | None = key(None, "MODEL that the adapters belong to, where it lies elsewhere now; null: where it was")
+
+
+class LoraExportConfig(Section):
+    """`launch.py lora export RUN`."""
+
+    output: str = key(..., "folder to write: adapter_model.safetensors and adapter_config.json")
+    base_model: str | None = key(None, "Hugging Face name or folder of the exported base model, as PEFT is to find it; null: the base's run directory")

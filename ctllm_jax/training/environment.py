@@ -1,0 +1,74 @@
+"""What a run was computed with: versions, devices, processors, flags, the implementation of every op."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ctllm_jax import kernels
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.model.lora import lora_parameters
+
+log = logging.getLogger(__name__)
+
+
+def choose_implementations(config: PretrainConfig) -> dict[str, str]:
+    """Op -> the implementation that runs here.
+
+    Raises:
+      UserError: a named one cannot run here, or not with what is adapted.
+    """
+    swiglu = config.compute.swiglu
+    if config.lora is not None and {"gate", "up"} & lora_parameters(config.model, config.lora)["blocks"].keys():
+        if swiglu not in ("auto", "xla"):
+            raise UserError(f"compute.swiglu={swiglu} takes gate and up as they are, and lora.targets adapts them:"
+                            " auto and xla can, or leave gate and up out of lora.targets")
+        swiglu = "xla"
+    try:
+        return kernels.implementations(attention=config.compute.attention, swiglu=swiglu)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def describe_environment(config: PretrainConfig) -> dict[str, Any]:
+    """Versions, devices, processors, flags, and the implementation of every op."""
+    import importlib.metadata
+
+    versions = {}
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu", "ctllm_jax"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(), "versions": versions, "command": sys.argv,
+        "devices": [str(device.device_kind) for device in jax.devices()], "backend": jax.default_backend(),
+        "processes": jax.process_count(), "cpu_count": count_processors(),
+        "flags": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
+        "implementations": choose_implementations(config),
+    }
+
+
+def count_processors() -> int | None:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def warn_of_processors(directory: Path) -> None:
+    """On the CPU backend another number of processors sums in another order: no longer bit for bit."""
+    try:
+        before = json.loads((directory / "environment.json").read_text())["cpu_count"]
+    except (OSError, KeyError, ValueError):
+        return
+    now = count_processors()
+    if jax.default_backend() == "cpu" and before != now:
+        log.warning("%s was begun on %s processors and goes on on %s: the numbers will differ in the last bits",
+                    directory, before, now)
