@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # What a marker needs. These tests stand for a claim (equal to PyTorch, fits the chip, prepares data): where an extra is
 # not installed they are skipped, but in CI, where a skipped one proves nothing, that is a failure.
-NEEDS = {"parity": ("torch", "transformers", "trl", "safetensors"), "aot": ("libtpu",),
+NEEDS = {"parity": ("torch", "transformers", "trl", "peft", "safetensors"), "aot": ("libtpu",),
          "prep": ("pyarrow", "tokenizers", "zstandard")}
 
 

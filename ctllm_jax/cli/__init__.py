@@ -27,6 +27,7 @@ COMMANDS = {
     "pairs": "preference pairs for dpo, from good answers and a weaker model or an endpoint",
     "dpo": "teach a tuned model which answers are preferred, from pairs",
     "sweep": "several runs of a stage in turn, and what they come to beside each other",
+    "lora": "trained adapters: merge them into their base, or export them to PEFT",
     "generate": "text from a trained model",
     "chat": "talk to a model that was taught to answer",
     "checkpoint": "list the checkpoints of a run (ls)",

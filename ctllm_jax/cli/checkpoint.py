@@ -45,7 +45,8 @@ def run(context: Context) -> int:
         table = Table("model", "kind", "tokens", "size", "written", title=target, title_justify="left")
         for checkpoint in kept:
             written = datetime.fromtimestamp(checkpoint.path.stat().st_mtime).isoformat(" ", "seconds")
-            table.add_row(f"{target}@{checkpoint.step}", checkpoint.kind, f"{checkpoint.meta['tokens']:,}",
+            kind = checkpoint.kind + (", adapters" if checkpoint.meta.get("lora") else "")
+            table.add_row(f"{target}@{checkpoint.step}", kind, f"{checkpoint.meta['tokens']:,}",
                           f"{checkpoint.size / 2**20:,.1f} MiB", written)
         context.console.print(table, soft_wrap=True)
     return 0

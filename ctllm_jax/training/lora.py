@@ -1,16 +1,20 @@
-"""Training of adapters: what is differentiated, and what the base is kept as meanwhile."""
+"""Training of adapters: what is differentiated, what the base is kept as, and a run directory of both as one."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
+import yaml
 
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.model.lora import attach
+from ctllm_jax.training.checkpoint import Kept, write_weights
 from ctllm_jax.training.optimizer import is_matrix, path_name
 
 
@@ -30,3 +34,19 @@ def abstract_base(config: PretrainConfig, shardings: Any) -> Any:
 
     abstract = jax.eval_shape(partial(init_params, config.model), jax.random.key(0))
     return jax.tree_util.tree_map_with_path(keep, abstract, shardings)
+
+
+def write_merged(checkpoint: Kept, params: Any, directory: Path) -> None:
+    """A run directory of merged weights: the config without `lora`, the tokenizer, and one checkpoint, a milestone.
+
+    Its `meta` is that of the adapters' checkpoint without `lora`: the same model, at the same step.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    write_weights(directory, params, meta={name: value for name, value in checkpoint.meta.items() if name != "lora"})
+    for tokenizer in checkpoint.run_dir.glob("tokenizer.*"):
+        shutil.copyfile(tokenizer, directory / tokenizer.name)
+    # Last: a folder is a run directory once it has its config.
+    config = yaml.safe_load((checkpoint.run_dir / "config.yaml").read_text(encoding="utf-8"))
+    config |= {"lora": None, "run": {"dir": str(directory)}}
+    (directory / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True, sort_keys=False, width=100),
+                                           encoding="utf-8")

@@ -1,0 +1,68 @@
+"""`launch.py lora merge RUN` and `launch.py lora export RUN`: what becomes of trained adapters."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.lora import LoraExportConfig, LoraMergeConfig
+
+if TYPE_CHECKING:
+    from ctllm_jax.cli import Context
+    from ctllm_jax.training.checkpoint import Kept
+
+ACTIONS = {"merge": LoraMergeConfig, "export": LoraExportConfig}
+USAGE = """
+usage: python launch.py lora merge RUN output=DIR [base=MODEL]
+       python launch.py lora export RUN output=DIR [base_model=NAME]
+
+RUN is the directory of a run with adapters (sft or dpo with lora.rank=…), or RUN@STEP. It is a MODEL as it is, while
+its base lies where it was. `merge` writes a run directory that needs no base; `export` the adapters in PEFT's format:
+  python launch.py lora merge runs/chat output=runs/chat-merged
+  python launch.py lora export runs/chat output=chat-peft base_model=m-a-p/CT-LLM-Base
+"""
+
+
+def run(context: Context) -> int:
+    """Write what the action asks for, and say what to type next."""
+    from rich.text import Text
+
+    if len(context.targets) != 1:
+        raise UserError(f"lora {context.action} needs one RUN: the directory of a run with adapters, or RUN@STEP")
+    model, output = context.targets[0], Path(context.config.output)
+    from ctllm_jax.training.checkpoint import find_checkpoint
+
+    _, kept = find_checkpoint(model)
+    if kept.meta.get("lora") is None:
+        raise UserError(f"{model} has no adapters: it is a whole model already")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output={output} is there already: name a new directory")
+    lines = (merge if context.action == "merge" else export)(kept, output, context.config)
+    for line in lines:
+        context.console.print(Text(line))
+    return 0
+
+
+def merge(kept: Kept, output: Path, config: LoraMergeConfig) -> list[str]:
+    """A run directory with one checkpoint: base and adapters as one."""
+    from ctllm_jax.training.checkpoint import load_whole
+    from ctllm_jax.training.lora import write_merged
+
+    params = load_whole(kept, base=config.base)
+    write_merged(kept, params, output)
+    talks = kept.meta.get("template") is not None
+    return [f"{output}@{kept.step}: the weights of {kept.run_dir} and of its base as one",
+            f"next: python launch.py {'chat' if talks else 'generate'} {shlex.quote(str(output))}"]
+
+
+def export(kept: Kept, output: Path, config: LoraExportConfig) -> list[str]:
+    """PEFT's two files."""
+    from ctllm_jax.config.lora import LoraConfig
+    from ctllm_jax.huggingface.peft import write_peft
+    from ctllm_jax.training.checkpoint import load_adapters
+
+    base: Any = config.base_model or kept.meta["init"]["path"]
+    write_peft(output, load_adapters(kept), LoraConfig(**kept.meta["lora"]), base_model=base)
+    return [f"{output}: the adapters of {kept.run_dir} at step {kept.step}, for the base model {base}"]
