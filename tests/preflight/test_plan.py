@@ -13,6 +13,9 @@ from ctllm_jax import sharding
 from ctllm_jax.cluster.chips import CHIPS
 from ctllm_jax.config.load import config_root, load
 from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.config.sft import SFTConfig
+from ctllm_jax.model.lora import count_adapters
+from ctllm_jax.model.parameters import count_parameters
 from ctllm_jax.preflight import plan
 from ctllm_jax.training.checkpoint import Checkpointer
 from ctllm_jax.training.pretrain import plan_step
@@ -137,6 +140,44 @@ def test_memory_is_above_what_compilers_say_and_not_by_much(devices, rows, gib):
     assert gib < estimate < 2 * gib
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_under_lora_only_adapters_have_gradients_and_moments(dtype):
+    """What is frozen is in the matmuls' dtype but for norms: 160 numbers; adapters are split but for their rank."""
+    config = make_config("init=base", "lora.rank=4", f"compute.dtype={dtype}", "mesh.data=1", "mesh.fsdp=2")
+    made = sharding.make_mesh(config.mesh.model_dump(), jax.devices()[:2])
+    planned, expected = plan_step(config, made), plan.memory_bytes(config, devices=2, rows=1)
+    frozen = [np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int) * leaf.dtype.itemsize
+              for leaf in jax.tree.leaves(planned.abstract_frozen)]
+    assert expected["frozen parameters"] == pytest.approx(sum(frozen), abs=4 * 160)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(planned.abstract_state.params))
+    assert plan.count_trained(config) == trained and plan.checkpoint_bytes(config)["resumable"] == 12 * trained
+    assert expected["gradients"] == 2 * trained and expected["optimizer"] == 4 * trained
+
+
+def test_adapters_of_the_2b_model_fit_where_it_does_not(repository):
+    """6.46 GiB: the peak of the compiled step on one v5p, with rank 16 and a row of 2,048 tokens."""
+    shape = ("init=base", "batch.sequence_length=2048", "batch.tokens=262144")
+    full, adapted = (sum(plan.memory_bytes(make_config(*shape, *more, target="ct_llm_2b/pretrain"), devices=1,
+                                           rows=1).values()) / 2**30 for more in ((), ("lora.rank=16",)))
+    assert 6.46 < adapted < 1.1 * 6.46 and full > 5 * adapted
+    table = (repository / "docs" / "lora.md").read_text()
+    for more in ("lora=null", "lora.rank=8", "lora.rank=16", "lora.rank=64"):
+        config = make_config(*shape, more, target="ct_llm_2b/pretrain")
+        sizes = plan.memory_bytes(config, devices=1, rows=1)
+        checkpoint = plan.checkpoint_bytes(config)["resumable"] / 2**30
+        assert re.search(rf"\| {plan.count_trained(config):,} \|.*\| {sum(sizes.values()) / 2**30:.1f} GiB \|"
+                         rf" {checkpoint:.2f} GiB \|", table), more
+
+
+@pytest.mark.parametrize("family", ["quickstart", "ct_llm_2b"])
+def test_what_the_configs_of_adapters_state(family):
+    head = (config_root() / family / "sft_lora.yaml").read_text()
+    tuning, base = load(SFTConfig, target=f"{family}/sft_lora"), make_config(target=f"{family}/pretrain")
+    stated = re.search(r"([\d,]+) parameters are trained beside ([\d,]+)\s", head).groups()
+    assert [int(number.replace(",", "")) for number in stated] == [count_adapters(base.model, tuning.lora),
+                                                                  count_parameters(base.model)]
+
+
 def test_stronger_remat_and_more_devices_take_less():
     def total(*overrides, devices=8):
         config = make_config(*overrides, target="small/1b")
@@ -162,6 +203,12 @@ def test_what_is_told(tmp_path):
     assert "2 resumable x 0.5 MiB = 0.9 MiB" in rows["checkpoints"] and "4 x v5e" in rows["hours at 40% MFU"]
     assert len(warnings) == 1 and warnings[0].startswith("source en is seen 9.5 times")
     assert not (tmp_path / "not").exists()
+
+
+def test_what_is_told_of_adapters(tmp_path):
+    rows, _ = warnings_of(make_config("init=base", "lora.rank=4"), tmp_path)
+    assert rows["parameters"] == "41,120 frozen, 4,864 trained (11.83%)"
+    assert "frozen parameters 0.2 MiB" in rows["memory on each of 1"]
 
 
 def test_no_room_on_the_disk_or_the_device(tmp_path, monkeypatch):
