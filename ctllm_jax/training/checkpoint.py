@@ -217,14 +217,14 @@ def _empty_trash(directory: Any) -> None:
 
 
 def compare_fingerprints(kept: dict[str, Any], now: dict[str, Any], *, run_dir: Path) -> None:
-    """Refuse to go on with a run under other data, tokenizer or config.
+    """Refuse to go on with a run under other data, tokenizer or config; a key that was not there yet counts as null.
 
     Raises:
       UserError: every difference, with both values.
     """
     kept, now = _flatten(kept), _flatten(json.loads(json.dumps(now)))
     differing = [f"{key}: {kept.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now"
-                 for key in sorted({*kept, *now}) if kept.get(key, "absent") != now.get(key, "absent")]
+                 for key in sorted({*kept, *now}) if kept.get(key) != now.get(key)]
     if differing:
         raise UserError("\n  ".join([f"{run_dir} cannot be resumed: it was begun with other values than it is to go on"
                                      " with:", *differing])

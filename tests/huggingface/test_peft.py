@@ -18,6 +18,7 @@ CONFIG = ModelConfig(vocab_size=250, vocab_multiple=64, hidden_size=32, num_laye
 
 
 @pytest.mark.parity
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks transformers
 @pytest.mark.parametrize("lora", [LoraConfig(rank=4, alpha=8), LoraConfig(rank=3, rslora=True, targets="out|query|up")],
                          ids=["all", "some"])
 def test_peft_gives_our_logits(tmp_path, lora):

@@ -372,6 +372,14 @@ def test_what_it_may_not_change(tmp_path, override):
         compare_fingerprints(fingerprint(), fingerprint(override), run_dir=tmp_path)
 
 
+def test_a_run_from_before_a_key_was_there_goes_on(tmp_path):
+    before = fingerprint()
+    del before["config"]["lora"]
+    compare_fingerprints(before, fingerprint(), run_dir=tmp_path)
+    with pytest.raises(UserError, match="config.lora.rank: absent in the checkpoint, 8 now"):
+        compare_fingerprints(before, fingerprint("init=base", "lora.rank=8"), run_dir=tmp_path)
+
+
 def test_another_number_of_processors_is_told(kept_run, prepare, caplog):
     directory, _ = kept_run
     environment = json.loads((directory / "environment.json").read_text())

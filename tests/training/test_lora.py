@@ -146,6 +146,7 @@ def test_a_fused_swiglu_cannot_take_adapters(monkeypatch):
 
 
 @pytest.mark.parity
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks transformers
 @pytest.mark.parametrize(("overrides", "options"), [
     ([], {}), (["lora.targets=query$|value$|down", "lora.rslora=true", "optimizer.clip_norm=null"],
               {"target_modules": ["q_proj", "v_proj", "down_proj"], "use_rslora": True})], ids=["all", "rslora"])
