@@ -291,7 +291,10 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
     if base is not None:
         stage(f"taking the weights of {base.run_dir} at step {base.step}")
         weights = checkpoints.load_params(base, plan.abstract_model)
-        frozen, state = (None, state.replace(params=weights)) if config.lora is None else (weights, state)
+        if config.lora is None:
+            state = state.replace(params=weights)
+        else:
+            frozen = weights
     _write_run_files(config, directory, data.tokenizer_path)
     stage("compiling the train step")
     began = time.perf_counter()
