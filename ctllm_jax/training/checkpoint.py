@@ -311,23 +311,22 @@ def find_base(origin: dict[str, Any], *, run_dir: Path, model: str | None = None
     Raises:
       UserError: it is not there, or another model is; names both.
     """
-    wanted = f"{origin['path']}@{origin['step']}"
-    if model is None:
-        places = [Path(origin["path"]), run_dir / origin["relative"]]
-        found = next((place for place in places if place.is_dir()), None)
-        if found is None:
-            raise UserError(f"{run_dir} holds adapters of {wanted}, and there is no such run directory: put it back, or"
-                            f" say where it is: python launch.py lora merge {run_dir} base=MODEL output=DIR")
-        model = f"{found}@{origin['step']}"
-    try:
-        _, base = find_checkpoint(model)
-    except UserError as error:
-        raise UserError(f"{run_dir} holds adapters of {wanted}: {error}") from None
-    if identify_model(base) != {name: origin[name] for name in ("step", "run_sha256")}:
-        raise UserError(f"{run_dir} holds adapters of {wanted}, and {model} is not that model: it is at step"
-                        f" {base.step}" + ("" if base.step != origin["step"] else ", of a run with another config, data"
-                                           " or beginning"))
-    return base
+    step = origin["step"]
+    places = [f"{origin['path']}@{step}", f"{run_dir / origin['relative']}@{step}"] if model is None else [model]
+    problems = []
+    for place in places:
+        try:
+            _, base = find_checkpoint(place)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if identify_model(base) == {name: origin[name] for name in ("step", "run_sha256")}:
+            return base
+        what = f"at step {base.step}" if base.step != step else "of a run with another config, data or beginning"
+        problems.append(f"{place} is another model: it is {what}")
+    told = [f"{run_dir} holds adapters of {origin['path']}@{step}, and this is what was found:", *problems]
+    advice = f"\nput it back, or say where it is: python launch.py lora merge {run_dir} base=MODEL output=DIR"
+    raise UserError("\n  ".join(told) + (advice if model is None else ""))
 
 
 def load_params(checkpoint: Kept, abstract_params: Any, *, base: str | None = None) -> Any:

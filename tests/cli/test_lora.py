@@ -132,7 +132,7 @@ def test_the_same_command_goes_on_bit_for_bit(tuned, command, tmp_path):
     assert changed.status == 2 and "config.lora.rank: 4 in the checkpoint, 8 now" in changed.err
     assert "config.lora.targets" in changed.err
     other = call(*elsewhere(command, tmp_path / "run", f"init={directory}", "steps=9"))
-    assert other.status == 2 and "holds adapters of" in other.err and f"{directory} is not that model" in other.err
+    assert other.status == 2 and "holds adapters of" in other.err and f"{directory} is another model" in other.err
 
 
 def test_a_base_that_moved(tuned, text_run, tmp_path):
@@ -143,7 +143,8 @@ def test_a_base_that_moved(tuned, text_run, tmp_path):
         (kept.path / "meta" / "metadata").write_text(json.dumps(meta))
     gone = call("chat", tmp_path / "run")
     assert gone.status == 2 and f"{tmp_path / 'run'} holds adapters of /gone/base@3" in gone.err
-    for base, message in ((f"{text_run.directory}@2", "is not that model: it is at step 2"),
+    assert "/gone/base is no directory" in gone.err and f"lora merge {tmp_path / 'run'} base=MODEL" in gone.err
+    for base, message in ((f"{text_run.directory}@2", "is another model: it is at step 2"),
                           (tmp_path / "nowhere", "nowhere is no directory")):
         refused = call("lora", "merge", tmp_path / "run", f"output={tmp_path / 'out'}", f"base={base}")
         assert refused.status == 2 and message in refused.err and not (tmp_path / "out").exists()
