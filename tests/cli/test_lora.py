@@ -171,7 +171,8 @@ def test_preferences_on_top_of_adapters(tuned, tmp_path):
     printed = call("dpo", "quickstart/dpo", f"init={directory}", f"run.dir={tmp_path / 'run'}",
                    f"data.sources.zh.path={pairs}", "batch.tokens=1024", "batch.sequence_length=128", "steps=4",
                    "optimizer.lr=1e-2", "optimizer.schedule=constant", "warmup_ratio=null", "sample.every=0",
-                   "log.every=1", "log.report=false", "lora.rank=2", "lora.targets=query|value")
+                   "log.every=1", "log.report=false", "lora.rank=2", "lora.targets=query|value", "mesh.data=1",
+                   "mesh.fsdp=4", "mesh.tensor=2")
     assert printed.status == 0, printed.err
     train = read_run(tmp_path / "run").train
     assert train[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and train[-1]["rewards/margins"] > 0

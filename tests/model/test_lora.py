@@ -68,8 +68,8 @@ def test_a_begins_with_the_variance_of_peft():
 
 
 @pytest.mark.parametrize("lora", [
-    LORA, LoraConfig(rank=3, targets="query$|down"), LoraConfig(rank=2, targets="up", rslora=True),
-    LoraConfig(rank=5, targets="gate|out"), LoraConfig(rank=1, targets="value$|key$")], ids=lambda lora: lora.targets)
+    LORA, LoraConfig(rank=1, targets="query$|down"), LoraConfig(rank=5, targets="up|out", rslora=True)],
+    ids=lambda lora: lora.targets)
 def test_beside_the_weights_or_added_to_them(params, tokens, lora):
     """Outputs, and the gradients of A and B, are those of a plain decoder whose weights are W + scale · A·B."""
     adapters = make_adapters(lora)
@@ -97,8 +97,7 @@ def plain(gradients_of):
     return gradients_of()
 
 
-@pytest.mark.parametrize(("scan", "remat"), [(True, "none"), (True, "ffn"), (True, "attention"), (True, "block"),
-                                             (False, "ffn"), (False, "attention")])
+@pytest.mark.parametrize(("scan", "remat"), [(True, "none"), (True, "ffn"), (True, "block"), (False, "attention")])
 def test_scan_and_remat_do_not_matter(gradients_of, plain, scan, remat):
     for ours, other in zip(gradients_of(scan_layers=scan, remat=remat), plain, strict=True):
         np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
