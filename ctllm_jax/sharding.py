@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ctllm_jax import kernels
 from ctllm_jax.config.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -134,3 +136,18 @@ def embed_tokens(embedding_VD: jax.Array, tokens_BS: jax.Array, *, mesh: Mesh, d
 
     return jax.shard_map(lookup, mesh=mesh, in_specs=(PartitionSpec("tensor", "fsdp"), PartitionSpec(BATCH_AXES)),
                          out_specs=PartitionSpec(BATCH_AXES))(embedding_VD, tokens_BS)
+
+
+def swiglu_on(mesh: Mesh | None, *, implementation: str, recompute: bool) -> Callable[..., jax.Array]:
+    """`(x_BSD, gate_DF, up_DF) -> [B, S, F]` for a decoder on this mesh, or for one without, whose arrays lie anywhere.
+
+    Args:
+      implementation: as of `kernels.swiglu`.
+      recompute: as of `kernels.swiglu`; False where remat computes the FFN again, which is not to happen twice.
+    """
+    if mesh is None:
+        # Of arrays that several devices may hold the partitioner takes care, and it cannot split a kernel.
+        return partial(kernels.swiglu, recompute=recompute,
+                       implementation=implementation if jax.device_count() == 1 else "xla")
+    return partial(kernels.sharded_swiglu, mesh=mesh, batch_axes=BATCH_AXES, weight_axis="fsdp", tensor_axis="tensor",
+                   implementation=implementation, recompute=recompute)

@@ -3,11 +3,12 @@
 from ctllm_jax.kernels import attention as _attention
 from ctllm_jax.kernels import swiglu as _swiglu
 
-__all__ = ["attention", "implementations", "swiglu"]
+__all__ = ["attention", "implementations", "sharded_swiglu", "swiglu"]
 
 _rooms = {"attention": _attention, "swiglu": _swiglu}
 attention = _attention.attention
 swiglu = _swiglu.swiglu
+sharded_swiglu = _swiglu.sharded_swiglu
 
 
 def implementations(**named: str) -> dict[str, str]:

@@ -47,7 +47,8 @@ def make_decoder(config: PretrainConfig, mesh: jax.sharding.Mesh | None = None) 
     """The decoder as the config computes it; with a mesh for batches that its batch axes divide, without for any."""
     decoder = Decoder(config.model, dtype=jnp.dtype(config.compute.dtype),
                       attention=partial(kernels.attention, implementation=config.compute.attention),
-                      swiglu=partial(kernels.swiglu, implementation=config.compute.swiglu),
+                      swiglu=sharding.swiglu_on(mesh, implementation=config.compute.swiglu,
+                                                recompute=config.compute.remat == "none"),
                       scan_layers=config.compute.scan_layers, remat=config.compute.remat)
     if mesh is None or mesh.size == 1:
         return decoder

@@ -2,31 +2,67 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import jax
+from jax.sharding import Mesh
 
 from ctllm_jax.kernels.dispatch import choose
+from ctllm_jax.kernels.swiglu.blocks import CHIPS, find_chip
+from ctllm_jax.kernels.swiglu.measured import MEASURED
+from ctllm_jax.kernels.swiglu.mesh import over_mesh
+from ctllm_jax.kernels.swiglu.tpu import DTYPES, swiglu_tpu
 from ctllm_jax.kernels.swiglu.xla import activate, swiglu_xla
 
-__all__ = ["activate", "chosen", "swiglu"]
+__all__ = ["activate", "chosen", "shape_class", "sharded_swiglu", "swiglu"]
 
 
-def chosen(implementation: str = "auto") -> str:
-    """The implementation that `swiglu` takes on this backend.
+def chosen(implementation: str = "auto", *, device: jax.Device | None = None, dtype: str = "bfloat16",
+           shape: tuple[int, int, int] | None = None, recompute: bool = True) -> str:
+    """The implementation that `swiglu` takes.
+
+    Args:
+      implementation: "auto", or one that must run. "auto" takes Pallas where it was measured to be faster than XLA.
+      device: where it is to run; None: the default device.
+      dtype: of the inputs.
+      shape: tokens, D and F on one device. None: "auto" answers for shapes that nobody has measured.
+      recompute: as of `swiglu`.
 
     Raises:
-      ValueError: the named one cannot run here.
+      ValueError: the named one cannot run there.
     """
-    return choose("swiglu", implementation, reasons={
-        "pallas": "no Pallas kernel of this op is in this version", "xla": None})
+    kind = (device or jax.local_devices()[0]).device_kind
+    chip, reason = find_chip(kind), None
+    if chip is None:
+        names = ", ".join(sorted({chip.name for chip in CHIPS.values()}))
+        reason = f"its kernels are for TPU {names}, and this is a {kind}"
+    elif dtype not in DTYPES:
+        reason = f"its kernels take {' and '.join(DTYPES)}, and this is {dtype}"
+    name = choose("swiglu", implementation, reasons={"xla": None, "pallas": reason})
+    if implementation == "auto" and reason is None and shape is not None:
+        faster = MEASURED.get((chip.name, dtype, shape_class(*shape), recompute), 0) > 1
+        return "pallas" if faster else name
+    return name
 
 
-def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, implementation: str = "auto") -> jax.Array:
+def shape_class(tokens: int, hidden: int, ffn: int) -> str:
+    """The shapes that one measurement speaks for: each size between the same two powers of two."""
+    return " ".join(f"{letter}{1 << size.bit_length() - 1 if size else 0}"
+                    for letter, size in (("t", tokens), ("d", hidden), ("f", ffn)))
+
+
+def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, implementation: str = "auto",
+           recompute: bool = True) -> jax.Array:
     """silu(x · gate) ⊙ (x · up), the activation in float32.
 
     Args:
       x: [..., D].
       gate_DF, up_DF: [D, F], x's dtype.
-      implementation: "auto", or one that must run.
+      implementation: "auto", or one that must run. Pallas is for arrays on one device, or inside of a `shard_map`;
+        `sharded_swiglu` is for a mesh. "auto" takes it only in a process with one device.
+      recompute: of Pallas: keep x and the weights alone, and compute both products again in the backward pass. False
+        keeps them, as XLA does: right inside of a `jax.checkpoint`, which computes them again already.
 
     Returns:
       [..., F] in x's dtype.
@@ -34,9 +70,60 @@ def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, implementation
     Raises:
       ValueError: shapes that do not fit, or an implementation that cannot run here.
     """
+    _check(x, gate_DF, up_DF)
+    if implementation == "auto" and jax.device_count() > 1:
+        implementation = "xla"  # The arrays may be split, which only the partitioner knows, and it splits no kernel.
+    return _run(x, gate_DF, up_DF, device=jax.local_devices()[0], recompute=recompute,
+                name=_choose_for(x, gate_DF, up_DF, implementation, device=None, recompute=recompute))
+
+
+def sharded_swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, mesh: Mesh, batch_axes: tuple[str, ...],
+                   weight_axis: str, tensor_axis: str, implementation: str = "auto",
+                   recompute: bool = True) -> jax.Array:
+    """`swiglu` of arrays on a mesh: B over `batch_axes`, D of the weights over `weight_axis`, F over `tensor_axis`.
+
+    XLA's is left to the partitioner; the others run in a `shard_map`, with D gathered. For use under `jax.jit`.
+
+    Args:
+      x: [B, ..., D]; B is a multiple of the devices along `batch_axes`.
+      mesh: of the devices that it is compiled for, which need not be here.
+
+    Raises:
+      ValueError: as `swiglu`, or sizes that the mesh does not divide.
+    """
+    _check(x, gate_DF, up_DF)
+    rows, columns = math.prod(mesh.shape[axis] for axis in batch_axes), mesh.shape[tensor_axis]
+    device = mesh.devices.flat[0]
+    name = _choose_for(x, gate_DF, up_DF, implementation, device=device, recompute=recompute, split=(rows, columns))
+    function = partial(_run, device=device, recompute=recompute, name=name)
+    if name == "xla" or mesh.size == 1:
+        return function(x, gate_DF, up_DF)
+    depth = mesh.shape[weight_axis]
+    if x.ndim < 2 or x.shape[0] % rows or gate_DF.shape[0] % depth or gate_DF.shape[1] % columns:
+        raise ValueError(f"swiglu: x {x.shape} and weights {gate_DF.shape} on a mesh: the first dim of x must be a"
+                         f" multiple of {rows} ({', '.join(batch_axes)}), D of {depth} ({weight_axis}) and F of"
+                         f" {columns} ({tensor_axis})")
+    return over_mesh(function, x, gate_DF, up_DF, mesh=mesh, batch_axes=batch_axes, weight_axis=weight_axis,
+                     tensor_axis=tensor_axis)
+
+
+def _check(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array) -> None:
     hidden = x.shape[-1]
     if gate_DF.ndim != 2 or gate_DF.shape != up_DF.shape or gate_DF.shape[0] != hidden:
         raise ValueError(f"swiglu: gate {gate_DF.shape} and up {up_DF.shape} must both be [{hidden}, F],"
                          f" as x is {x.shape}")
-    chosen(implementation)
+
+
+def _choose_for(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, implementation: str, *, device: jax.Device | None,
+                recompute: bool, split: tuple[int, int] = (1, 1)) -> str:
+    """`chosen` for these arrays, of which a device has one part in `split` of the tokens and of F."""
+    dtypes = sorted({str(array.dtype) for array in (x, gate_DF, up_DF)})
+    shape = (math.prod(x.shape[:-1]) // split[0], x.shape[-1], gate_DF.shape[1] // split[1])
+    return chosen(implementation, device=device, dtype=" with ".join(dtypes), shape=shape, recompute=recompute)
+
+
+def _run(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, name: str, device: jax.Device,
+         recompute: bool) -> jax.Array:
+    if name == "pallas":
+        return swiglu_tpu(x, gate_DF, up_DF, chip=find_chip(device.device_kind), recompute=recompute)
     return swiglu_xla(x, gate_DF, up_DF)

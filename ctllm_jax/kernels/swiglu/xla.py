@@ -25,14 +25,19 @@ def _forward(gate, up):
     return activate(gate, up), (gate, up)
 
 
-def _backward(residuals, cotangent):
-    gate, up = residuals
+def activation_gradient(gate: jax.Array, up: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The cotangents of silu(gate) ⊙ up in gate and up, computed in float32, in gate's and up's dtypes."""
+    dtypes = gate.dtype, up.dtype
     gate, up, cotangent = gate.astype(jnp.float32), up.astype(jnp.float32), cotangent.astype(jnp.float32)
     share = jax.nn.sigmoid(gate)
     silu = gate * share
     # silu' = σ + silu · (1 - σ)
     slope = share + silu * (1 - share)
-    return (cotangent * up * slope).astype(residuals[0].dtype), (cotangent * silu).astype(residuals[1].dtype)
+    return (cotangent * up * slope).astype(dtypes[0]), (cotangent * silu).astype(dtypes[1])
+
+
+def _backward(residuals, cotangent):
+    return activation_gradient(*residuals, cotangent)
 
 
 activate.defvjp(_forward, _backward)

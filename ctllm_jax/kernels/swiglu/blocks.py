@@ -1,0 +1,125 @@
+"""Block sizes of the TPU kernels of SwiGLU: one table for every chip, and the limits that a choice has to keep.
+
+Legend: T tokens, D hidden, F FFN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+LANES = 128
+"""Columns of a TPU's tile: the last dim of a block is a multiple of it."""
+
+WIDE_TILES = 3
+"""Blocks of [tokens, ffn] that the largest of the kernels moves: the cotangent in and two out, or three out."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What one step of the grid computes: [tokens, ffn] of the output, over `hidden` of the contraction.
+
+    Attributes:
+      tokens: rows of x that stay in VMEM while all of F goes by. The weights are read T / tokens times, which makes
+        2 · tokens FLOPs for each byte of bf16 weights: well above the chip's FLOPs a byte of HBM, or the MXU waits.
+      ffn: columns of gate and of up. The last block computes no more columns than there are, rounded up to 128.
+      hidden: depth of a contraction step. Below D the two products are summed up in VMEM over the steps.
+      rows: of x in one matmul. The loop over them keeps the program as short as XLA's own, 7,200 bundles on v5e, where
+        1,024 rows at once took 27,000 and 23 s to compile for no gain.
+    """
+
+    tokens: int
+    ffn: int
+    hidden: int
+    rows: int
+
+    def clipped(self, *, tokens: int, hidden: int, ffn: int, itemsize: int) -> Blocks:
+        """These blocks for an array that is smaller than them, in whole tiles."""
+        def up(size: int, multiple: int) -> int:
+            return -(-size // multiple) * multiple
+        rows = min(self.rows, up(tokens, sublanes(itemsize)))
+        return Blocks(tokens=min(self.tokens, up(tokens, rows)), rows=rows, ffn=min(self.ffn, up(ffn, LANES)),
+                      hidden=min(self.hidden, up(hidden, LANES)))
+
+    def vmem(self, *, hidden: int, itemsize: int) -> dict[str, int]:
+        """Bytes of VMEM by what they hold. Everything that is moved has two buffers."""
+        parts = {"x": 2 * self.tokens * self.hidden * itemsize,
+                 "gate and up": 4 * self.hidden * self.ffn * itemsize,
+                 "wide blocks": 2 * WIDE_TILES * self.tokens * self.ffn * itemsize,
+                 # The two products, and about as much again for what the activation's gradient keeps at a time.
+                 "products": 4 * self.rows * self.ffn * 4}
+        if self.hidden < hidden:
+            parts["sums over hidden"] = 2 * self.tokens * self.ffn * 4
+        return parts
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One TensorCore's VMEM, and the blocks tuned for tokens × 2048 × 5504 in bf16.
+
+    Attributes:
+      name: as users say it.
+      vmem_mib: what a kernel may take; XLA keeps the rest for what it prefetches. All of it on v4, half on v5e and v6e,
+        three quarters on v5p and tpu7x.
+      blocks: for two bytes an element.
+    """
+
+    name: str
+    vmem_mib: int
+    blocks: Blocks
+
+    @cached_property
+    def vmem_bytes(self) -> int:
+        return self.vmem_mib * 2**20
+
+
+# 5504 is 43 × 128, and 43 is prime: no block but 128 and 5504 divides it, so the last block of 256 or 512 is cut.
+CHIPS = {
+    # 2 · tokens against 224, 240, 167, 560 and 312 FLOPs a byte of HBM. On v4 a core has 16 MiB and no more.
+    "TPU v4": Chip("v4", 16, Blocks(tokens=512, ffn=256, hidden=2048, rows=256)),
+    "TPU v5 lite": Chip("v5e", 64, Blocks(tokens=1024, ffn=512, hidden=2048, rows=256)),
+    "TPU v5e": Chip("v5e", 64, Blocks(tokens=1024, ffn=512, hidden=2048, rows=256)),
+    "TPU v5": Chip("v5p", 48, Blocks(tokens=1024, ffn=512, hidden=2048, rows=256)),
+    "TPU v5p": Chip("v5p", 48, Blocks(tokens=1024, ffn=512, hidden=2048, rows=256)),
+    "TPU v6 lite": Chip("v6e", 64, Blocks(tokens=1024, ffn=512, hidden=2048, rows=256)),
+    "TPU v6e": Chip("v6e", 64, Blocks(tokens=1024, ffn=512, hidden=2048, rows=256)),
+    "TPU7x": Chip("tpu7x", 48, Blocks(tokens=1024, ffn=512, hidden=2048, rows=256)),
+}
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """The chip of a `jax.Device.device_kind`; None for one that the table does not have."""
+    return CHIPS.get(device_kind)
+
+
+def sublanes(itemsize: int) -> int:
+    """Rows of a tile: 8 of four bytes, 16 of two."""
+    return 32 // itemsize
+
+
+def choose_blocks(chip: Chip, *, tokens: int, hidden: int, ffn: int, itemsize: int,
+                  blocks: Blocks | None = None) -> Blocks:
+    """Blocks for x [tokens, hidden] and gate, up [hidden, ffn] of `itemsize` bytes an element, clipped to them.
+
+    Args:
+      blocks: the user's; None: the chip's, of half the depth for four bytes an element.
+
+    Raises:
+      ValueError: a size that is no multiple of its tile, or more VMEM than the chip has; says which, and by how much.
+    """
+    if blocks is None:
+        blocks = chip.blocks if itemsize <= 2 else replace(chip.blocks, hidden=chip.blocks.hidden * 2 // itemsize)
+    sublane = sublanes(itemsize)
+    for name, multiple, what in (("rows", sublane, f"the rows of a tile of {itemsize}-byte elements"),
+                                 ("ffn", LANES, "the columns of a tile"), ("hidden", LANES, "the columns of a tile"),
+                                 ("tokens", max(blocks.rows, 1), "blocks.rows")):
+        size = getattr(blocks, name)
+        if size < multiple or size % multiple:
+            raise ValueError(f"swiglu: blocks.{name}={size} must be a multiple of {multiple}, {what}")
+    blocks = blocks.clipped(tokens=tokens, hidden=hidden, ffn=ffn, itemsize=itemsize)
+    parts = blocks.vmem(hidden=hidden, itemsize=itemsize)
+    if sum(parts.values()) > chip.vmem_bytes:
+        shares = ", ".join(f"{name} {size / 2**20:.2f}" for name, size in parts.items())
+        raise ValueError(f"swiglu: {blocks} needs {sum(parts.values()) / 2**20:.2f} MiB of VMEM ({shares}),"
+                         f" and a kernel may take {chip.vmem_mib} MiB on {chip.name}: take smaller blocks")
+    return blocks
