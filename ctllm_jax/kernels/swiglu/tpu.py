@@ -58,6 +58,12 @@ def swiglu_tpu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, chip: Chip
     return _swiglu(x_TD, gate_DF, up_DF, plan).reshape(*x.shape[:-1], ffn)
 
 
+def products_gradient(x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, dh_TF: jax.Array, *,
+                      plan: Plan) -> tuple[jax.Array, ...]:
+    """The cotangents of x · gate and x · up, [T, F] each in x's dtype, from h's: the kernel of the backward pass."""
+    return _call(activation_gradient, x_TD, gate_DF, up_DF, dh_TF, plan=plan, outputs=2, name="swiglu_backward")
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _swiglu(x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, plan: Plan) -> jax.Array:
     return _call(_activate, x_TD, gate_DF, up_DF, plan=plan, outputs=1, name="swiglu_forward")[0]
@@ -73,8 +79,7 @@ def _forward(x_TD, gate_DF, up_DF, plan):
 def _backward(plan, residuals, dh_TF):
     x_TD, gate_DF, up_DF, products = residuals
     if products is None:
-        dgate_TF, dup_TF = _call(_activation_gradient, x_TD, gate_DF, up_DF, dh_TF, plan=plan, outputs=2,
-                                 name="swiglu_backward")
+        dgate_TF, dup_TF = products_gradient(x_TD, gate_DF, up_DF, dh_TF, plan=plan)
     else:
         dgate_TF, dup_TF = activation_gradient(*products, dh_TF)
     dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
@@ -96,12 +101,26 @@ def _activate_and_keep(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
     return *_activate(gate, up), gate, up
 
 
-def _activation_gradient(gate: jax.Array, up: jax.Array, dh: jax.Array) -> tuple[jax.Array, ...]:
-    return activation_gradient(gate, up, dh)
+def _call(finish: Callable, *inputs: jax.Array, plan: Plan, outputs: int, name: str) -> tuple[jax.Array, ...]:
+    """`_launch`; under `vmap` the rows of all x go through one kernel, unless the weights are mapped over too."""
+    run = jax.custom_batching.custom_vmap(partial(_launch, finish, plan=plan, outputs=outputs, name=name))
+
+    @run.def_vmap
+    def _(axis_size: int, mapped: list[bool], *inputs: jax.Array) -> tuple[tuple, tuple]:
+        if mapped[1] or mapped[2]:
+            def one(row: jax.Array) -> tuple[jax.Array, ...]:
+                return run(*(array[row] if own else array for array, own in zip(inputs, mapped, strict=True)))
+            return jax.lax.map(one, jnp.arange(axis_size)), (True,) * outputs
+        x, gate, up, *wide = (array if own or place in (1, 2) else jnp.broadcast_to(array, (axis_size, *array.shape))
+                              for place, (array, own) in enumerate(zip(inputs, mapped, strict=True)))
+        folded = run(x.reshape(-1, x.shape[-1]), gate, up, *(array.reshape(-1, array.shape[-1]) for array in wide))
+        return tuple(array.reshape(axis_size, -1, array.shape[-1]) for array in folded), (True,) * outputs
+
+    return run(*inputs)
 
 
-def _call(finish: Callable, x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *wide_TF: jax.Array, plan: Plan,
-          outputs: int, name: str) -> list[jax.Array]:
+def _launch(finish: Callable, x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *wide_TF: jax.Array, plan: Plan,
+            outputs: int, name: str) -> tuple[jax.Array, ...]:
     """`finish` of x · gate, x · up and the wide inputs: `outputs` arrays [T, F] in x's dtype, by one kernel."""
     (tokens, hidden), ffn, blocks = x_TD.shape, gate_DF.shape[1], plan.blocks
     steps = pl.cdiv(hidden, blocks.hidden)
@@ -119,7 +138,7 @@ def _call(finish: Callable, x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Arra
                 outputs=outputs),
         grid=grid, in_specs=[pl.BlockSpec((blocks.tokens, blocks.hidden), lambda t, f, d: (t, d)), weight, weight,
                              *[wide] * len(wide_TF)],
-        out_specs=[wide] * outputs, out_shape=[jax.ShapeDtypeStruct((tokens, ffn), x_TD.dtype)] * outputs,
+        out_specs=(wide,) * outputs, out_shape=(jax.ShapeDtypeStruct((tokens, ffn), x_TD.dtype),) * outputs,
         scratch_shapes=scratch, cost_estimate=cost, name=name,
         # The two cores of a v4 or v5p chip share the blocks of tokens.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"),
