@@ -10,7 +10,8 @@ looks; rows of other chips stay.
 
 `bundles` needs the extra `tpu` and no TPU: libtpu compiles both and leaves its final VLIW bundles. Of each program that
 uses the MXU: bundles, MXU instructions, spills, and cycles by a model that knows one thing: bundles issue in order, one
-a cycle, and an MXU is busy for 16 (v4, v5e, v5p) or 8 cycles with an instruction. It knows neither loop trips, nor HBM,
+a cycle, and an MXU is busy for 16 (v4, v5e, v5p: four of them) or 8 cycles (two) with an instruction, so that 4 cycles
+an instruction are the floor everywhere. It knows neither loop trips, nor HBM,
 nor latencies: it compares two programs for one chip, and is no speed.
 
 Results are printed and written to benchmarks/results/.
@@ -30,7 +31,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def seconds(functions: dict[str, Callable], inputs: list, *, rounds: int, budget
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure_times(arguments: argparse.Namespace) -> list[dict]:
+def measure_times(arguments: argparse.Namespace) -> Iterator[dict]:
     """One row for each shape, dtype and what is differentiated."""
     import jax
     import jax.numpy as jnp
@@ -96,7 +97,6 @@ def measure_times(arguments: argparse.Namespace) -> list[dict]:
     from ctllm_jax.kernels import swiglu
     from ctllm_jax.kernels.swiglu import chosen
 
-    rows = []
     for shape in arguments.shapes or [MODEL if jax.default_backend() != "cpu" else "512,256,688"]:
         tokens, hidden, ffn = map(int, shape.split(","))
         for dtype in arguments.dtypes:
@@ -121,9 +121,7 @@ def measure_times(arguments: argparse.Namespace) -> list[dict]:
                        "tflops": {name: round(flops / value / 1e12, 3) for name, value in times.items()}}
                 if "pallas" in times:
                     row["xla_over_pallas"] = round(times["xla"] / times["pallas"], 4)
-                rows.append(row)
-                print(json.dumps(row))
-    return rows
+                yield row
 
 
 def write_table(rows: list[dict], *, device_kind: str) -> None:
@@ -165,7 +163,7 @@ def read_bundles(path: Path, *, mxu_cycles: int) -> dict:
     return {"bundles": bundles, "mxu_instructions": instructions, "spill_accesses": spills, "model_cycles": now}
 
 
-def count_bundles(arguments: argparse.Namespace) -> list[dict]:
+def count_bundles(arguments: argparse.Namespace) -> Iterator[dict]:
     """One row for each chip, implementation and direction."""
     dump = Path(tempfile.mkdtemp(prefix="bundles-"))
     # Read once, when libtpu is loaded.
@@ -181,7 +179,6 @@ def count_bundles(arguments: argparse.Namespace) -> list[dict]:
     from ctllm_jax.kernels.swiglu.tpu import swiglu_tpu
     from ctllm_jax.kernels.swiglu.xla import swiglu_xla
 
-    rows = []
     for name in arguments.chips:
         device = topologies.get_topology_desc(platform="tpu", topology_name=SLICES[name]).devices[0]
         place, chip = jax.sharding.SingleDeviceSharding(device), find_chip(device.device_kind)
@@ -208,13 +205,28 @@ def count_bundles(arguments: argparse.Namespace) -> list[dict]:
                         counts["cycles_per_mxu_instruction"] = round(
                             counts["model_cycles"] / counts["mxu_instructions"], 3)
                         programs[label] = counts
-                rows.append({"chip": name, "tokens": tokens, "hidden": hidden, "ffn": ffn, "dtype": "bfloat16",
-                             "what": what, "implementation": which, "programs": programs,
-                             "mxu_floor": MXU_CYCLES[name] // (4 if MXU_CYCLES[name] == 16 else 2),
-                             "temporaries_mib": round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 1),
-                             "compile_seconds": round(took, 1)})
-                print(json.dumps(rows[-1]), flush=True)
-    return rows
+                yield {"chip": name, "tokens": tokens, "hidden": hidden, "ffn": ffn, "dtype": "bfloat16", "what": what,
+                       "implementation": which, "programs": programs,
+                       "temporaries_mib": round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 1),
+                       "compile_seconds": round(took, 1)}
+
+
+def describe() -> dict:
+    """What the rows were measured with."""
+    import jax
+
+    versions = {}
+    for name in ("jax", "jaxlib", "libtpu"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"command": shlex.join(["python", "benchmarks/swiglu.py", *sys.argv[1:]]), "versions": versions,
+            "python": platform.python_version(), "device": jax.devices()[0].device_kind, "devices": jax.device_count(),
+            "date": time.strftime("%Y-%m-%d"),
+            # Not where the dumps lay.
+            "flags": {name: re.sub(r" ?--xla_jf_dump\S*", "", os.environ.get(name, ""))
+                      for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}}
 
 
 def main() -> None:
@@ -227,27 +239,18 @@ def main() -> None:
     parser.add_argument("--write-table", action="store_true", help="time: renew the table of implementation=auto")
     parser.add_argument("--output", type=Path, help="default benchmarks/results/swiglu_MODE.json")
     arguments = parser.parse_args()
-    rows = measure_times(arguments) if arguments.mode == "time" else count_bundles(arguments)
-    import jax
-
-    device_kind = jax.devices()[0].device_kind
-    versions = {}
-    for name in ("jax", "jaxlib", "libtpu"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    result = {"command": shlex.join(["python", "benchmarks/swiglu.py", *sys.argv[1:]]), "versions": versions,
-              "python": platform.python_version(), "device": device_kind, "devices": jax.device_count(),
-              "date": time.strftime("%Y-%m-%d"), "rows": rows,
-              # Not where the dumps lay.
-              "flags": {name: re.sub(r" ?--xla_jf_dump\S*", "", os.environ.get(name, ""))
-                        for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}}
     output = arguments.output or HERE / f"results/swiglu_{arguments.mode}.json"
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    rows = []
+    for row in (measure_times if arguments.mode == "time" else count_bundles)(arguments):
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+        # After each, as a chip's compiles take minutes.
+        output.write_text(json.dumps(describe() | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(f"written to {os.path.relpath(output)}")
     if arguments.write_table:
-        write_table(rows, device_kind=device_kind)
+        import jax
+
+        write_table(rows, device_kind=jax.devices()[0].device_kind)
         print(f"written to {os.path.relpath(TABLE)}")
 
 
