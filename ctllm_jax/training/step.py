@@ -48,7 +48,10 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
             grads, sums = micro_step(state.params, frozen, batch)
         else:
             def add(total, micro_batch):
-                return jax.tree.map(jnp.add, total, micro_step(state.params, frozen, micro_batch)), None
+                # Behind a barrier, or XLA moves the reduce-scatter of a gradient out of the loop: each device then
+                # holds the sum whole (the head's is 1 GiB at CT-LLM's size), and it ends in a synchronous all-reduce.
+                grads_and_sums = jax.lax.optimization_barrier(micro_step(state.params, frozen, micro_batch))
+                return jax.tree.map(jnp.add, total, grads_and_sums), None
             micro_batches = jax.tree.map(lambda x: split_rows(x, accumulation), batch)
             shapes = jax.eval_shape(micro_step, state.params, frozen, jax.tree.map(lambda x: x[0], micro_batches))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -1,0 +1,29 @@
+"""`launch.py compile CONFIG topology=NAME`: what a run's step takes on hardware that is not here."""
+
+from __future__ import annotations
+
+from pydantic import field_validator
+
+from ctllm_jax.cluster.topology import parse_topology
+from ctllm_jax.config.base import key
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.pretrain import PretrainConfig
+
+
+class CompileConfig(PretrainConfig):
+    """A run, and what to compile its step for."""
+
+    topology: list[str] = key(..., "hardware by name, one or several: v5p-256, v5litepod-256, v6e:16x16, v5p:4x4x4, 4*v6e-256, tpu7x:4x4x4, h100:8, a3-highgpu-8g", min_length=1)
+    search: bool = key(False, "try batch.rows_per_device, compute.remat and compute.loss_chunk, and recommend the fastest that fits")
+    attempts: int = key(4, "most compilations for one topology, where the config does not fit or a search is on", ge=1)
+    output: str | None = key(None, "JSON file to write everything into")
+
+    @field_validator("topology")
+    @classmethod
+    def _check_topology(cls, names: list[str]) -> list[str]:
+        for name in names:
+            try:
+                parse_topology(name)
+            except UserError as error:
+                raise ValueError(str(error)) from None
+        return names
