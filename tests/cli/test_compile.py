@@ -1,0 +1,44 @@
+"""`launch.py compile`: real compilers for hardware that is not here, on models that compile in seconds."""
+
+import json
+
+import pytest
+
+from ctllm_jax import cli
+
+SMALL = ["mesh.data=1", "mesh.fsdp=-1"]
+
+
+def test_a_name_that_is_none_is_refused_before_jax(capsys):
+    assert cli.main(["compile", "debug/pretrain", "topology=v5p-250"]) == 2
+    assert "counts TensorCores" in capsys.readouterr().err
+
+
+def test_dry_run_says_what_the_hardware_is(capsys):
+    assert cli.main(["compile", "debug/pretrain", "topology=v5p-256,h100:8", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "4x4x8 v5p: 128 chips, 256 cores, 128 devices, 32 hosts" in out and "8 x h100" in out
+
+
+@pytest.mark.aot
+def test_a_step_that_fits(tmp_path, capsys):
+    output = tmp_path / "compile.json"
+    status = cli.main(["compile", "debug/pretrain", "topology=v5e:2x2", f"output={output}", *SMALL])
+    assert status == 0 and "fits" in capsys.readouterr().out
+    result, = json.loads(output.read_text())["results"]
+    chosen = result["chosen"]
+    # Parameters and two moments in float32, split over four chips; 41,120 of them.
+    assert 41_120 <= chosen["memory"]["parameters"] < 41_120 * 1.1
+    assert 2 * 41_120 <= chosen["memory"]["optimizer"] < 2 * 41_120 * 1.1
+    assert chosen["peak"] == sum(chosen["memory"].values()) < chosen["capacity"]
+    kinds = {each["kind"] for each in chosen["collectives"]}
+    assert "all-gather" in kinds and all(each["group"] <= 4 for each in chosen["collectives"])
+    assert chosen["roofline"]["step"] >= chosen["roofline"]["compute"] > 0
+
+
+@pytest.mark.aot
+def test_a_step_that_does_not_fit_is_told_with_what_takes_the_room(capsys):
+    status = cli.main(["compile", "debug/pretrain", "topology=v5e:1x1", "model.vocab_size=4000000",
+                       "model.hidden_size=512", "attempts=1", *SMALL])
+    out = capsys.readouterr().out
+    assert status == 1 and "does not fit" in out and "optimizer" in out
