@@ -30,6 +30,7 @@ COMMANDS = {
     "lora": "trained adapters: merge them into their base, or export them to PEFT",
     "generate": "text from a trained model",
     "chat": "talk to a model that was taught to answer",
+    "plan": "the run that a budget of hours or tokens buys",
     "compile": "compile a run's step for hardware that is not here: does it fit, how fast at most",
     "checkpoint": "list the checkpoints of a run (ls)",
     "report": "one HTML page of one run, or of several compared",
