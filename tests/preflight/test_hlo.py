@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ctllm_jax.preflight.hlo import Collective, Program
 
 ROUNDS = 5
+SPLIT, WHOLE = PartitionSpec("fsdp"), PartitionSpec()
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def mesh():
     return jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
-def compiled(mesh, function, *shapes, spec=PartitionSpec("fsdp"), out=PartitionSpec()):
+def compiled(mesh, function, *shapes, spec=SPLIT, out=WHOLE):
     inner = jax.shard_map(function, mesh=mesh, in_specs=(spec,) * len(shapes), out_specs=out, check_vma=False)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)) for shape in shapes]
     return jax.jit(inner).lower(*arguments).compile().as_text()
@@ -45,7 +46,7 @@ def test_a_gather_counts_as_often_as_its_loop_goes_round(mesh):
     (partial(jax.lax.all_to_all, axis_name="fsdp", split_axis=0, concat_axis=1, tiled=True), "all-to-all",
      16 * 32 * 4, 4)])
 def test_each_kind_is_seen_with_its_bytes(mesh, reduce, kind, payload, group):
-    text = compiled(mesh, reduce, (64, 32), out=PartitionSpec("fsdp"))
+    text = compiled(mesh, reduce, (64, 32), out=SPLIT)
     found = {each.kind: each for each in Program(text).collectives()}[kind]
     assert (found.payload, found.group) == (payload, group)
 
