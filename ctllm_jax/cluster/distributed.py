@@ -1,34 +1,198 @@
-"""Several processes as one program."""
+"""Several processes as one program: who starts them is detected, and what would hang or go wrong silently is said."""
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.request import getproxies_environment, proxy_bypass_environment
 
 from ctllm_jax.config.errors import UserError
 
 _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_PORT = 61_440
+"""First of the 4,096 ports of which a job's number chooses one: two jobs on a node then seldom meet."""
+_TPU_VM = ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started.
+
+    Attributes:
+      kind: explicit, slurm, openmpi, kubernetes, tpu or local.
+      coordinator: host:port of process 0; None where there is one process, or TPU's runtime knows.
+      processes, index: how many there are, and which one this is.
+      local_devices: numbers of the GPUs of this process; None: all of its machine.
+    """
+
+    kind: str
+    coordinator: str | None = None
+    processes: int = 1
+    index: int = 0
+    local_devices: tuple[int, ...] | None = None
+
+    def describe(self) -> str:
+        """One line."""
+        if self.processes == 1:
+            return f"{self.kind}: one process"
+        where = f", coordinator {self.coordinator}" if self.coordinator else ""
+        devices = "" if self.local_devices is None else f", its device {', '.join(map(str, self.local_devices))}"
+        return f"{self.kind}: process {self.index} of {self.processes}{where}{devices}"
+
+
+def detect(environment: Mapping[str, str]) -> Launch:
+    """What the environment says of other processes: the first of these that is set.
+
+    | set | by |
+    |---|---|
+    | JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID | a person, or a script |
+    | SLURM_PROCID | srun |
+    | OMPI_COMM_WORLD_SIZE | mpirun of Open MPI |
+    | JOB_COMPLETION_INDEX | an indexed job of Kubernetes, or a JobSet, on GPUs |
+    | TPU_WORKER_HOSTNAMES | GKE and TPU VMs |
+
+    Raises:
+      UserError: only some of the three, numbers that make no sense, or several SLURM tasks without srun.
+    """
+    given = {name: environment[name] for name in _NAMES if environment.get(name)}
+    if given:
+        return _explicit(given)
+    if "SLURM_JOB_ID" in environment:
+        return _slurm(environment)
+    if int(environment.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
+        return _open_mpi(environment)
+    hosts = [host for host in environment.get(_TPU_VM[0], "").split(",") if host]
+    if hosts and hosts != ["localhost"]:
+        return Launch("tpu", None, len(hosts), _number(environment, _TPU_VM[1]))
+    if environment.get("JOB_COMPLETION_INDEX"):
+        return _kubernetes(environment)
+    return Launch("local")
 
 
 def initialize() -> int:
-    """Join the other processes if the environment names them; returns how many there are.
-
-    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID are set together or not at all. Must be
-    called before any device is touched.
+    """Join the other processes if there are any; returns how many there are. Called before any device is touched.
 
     Raises:
-      UserError: only some of the three are set, or the numbers make no sense.
+      UserError: as `detect`, or process 0 cannot be found by name: the runtime would wait 300 s, and say nothing.
     """
-    given = {name: os.environ[name] for name in _NAMES if os.environ.get(name)}
-    if not given:
+    launch = detect(os.environ)
+    if launch.processes == 1:
         return 1
+    log.info("started by %s", launch.describe())
+    if launch.coordinator is not None:
+        _check_name(launch)
+        _keep_from_proxies(launch.coordinator)
+    import jax
+
+    if launch.coordinator is None:
+        jax.distributed.initialize()
+    else:
+        jax.distributed.initialize(launch.coordinator, launch.processes, launch.index,
+                                   local_device_ids=launch.local_devices)
+    return launch.processes
+
+
+def _explicit(given: Mapping[str, str]) -> Launch:
     missing = [name for name in _NAMES if name not in given]
     if missing:
         raise UserError(f"{', '.join(given)} set, but not {', '.join(missing)}: the three go together")
     count, index = given["JAX_NUM_PROCESSES"], given["JAX_PROCESS_ID"]
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
         raise UserError(f"JAX_PROCESS_ID={index} of JAX_NUM_PROCESSES={count}: needs 0 <= id < number")
-    if int(count) > 1:
-        import jax
+    return Launch("explicit", given["JAX_COORDINATOR_ADDRESS"], int(count), int(index))
 
-        jax.distributed.initialize(given["JAX_COORDINATOR_ADDRESS"], int(count), int(index))
-    return int(count)
+
+def _slurm(environment: Mapping[str, str]) -> Launch:
+    tasks = _number(environment, "SLURM_NTASKS", default=1)
+    nodes = _number(environment, "SLURM_JOB_NUM_NODES", default=1)
+    step = environment.get("SLURM_STEP_ID")
+    if step is None or not environment.get("SLURM_PROCID"):
+        # Inside of salloc or sbatch, and not of srun: every task but this one would be missing.
+        if max(tasks, nodes) > 1:
+            raise UserError(f"SLURM_JOB_ID={environment['SLURM_JOB_ID']} has {nodes} nodes and {tasks} tasks, and this "
+                            "process was started without srun: write srun before python, or this would be one process "
+                            "on one node")
+        return Launch("slurm")
+    tasks = _number(environment, "SLURM_STEP_NUM_TASKS", default=tasks)
+    if tasks == 1:
+        return Launch("slurm")
+    hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    port = _PORT + _number(environment, "SLURM_JOB_ID") % 4096
+    return Launch("slurm", f"{first_host(hosts)}:{port}", tasks, _number(environment, "SLURM_PROCID"),
+                  _share(_tasks_here(environment.get("SLURM_STEP_TASKS_PER_NODE", "")),
+                         _number(environment, "SLURM_LOCALID", default=0)))
+
+
+def _open_mpi(environment: Mapping[str, str]) -> Launch:
+    uri = environment.get("OMPI_MCA_orte_hnp_uri", "") or environment.get("PMIX_SERVER_URI41", "")
+    found = re.search(r"tcp[46]?://\[?([\w.:]+?)\]?[:,]", uri)
+    if found is None:
+        raise UserError("started by mpirun, which does not say where process 0 is: set JAX_COORDINATOR_ADDRESS, "
+                        "JAX_NUM_PROCESSES=$OMPI_COMM_WORLD_SIZE and JAX_PROCESS_ID=$OMPI_COMM_WORLD_RANK")
+    job = re.match(r"(\d+)", uri)
+    return Launch("openmpi", f"{found[1]}:{_PORT + (int(job[1]) if job else 0) % 4096}",
+                  _number(environment, "OMPI_COMM_WORLD_SIZE"), _number(environment, "OMPI_COMM_WORLD_RANK"),
+                  _share(_number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE", default=1),
+                         _number(environment, "OMPI_COMM_WORLD_LOCAL_RANK", default=0)))
+
+
+def _kubernetes(environment: Mapping[str, str]) -> Launch:
+    wanted = ("JOBSET_COORDINATOR", "JOBSET_PROCESSES")
+    missing = [name for name in wanted if not environment.get(name)]
+    if missing:
+        raise UserError(f"JOB_COMPLETION_INDEX is set by Kubernetes, but not {' and '.join(missing)}: set "
+                        "JOBSET_COORDINATOR to host:port of pod 0 and JOBSET_PROCESSES to the number of pods")
+    return Launch("kubernetes", environment[wanted[0]], _number(environment, wanted[1]),
+                  _number(environment, "JOB_COMPLETION_INDEX"))
+
+
+def first_host(hosts: str) -> str:
+    """The first name of a SLURM node list: `n[003-007,9],m1` -> n003."""
+    match = re.match(r"([^,\[]*)(?:\[([^\],-]*)[^\]]*\]([^,]*))?", hosts)
+    return match[1] + (match[2] or "") + (match[3] or "")
+
+
+def _tasks_here(tasks: str) -> int:
+    """The largest number of tasks on a node: `2(x3),1` -> 2."""
+    return max([int(number) for number in re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", tasks)] or [1])
+
+
+def _share(tasks: int, index: int) -> tuple[int, ...] | None:
+    """One task a node has all of its GPUs; with several, each has the one of its number."""
+    return None if tasks == 1 else (index,)
+
+
+def _number(environment: Mapping[str, str], name: str, *, default: int | None = None) -> int:
+    value = environment.get(name)
+    if not value and default is not None:
+        return default
+    if not value or not value.isdigit():
+        raise UserError(f"{name}={value} must be a number")
+    return int(value)
+
+
+def _check_name(launch: Launch) -> None:
+    host, _, port = launch.coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"the coordinator {launch.coordinator} must be host:port")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except OSError as error:
+        raise UserError(f"the coordinator {launch.coordinator} cannot be found ({error.strerror or error}): its name"
+                        " must be known on every machine, or be an address") from None
+
+
+def _keep_from_proxies(coordinator: str) -> None:
+    """gRPC would send the processes' own traffic through a proxy of the environment, which does not pass it on."""
+    proxies = getproxies_environment()
+    if not {"http", "https", "grpc"} & set(proxies) or proxy_bypass_environment(coordinator, proxies):
+        return
+    host = coordinator.rpartition(":")[0].strip("[]")
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name, ""), host]))
+    log.warning("a proxy is set, and processes reach each other without one: %s was added to no_proxy", host)

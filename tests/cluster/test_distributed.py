@@ -38,9 +38,9 @@ def test_one_process_of_one_needs_no_others(given):
 
 
 def test_all_three(given):
-    calls = given("host:1234", "4", "3")
+    calls = given("127.0.0.1:1234", "4", "3")
     assert distributed.initialize() == 4
-    assert calls[0][0][:3] == ("host:1234", 4, 3)
+    assert calls[0][0][:3] == ("127.0.0.1:1234", 4, 3)
 
 
 @pytest.mark.parametrize(("values", "missing"), [
@@ -66,3 +66,74 @@ def test_a_user_reads_a_line_and_no_traceback(given, tmp_path, capsys):
     assert main(["pretrain", "debug/pretrain", f"run.dir={tmp_path / 'run'}"]) == 2
     assert "error: JAX_PROCESS_ID=5 of JAX_NUM_PROCESSES=2" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+SLURM = {"SLURM_JOB_ID": "4099", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0",
+         "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "gpu[03-04]",
+         "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+
+
+def test_one_task_a_node_sees_all_of_its_gpus():
+    launch = distributed.detect(SLURM)
+    assert launch == distributed.Launch("slurm", "gpu03:61443", 2, 1, None)
+    assert launch.describe() == "slurm: process 1 of 2, coordinator gpu03:61443"
+
+
+def test_a_task_a_gpu_sees_its_own():
+    launch = distributed.detect(SLURM | {"SLURM_NTASKS": "16", "SLURM_PROCID": "11", "SLURM_LOCALID": "3",
+                                         "SLURM_STEP_TASKS_PER_NODE": "8(x2)"})
+    assert (launch.processes, launch.index, launch.local_devices) == (16, 11, (3,))
+
+
+def test_an_allocation_without_srun_is_refused():
+    inside = {name: value for name, value in SLURM.items() if "STEP" not in name and name != "SLURM_PROCID"}
+    with pytest.raises(UserError, match="2 nodes and 2 tasks, and this process was started without srun"):
+        distributed.detect(inside)
+    alone = inside | {"SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}
+    assert distributed.detect(alone) == distributed.Launch("slurm")
+
+
+@pytest.mark.parametrize(("hosts", "first"), [
+    ("node001", "node001"), ("node001,host2", "node001"), ("node[001-0015],host2", "node001"),
+    ("node[001,007-015]", "node001"), ("n[3-4]-ib,m", "n3-ib")])
+def test_the_first_of_a_node_list(hosts, first):
+    assert distributed.first_host(hosts) == first
+
+
+def test_open_mpi_says_where_it_was_started():
+    launch = distributed.detect({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2",
+                                 "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+                                 "OMPI_MCA_orte_hnp_uri": "1234501632.0;tcp://10.96.0.1,10.148.0.1:34911"})
+    assert launch.coordinator.startswith("10.96.0.1:") and (launch.processes, launch.index) == (4, 2)
+    assert launch.local_devices == (0,)
+
+
+def test_tpu_hosts_are_left_to_their_runtime():
+    launch = distributed.detect({"TPU_WORKER_HOSTNAMES": "t0,t1,t2,t3", "TPU_WORKER_ID": "2"})
+    assert launch == distributed.Launch("tpu", None, 4, 2)
+    assert distributed.detect({"TPU_WORKER_HOSTNAMES": "localhost"}).processes == 1
+
+
+def test_pods_of_an_indexed_job():
+    pod = {"JOB_COMPLETION_INDEX": "3", "JOBSET_COORDINATOR": "run-0-0.run:1234", "JOBSET_PROCESSES": "8"}
+    assert distributed.detect(pod) == distributed.Launch("kubernetes", "run-0-0.run:1234", 8, 3)
+    with pytest.raises(UserError, match="not JOBSET_COORDINATOR and JOBSET_PROCESSES"):
+        distributed.detect({"JOB_COMPLETION_INDEX": "3"})
+
+
+def test_a_name_that_nobody_knows_is_said_at_once(given):
+    calls = given("no-such-host.invalid:1234", "2", "0")
+    with pytest.raises(UserError, match="no-such-host.invalid:1234 cannot be found"):
+        distributed.initialize()
+    assert not calls
+
+
+def test_a_proxy_is_kept_out_of_the_way(given, monkeypatch, caplog):
+    monkeypatch.setenv("http_proxy", "http://proxy.invalid:3128")
+    monkeypatch.setenv("no_proxy", "example.org")
+    monkeypatch.setenv("NO_PROXY", "")
+    given("127.0.0.1:1234", "2", "0")
+    assert distributed.initialize() == 2
+    import os
+
+    assert os.environ["no_proxy"] == "example.org,127.0.0.1" and "127.0.0.1 was added to no_proxy" in caplog.text
