@@ -118,7 +118,7 @@ def show(report: Report, console: Any) -> None:
     from ctllm_jax.training.console import print_rows
 
     config, roof = report.config, report.roofline
-    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length)
+    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length, lora=config.lora)
     mesh = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
     parts = ", ".join(f"{kind} {_gib(size)}" for kind, size in report.memory.items())
     verdict = "[green]fits[/]" if report.fits else "[red]does not fit[/]"

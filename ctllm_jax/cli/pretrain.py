@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import threading
@@ -264,13 +265,16 @@ def make_sampler(run: Run) -> Any:
 
 def banner_rows(run: Run, start: dict[str, Any]) -> list[tuple[str, str]]:
     """What stands at the head of a run."""
+    from ctllm_jax.cluster import distributed
+
+    launch = distributed.detect(os.environ).describe()
     config = run.config
     adapted = "" if config.lora is None else ", which stay as they are"
     how = {"resume": f"resuming at step {run.start:,}", "init": f"from the weights of {config.init}{adapted}",
            "scratch": "from scratch"}[run.how]
     mesh = " x ".join(f"{axis} {size}" for axis, size in start["mesh"].items())
     flops = start["flops_per_token"]
-    rows = [("start", how), ("devices", f"{start['devices']}, mesh {mesh}"),
+    rows = [("start", how), ("devices", f"{start['devices']}, mesh {mesh}; {launch}"),
             ("ops", ", ".join(f"{op}: {name}" for op, name in start["implementations"].items())),
             ("model", f"{start['parameters']:,} parameters, {flops['causal'] / 1e6:,.1f} MFLOPs a token causal,"
                       f" {flops['full'] / 1e6:,.1f} full"),

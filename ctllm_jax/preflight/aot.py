@@ -98,7 +98,8 @@ def compile_step(config: PretrainConfig, topology: Topology, devices: list[Any])
     mesh = sharding.make_mesh(config.mesh.model_dump(), devices)
     plan = plan_step(config, mesh)
     state = plan.abstract_state
-    memory = {"parameters": _per_device(state.params), "optimizer": _per_device(state.opt_state),
+    frozen = {} if plan.abstract_frozen is None else {"frozen parameters": _per_device(plan.abstract_frozen)}
+    memory = {**frozen, "parameters": _per_device(state.params), "optimizer": _per_device(state.opt_state),
               "batch": _per_device(plan.abstract_batch)}
     capacity = topology.chip.memory_gib * 2**30
     capacity = int(capacity - RESERVED if topology.is_tpu else capacity * GPU_FRACTION)

@@ -43,7 +43,7 @@ class Budgeted:
 def fit(config: PlanConfig, topology: Topology) -> Budgeted:
     """The longest run within the budget. UserError where the budget is below ten steps, with what ten would take."""
     model, batch = config.model, config.batch
-    flops = flops_per_token(model, sequence_length=batch.sequence_length)
+    flops = flops_per_token(model, sequence_length=batch.sequence_length, lora=config.lora)
     speed = topology.chip.peak_flops * topology.devices * config.mfu / flops.causal
     kind, amount = config.parsed_budget
     tokens = amount if kind == "tokens" else amount * speed
@@ -79,7 +79,7 @@ def choose_keys(config: PlanConfig, steps: int) -> dict[str, Any]:
 def cost_drivers(config: PlanConfig, topology: Topology, *, steps: int, seconds: float) -> list[tuple[str, str]]:
     """Where FLOPs, time, money and room go."""
     model, batch = config.model, config.batch
-    flops = flops_per_token(model, sequence_length=batch.sequence_length)
+    flops = flops_per_token(model, sequence_length=batch.sequence_length, lora=config.lora)
     layers = model.num_layers
     head = 6 * model.hidden_size * model.padded_vocab_size
     ffn = 6 * 3 * model.hidden_size * model.ffn_size * layers

@@ -38,7 +38,7 @@ class Roofline:
 def recomputed_share(config: PretrainConfig) -> float:
     """FLOPs that remat adds, as a share of those of a step without it; nothing needs a block's last matmul again."""
     model = config.model
-    total = flops_per_token(model, sequence_length=config.batch.sequence_length).causal
+    total = flops_per_token(model, sequence_length=config.batch.sequence_length, lora=config.lora).causal
     ffn = 2 * 3 * model.hidden_size * model.ffn_size * model.num_layers
     head = 2 * model.hidden_size * model.padded_vocab_size
     forward = total / 3 - head
@@ -78,7 +78,7 @@ def roofline(config: PretrainConfig, topology: Topology, *, mesh: dict[str, int]
     The network's time takes all links of a chip at once, which a ring along one direction does not reach.
     """
     chip, devices = topology.chip, topology.devices
-    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length)
+    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length, lora=config.lora)
     tokens = config.batch.tokens / devices
     compute = tokens * flops.causal * (1 + recomputed_share(config)) / chip.peak_flops
     memory = memory_traffic(config, devices=devices, split=mesh["fsdp"] * mesh["tensor"],
