@@ -106,7 +106,8 @@ def test_text_cannot_steer_the_terminal(corpus, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["data"], "data needs an action"), (["data", "inspect"], "needs a dataset directory or a text file"),
+    (["data"], "data needs an action"),
+    (["data", "inspect"], "needs a dataset directory, or a file of text, dialogues or pairs"),
     (["data", "verify"], "needs a dataset directory"),
     (["data", "inspect", "nowhere", "tokenizer=t.model"], "t.model does not exist")])
 def test_what_is_missing_is_told(words, message, capsys):
