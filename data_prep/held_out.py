@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ctllm_jax.dataset.shuffle import RANGE, as_text
 from data_prep.stages.common import read_jsonl_zst
@@ -27,17 +28,26 @@ def divide(source: Path, train: Path, held_out: Path, *, fraction: float) -> Div
     """
     counts, sizes = [0, 0], [0, 0]
     with open(train, "w", encoding="utf-8") as kept, open(held_out, "w", encoding="utf-8") as apart:
-        for path in sorted(source.glob("*.jsonl.zst")):
-            for record in read_jsonl_zst(path):
-                text = as_text(record["text"], index=0, seed=0)
-                side = int(text.split_value < int(fraction * RANGE))
-                (apart if side else kept).write(json.dumps({"text": record["text"]}, ensure_ascii=False) + "\n")
-                counts[side] += 1
-                sizes[side] += len(text.data)
+        for record, side in read_sides(source, fraction=fraction):
+            (apart if side else kept).write(json.dumps({"text": record["text"]}, ensure_ascii=False) + "\n")
+            counts[side] += 1
+            sizes[side] += len(record["text"].encode())
     return Division(*counts, *sizes)
+
+
+def read_sides(source: Path, *, fraction: float) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The records below `clean/SOURCE` in order, each with whether it is held out."""
+    for path in sorted(source.glob("*.jsonl.zst")):
+        for record in read_jsonl_zst(path):
+            yield record, as_text(record["text"], index=0, seed=0).split_value < int(fraction * RANGE)
 
 
 def read_texts(path: Path) -> list[str]:
     """The texts of a JSONL file."""
+    return [record["text"] for record in read_records(path)]
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSONL file."""
     with open(path, encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines]
+        yield from map(json.loads, lines)

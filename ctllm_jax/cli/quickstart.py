@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctllm_jax.cli.pretrain import dry_run, train, with_run_dir
+from ctllm_jax.cli.quickstart_alignment import align
+from ctllm_jax.cli.stages import Stages, write_json
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.report.page import write_report
 
 if TYPE_CHECKING:
     from ctllm_jax.cli import Context
@@ -41,7 +43,7 @@ CHARACTER_COVERAGE = 0.99
 
 
 def run(context: Context) -> int:
-    """All stages, then the table."""
+    """All stages, then the tables."""
     config, console = context.config, context.console
     config = with_run_dir(config, context.targets[0])
     if context.dry_run:
@@ -64,7 +66,16 @@ def run(context: Context) -> int:
     started = time.monotonic()
     train(config, console, next_command=False)
     stages.done("training", time.monotonic() - started)
-    finish(config, directory, baselines, stages, console, seconds=time.monotonic() - began)
+    write_report([directory], directory / "report.html")
+    show_bits(directory, baselines, console)
+    aligned = align(config, root, stages, console, held_out=HELD_OUT)
+    show_verdict(aligned.verdict, console)
+    console.print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in stages.seconds.items())
+                  + f"; in all {time.monotonic() - began:.0f}")
+    for made in (directory, aligned.tuned, aligned.preferred):
+        console.print(f"report: {made / 'report.html'}")
+    console.print(f"next: python launch.py generate {directory} prompt=今天\n"
+                  f"      python launch.py chat {aligned.preferred}")
     return 0
 
 
@@ -80,45 +91,6 @@ def data_root(config: PretrainConfig) -> Path:
         raise UserError("quickstart makes its own data: data.sources must be zh, en and code, each in a folder of that"
                         " name in one place; for your own text see `launch.py prepare` and `launch.py pretrain`")
     return roots.pop()
-
-
-class Stages:
-    """Runs what is not there yet, and remembers how long it took."""
-
-    def __init__(self, directory: Path, console: Any):
-        self.directory, self.console = directory, console
-        self.seconds: dict[str, float] = {}
-
-    def run(self, name: str, result: Path, make: Callable[[Path], None], *,
-            stale: Callable[[Path], bool] = lambda path: False) -> Path:
-        """`make(result)`, unless the result is there; a result appears when it is whole."""
-        if result.exists() and not stale(result):
-            self.console.print(f"[dim]{name}: there already ({result})[/]")
-            return result
-        self.console.print(f"[bold]{name}[/] …")
-        began = time.monotonic()
-        result.parent.mkdir(parents=True, exist_ok=True)
-        make(result)
-        self.done(name, time.monotonic() - began)
-        return result
-
-    def done(self, name: str, seconds: float) -> None:
-        """Note a stage in the run's metrics."""
-        from ctllm_jax.training.metrics import MetricsWriter
-
-        self.seconds[name] = seconds
-        self.console.print(f"[dim]{name}: {seconds:.1f} s[/]")
-        with MetricsWriter(self.directory, process_index=0) as writer:
-            writer.event("stage", name=name, seconds=seconds)
-
-    def write_baselines(self, baselines: dict[str, dict[str, float]]) -> None:
-        """Note the baselines in the run's metrics."""
-        from ctllm_jax.training.metrics import MetricsWriter
-
-        with MetricsWriter(self.directory, process_index=0) as writer:
-            for name, sources in baselines.items():
-                writer.event("baseline", name=name,
-                             sources={source: {"bits_per_byte": bits} for source, bits in sources.items()})
 
 
 def gather(root: Path, counts: Path) -> None:
@@ -204,13 +176,6 @@ def made_for(root: Path, vocab_size: int) -> bool:
                for path in manifests)
 
 
-def write_json(path: Path, values: Any) -> None:
-    """A file that is there whole or not at all."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(values, indent=1))
-    partial.rename(path)
-
-
 def measure(root: Path, output: Path) -> None:
     """What xz and a character 3-gram model pay for the held-out text."""
     from ctllm_jax.evaluation.baselines import measure_baselines
@@ -221,16 +186,13 @@ def measure(root: Path, output: Path) -> None:
     write_json(output, measure_baselines(*sides))
 
 
-def finish(config: PretrainConfig, directory: Path, baselines: dict[str, dict[str, float]], stages: Stages,
-           console: Any, *, seconds: float) -> None:
-    """The table beside the baselines, the seconds, the report, and what to type next."""
+def show_bits(directory: Path, baselines: dict[str, dict[str, float]], console: Any) -> None:
+    """The pretrained model beside the baselines."""
     from rich import box
     from rich.table import Table
 
-    from ctllm_jax.report.page import write_report
     from ctllm_jax.report.run import read_run
 
-    report = write_report([directory], directory / "report.html")
     evaluations = read_run(directory).evaluation
     table = Table("held out, bits per byte", "this model", *baselines, "bytes", box=box.SIMPLE_HEAD,
                   title="lower is better; all three read the same training text", title_style="dim")
@@ -239,7 +201,20 @@ def finish(config: PretrainConfig, directory: Path, baselines: dict[str, dict[st
         others = [baselines[name][source] for name in baselines]
         table.add_row(source, f"[bold]{ours:.3f}[/]", *(f"{value:.3f}" for value in others), f"{figures['bytes']:,.0f}")
     console.print(table)
-    console.print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in stages.seconds.items())
-                  + f"; in all {seconds:.0f}")
-    console.print(f"report: {report}")
-    console.print(f"next: python launch.py generate {directory} prompt=今天")
+
+
+def show_verdict(verdict: dict[str, Any], console: Any) -> None:
+    """How positive the answers are before and after DPO, and what else became of them."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from ctllm_jax.report import sentiment
+
+    table = Table(f"{verdict['made_of']['samples']} reviews of each model", *sentiment.models(verdict),
+                  box=box.SIMPLE_HEAD, title="the same prompts and seeds; 95 % intervals", title_style="dim")
+    for name, *figures in sentiment.figures(verdict):
+        table.add_row(name, *(Text(figure) for figure in figures))
+    console.print(table)
+    for remark in sentiment.remarks(verdict):
+        console.print(Text(remark))

@@ -23,6 +23,7 @@ from ctllm_jax.report.comparison import compares_answers
 from ctllm_jax.report.comparison import held_out as held_out_by_group
 from ctllm_jax.report.readable import clock, compact, duration, finite, percent, visible
 from ctllm_jax.report.run import Run, labels, read_run
+from ctllm_jax.report.sentiment import sentiment
 
 _STYLE = Path(__file__).with_name("page.css")
 _SCRIPT = Path(__file__).with_name("page.js")
@@ -75,6 +76,7 @@ def render(runs: Sequence[Run]) -> str:
         "".join(_cards(run) for run in runs) if len(runs) == 1 else tables.overview(runs, names),
         _charts(runs, names),
         tables.evaluation(runs, names),
+        sentiment(runs, names),
         tables.config_differences(runs, names),
         tables.samples(runs, names),
         tables.data(runs, names),

@@ -19,6 +19,7 @@ from ctllm_jax.report.readable import finite
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
+SENTIMENT = "sentiment.json"
 
 _STEPPED = ("train", "evaluation", "sample")
 _MAX_PROBLEMS = 20
@@ -35,6 +36,7 @@ class Run:
     config: dict = field(default_factory=dict)
     config_text: str = ""
     environment: dict = field(default_factory=dict)
+    sentiment: dict = field(default_factory=dict)
     starts: list[dict] = field(default_factory=list)
     train: list[dict] = field(default_factory=list)
     evaluation: list[dict] = field(default_factory=list)
@@ -101,7 +103,7 @@ def read_run(directory: str | Path) -> Run:
         if isinstance(record.get("config"), dict):
             run.config = record["config"]
     run.config_text = _text(run, CONFIG)
-    run.environment = _environment(run)
+    run.environment, run.sentiment = _json(run, ENVIRONMENT), _json(run, SENTIMENT)
     return run
 
 
@@ -116,17 +118,17 @@ def _text(run: Run, name: str) -> str:
         return ""
 
 
-def _environment(run: Run) -> dict:
-    text = _text(run, ENVIRONMENT)
+def _json(run: Run, name: str) -> dict:
+    text = _text(run, name)
     if not text:
         return {}
     try:
         found = _JSON.decode(text)
     except (ValueError, RecursionError):
-        run.problems.append(f"{ENVIRONMENT}: not JSON; left out")
+        run.problems.append(f"{name}: not JSON; left out")
         return {}
     if not isinstance(found, dict):
-        run.problems.append(f"{ENVIRONMENT}: not a JSON object; left out")
+        run.problems.append(f"{name}: not a JSON object; left out")
         return {}
     return found
 

@@ -1,0 +1,144 @@
+"""The quickstart behind pretraining: reviews on demand (SFT), positive ones preferred (DPO), and the verdict on both.
+
+Each training stage is the command of its name with the quickstart's config; where it starts, what it reads and where
+it runs follow the pretraining run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ctllm_jax.cli.stages import Stages, write_json
+from ctllm_jax.config.dpo import DPOConfig
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.config.sft import SFTConfig
+from ctllm_jax.report.page import write_report
+
+if TYPE_CHECKING:
+    from data_prep.quickstart_reviews import Written
+
+SFT_CONFIG, DPO_CONFIG = "quickstart/sft", "quickstart/dpo"
+SAMPLES = 300
+"""Answers of each model, the instructions in turns: a share's 95 % interval is at most 11 points wide."""
+SAMPLING = {"max_tokens": 100, "temperature": 0.8, "top_p": 0.9}
+RESULT = "sentiment.json"
+
+
+class Aligned(NamedTuple):
+    """The run directories of both stages, and the verdict as `sentiment.json` has it."""
+
+    tuned: Path
+    preferred: Path
+    verdict: dict[str, Any]
+
+
+def align(config: PretrainConfig, root: Path, stages: Stages, console: Any, *, held_out: float) -> Aligned:
+    """SFT, DPO and the verdict, from the pretraining run of `config`.
+
+    Args:
+      root: the quickstart's data.
+      held_out: share of its documents that no stage trains on.
+    """
+    files = make_reviews(root, stages, console, held_out=held_out)
+    base = Path(config.run.dir)
+    tuned, preferred = (base.with_name(f"{base.name}-{stage}") for stage in ("sft", "dpo"))
+    train_stages(base, tuned, preferred, files, stages, console, seed=config.seed)
+    result = preferred / RESULT
+    stages.run("judging", result, lambda path: write_json(path, judge(tuned, preferred, files, seed=config.seed)),
+               stale=lambda path: json.loads(path.read_text())["made_of"] != made_of(tuned, preferred, config.seed),
+               directory=preferred)
+    verdict = json.loads(result.read_text())
+    write_report([preferred], preferred / "report.html")
+    return Aligned(tuned, preferred, verdict)
+
+
+def make_reviews(root: Path, stages: Stages, console: Any, *, held_out: float) -> Written:
+    """The dialogues and pairs, and a line that tells how many."""
+    from data_prep.quickstart_reviews import write_reviews, written_in
+
+    folder = root / "reviews"
+
+    def make(path: Path) -> None:
+        write_json(path, write_reviews(root / "text" / "zh.jsonl", root / "clean" / "zh", folder, fraction=held_out))
+
+    counts = json.loads(stages.run("reviews", folder / "counts.json", make).read_text())
+    console.print(f"reviews: {2 * counts['pairs']:,} to write for SFT, half of them positive; for DPO the same as"
+                  f" {counts['pairs']:,} pairs, positive over negative, of one topic and as many characters; held out:"
+                  f" {counts['held_out_reviews']:,} reviews, {counts['held_out_pairs']:,} pairs")
+    return written_in(folder)
+
+
+def train_stages(base: Path, tuned: Path, preferred: Path, files: Written, stages: Stages, console: Any, *,
+                 seed: int) -> None:
+    """`sft` and `dpo`, each through, on or from its start."""
+    from ctllm_jax.cli import Context, dpo, sft
+
+    for name, command, schema, target, run, init, data in (
+            ("sft", sft, SFTConfig, SFT_CONFIG, tuned, base, files.dialogues),
+            ("dpo", dpo, DPOConfig, DPO_CONFIG, preferred, tuned, files.pairs)):
+        began = time.monotonic()
+        config = stage_config(schema, target, run=run, init=init, data=data, seed=seed)
+        command.run(Context(name, console, targets=[target], config=config))
+        stages.done(name, time.monotonic() - began, directory=run)
+
+
+def stage_config(schema: type, target: str, *, run: Path, init: Path, data: Path, seed: int) -> Any:
+    """The config of a stage that starts from the newest checkpoint of `init`.
+
+    Raises:
+      UserError: the run directory holds a run that began from another checkpoint of it.
+    """
+    import yaml
+
+    from ctllm_jax.config.load import load
+    from ctllm_jax.training.checkpoint import find_checkpoint
+
+    step = find_checkpoint(str(init))[1].step
+    begun = run / "config.yaml"
+    before = str(yaml.safe_load(begun.read_text(encoding="utf-8")).get("init")) if begun.exists() else ""
+    if before.partition("@")[2] not in ("", str(step)):
+        raise UserError(f"{run} began from {before}, and {init} has gone on to step {step:,} since: remove {run}, and"
+                        " the same command makes it anew")
+    return load(schema, target=target, overrides=[f"run.dir={run}", f"init={init}@{step}", f"seed={seed}",
+                                                  f"data.sources.zh.path={data}"])
+
+
+def made_of(tuned: Path, preferred: Path, seed: int) -> dict[str, Any]:
+    """What a verdict depends on, as JSON."""
+    from ctllm_jax.training.checkpoint import find_checkpoint
+
+    models = {name: f"{run}@{find_checkpoint(str(run))[1].step}" for name, run in
+              (("sft", tuned), ("dpo", preferred))}
+    return {"models": models, "seed": seed, "samples": SAMPLES, **SAMPLING}
+
+
+def judge(tuned: Path, preferred: Path, files: Written, *, seed: int) -> dict[str, Any]:
+    """The verdict on both models: what snownlp says of their answers to the same prompts with the same seeds."""
+    from ctllm_jax.evaluation import sentiment
+    from ctllm_jax.inference.model import load_model
+    from data_prep.held_out import read_records
+    from data_prep.quickstart_reviews import INSTRUCTIONS
+
+    judged = sentiment.open_judge()
+    instructions = [each for of_topic in INSTRUCTIONS.values() for each in of_topic]
+    prompts = [instructions[place % len(instructions)] for place in range(SAMPLES)]
+    known = {record["messages"][-1]["content"] for record in read_records(files.dialogues)}
+    models = {"sft": load_model(str(tuned)), "dpo": load_model(str(preferred))}
+    figures, said = {}, {}
+    for name, model in models.items():
+        answers = sentiment.write_answers(model, prompts, seed=seed, **SAMPLING)
+        positive = [judged.is_positive(answer.text) for answer in answers]
+        figures[name] = sentiment.describe_answers(answers, positive, known=known)
+        said[name] = [{"text": answer.text, "positive": verdict} for answer, verdict in
+                      zip(answers, positive, strict=True)]
+    pairs = [(record["prompt"], record["chosen"], record["rejected"]) for record in read_records(files.held_out_pairs)]
+    reviews = [(record["text"], record["positive"]) for record in read_records(files.held_out_reviews)]
+    return {"made_of": made_of(tuned, preferred, seed), "judge": judged.name, "figures": figures,
+            "held_out_pairs": sentiment.reward_accuracy(models["dpo"], models["sft"], pairs),
+            "calibration": sentiment.calibrate(judged, reviews),
+            "samples": [{"prompt": prompt, **{name: said[name][place] for name in said}}
+                        for place, prompt in enumerate(prompts)]}
