@@ -73,8 +73,7 @@ class Written(NamedTuple):
 
 def written_in(folder: Path) -> Written:
     """Where `write_reviews` puts its files."""
-    return Written(*(folder / f"{name.replace('_', '.')}.jsonl" for name in
-                     ("dialogues", "pairs", "held_out_pairs", "held_out_reviews")))
+    return Written(*(folder / f"{name}.jsonl" for name in Written._fields))
 
 
 def write_reviews(raw: Path, clean: Path, folder: Path, *, fraction: float) -> dict[str, int]:

@@ -68,7 +68,7 @@ def run(context: Context) -> int:
     stages.done("training", time.monotonic() - started)
     write_report([directory], directory / "report.html")
     show_bits(directory, baselines, console)
-    aligned = align(config, root, stages, console, held_out=HELD_OUT)
+    aligned = align(directory, root, stages, console, seed=config.seed, held_out=HELD_OUT)
     show_verdict(aligned.verdict, console)
     console.print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in stages.seconds.items())
                   + f"; in all {time.monotonic() - began:.0f}")

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ctllm_jax.cli.stages import Stages, write_json
 from ctllm_jax.config.dpo import DPOConfig
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.config.sft import SFTConfig
 from ctllm_jax.report.page import write_report
 
@@ -36,20 +35,22 @@ class Aligned(NamedTuple):
     verdict: dict[str, Any]
 
 
-def align(config: PretrainConfig, root: Path, stages: Stages, console: Any, *, held_out: float) -> Aligned:
-    """SFT, DPO and the verdict, from the pretraining run of `config`.
+def align(base: Path, root: Path, stages: Stages, console: Any, *, seed: int, held_out: float,
+          name: Path | None = None) -> Aligned:
+    """SFT, DPO and the verdict, from the pretraining run in `base`.
 
     Args:
       root: the quickstart's data.
-      held_out: share of its documents that no stage trains on.
+      seed: of the order of dialogues and pairs, and of the answers that are judged.
+      held_out: share of the documents that no stage trains on.
+      name: what the run directories begin with; None: `base`.
     """
     files = make_reviews(root, stages, console, held_out=held_out)
-    base = Path(config.run.dir)
-    tuned, preferred = (base.with_name(f"{base.name}-{stage}") for stage in ("sft", "dpo"))
-    train_stages(base, tuned, preferred, files, stages, console, seed=config.seed)
+    tuned, preferred = (Path(f"{name or base}-{stage}") for stage in ("sft", "dpo"))
+    train_stages(base, tuned, preferred, files, stages, console, seed=seed)
     result = preferred / RESULT
-    stages.run("judging", result, lambda path: write_json(path, judge(tuned, preferred, files, seed=config.seed)),
-               stale=lambda path: json.loads(path.read_text())["made_of"] != made_of(tuned, preferred, config.seed),
+    stages.run("judging", result, lambda path: write_json(path, judge(tuned, preferred, files, seed=seed)),
+               stale=lambda path: json.loads(path.read_text())["made_of"] != made_of(tuned, preferred, seed),
                directory=preferred)
     verdict = json.loads(result.read_text())
     write_report([preferred], preferred / "report.html")

@@ -67,8 +67,9 @@ def share(value: Any) -> str:
 
 def _samples(verdict: dict[str, Any]) -> str:
     """The first answers, of which no two are to the same prompt."""
-    rows = []
-    for sample in [each for each in verdict.get("samples") or [] if isinstance(each, dict)][:_SAMPLES]:
+    samples, rows = verdict.get("samples"), []
+    for sample in (samples if isinstance(samples, list) else [])[:_SAMPLES]:
+        sample = _mapping(sample)
         answers = [_mapping(sample.get(model)) for model in models(verdict)]
         rows.append([f"<mark>{shown(sample.get('prompt', ''))}</mark>", *(
             f"{shown(answer.get('text', ''))} <small>{'positive' if answer.get('positive') else 'negative'}</small>"
