@@ -68,8 +68,8 @@ def make_reviews(root: Path, stages: Stages, console: Any, *, held_out: float) -
         write_json(path, write_reviews(root / "text" / "zh.jsonl", root / "clean" / "zh", folder, fraction=held_out))
 
     counts = json.loads(stages.run("reviews", folder / "counts.json", make).read_text())
-    console.print(f"reviews: {counts['dialogues']:,} to learn to write (SFT), half of them positive; {counts['pairs']:,}"
-                  " pairs for DPO, positive over negative, of one topic and as many characters; held out:"
+    console.print(f"reviews: {counts['dialogues']:,} for SFT, half of them positive; {counts['pairs']:,} pairs for"
+                  " DPO, positive over negative, of one topic and as many characters; held out:"
                   f" {counts['held_out_reviews']:,} reviews, {counts['held_out_pairs']:,} pairs")
     return written_in(folder)
 
