@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import shlex
 import sys
 from datetime import UTC, datetime
@@ -81,10 +80,8 @@ def main() -> None:
     if not (arguments.base / "config.yaml").exists():
         parser.error(f"{arguments.base} is no run: python launch.py quickstart makes runs/quickstart")
     verdicts = measure(arguments.base, arguments.seeds)
-    used = resource.getrusage(resource.RUSAGE_SELF)
     result = {**summarize(verdicts), "figures": {
-        "samples": next(iter(verdicts.values()))["made_of"]["samples"],
-        "cpu_seconds_a_seed": (used.ru_utime + used.ru_stime) / len(verdicts)},
+        "reviews_of_each_model": next(iter(verdicts.values()))["made_of"]["samples"], "seeds": len(verdicts)},
         "device": cpu_name(), "python": platform.python_version(),
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "date": datetime.now(UTC).date().isoformat(),

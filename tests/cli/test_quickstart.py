@@ -31,7 +31,9 @@ def write_small_text(folder):
     (folder / "code.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in functions))
     for path in folder.iterdir():
         lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join([*lines, lines[0]]))
+        documents = [json.loads(line) for line in [*lines, lines[0]]]
+        path.write_text("".join(json.dumps({"id": f"small/{number}", **document}) + "\n"
+                                for number, document in enumerate(documents)))
     with open(folder / "zh.jsonl", "a") as file:
         for number in range(REVIEWS):
             label = ("pos", "neg")[number % 2]
