@@ -1,61 +1,133 @@
-"""Attention on packed batches: causal, grouped heads, segment ids, sliding window."""
+"""Attention on packed batches: causal, grouped heads, segment ids, positions, sliding window."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
+
 import jax
+from jax.sharding import Mesh
 
 from ctllm_jax.kernels.attention.cached import cached_attention
+from ctllm_jax.kernels.attention.fused import Kernels, Request, fused_attention
 from ctllm_jax.kernels.attention.xla import attention_xla
-from ctllm_jax.kernels.dispatch import choose
+from ctllm_jax.kernels.dispatch import choose, find_device
 
 __all__ = ["attention", "cached_attention", "chosen"]
 
 
-def chosen(implementation: str = "auto") -> str:
-    """The implementation that `attention` takes on this backend.
+def chosen(implementation: str = "auto", *, mesh: Mesh | None = None, request: Request | None = None) -> str:
+    """The implementation that `attention` takes: for one request, or, without it, for what an implementation likes.
 
     Raises:
-      ValueError: the named one cannot run here.
+      ValueError: the named one cannot run there, or cannot do what is requested.
     """
-    return choose("attention", implementation, reasons={
-        "pallas": "no Pallas kernel of this op is in this version",
-        "cudnn": "packed batches are not bound to it in this version",
-        "xla": None})
+    platform, device_kind = (request.platform, request.device_kind) if request else find_device(mesh)
+    # Fastest first.
+    reasons = {"pallas": _pallas_refusal(platform, device_kind, request), "cudnn": _cudnn_refusal(platform, request),
+               "xla": None}
+    if platform == "gpu":
+        reasons = {name: reasons[name] for name in ("cudnn", "pallas", "xla")}
+    return choose("attention", implementation, reasons=reasons, platform=platform)
 
 
 def attention(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, *,
-              segment_ids: jax.Array | None = None, causal: bool = True, sliding_window: int | None = None,
-              scale: float | None = None, implementation: str = "auto") -> jax.Array:
+              segment_ids: jax.Array | None = None, positions: jax.Array | None = None, causal: bool = True,
+              sliding_window: int | None = None, scale: float | None = None, return_lse: bool = False,
+              implementation: str = "auto", mesh: Mesh | None = None, batch_axes: Sequence[str] = ("data", "fsdp"),
+              tensor_axis: str | None = "tensor") -> jax.Array | tuple[jax.Array, jax.Array]:
     """Scaled dot-product attention (arXiv 1706.03762), softmax in float32.
+
+    Arrays are in the order and shapes of `jax.nn.dot_product_attention`.
 
     Args:
       query_BSNH: [B, S, N, H], float32 or bfloat16.
       key_BSKH, value_BSKH: [B, S, K, H]; K divides N, and each serves N / K query heads.
       segment_ids: int [B, S]; a token sees its own segment only, and padding (segment 0) gives zeros. None: one
         segment, no padding, nothing compared.
+      positions: int [B, S], what `causal` and `sliding_window` compare instead of a token's place in its row: for rows
+        whose tokens do not stand in order. Two tokens of one segment with one position see each other. None, and
+        cheaper: the place in the row, which is the same for positions that count up from the start of each segment.
       causal: a token sees none behind it.
       sliding_window: tokens that a token sees, itself included; needs `causal`.
       scale: of the scores; None: H ** -0.5.
+      return_lse: give the log-sum-exp of each query's scores too; differentiable.
       implementation: "auto", or one that must run.
+      mesh: batch split over `batch_axes`, heads over `tensor_axis`; a Pallas kernel then runs on each device's part.
+        None: one device, or inside a shard_map.
 
     Returns:
-      [B, S, N, H] in the query's dtype.
+      y [B, S, N, H] in the query's dtype; with `return_lse` (y, lse [B, S, N] float32), lse = log Σ exp(scale · q·k),
+      -1e30 for a token that sees nothing.
 
     Raises:
       ValueError: shapes that do not fit, or an implementation that cannot run here.
     """
     batch, length, heads, head_dim = query_BSNH.shape
+    kv_heads = key_BSKH.shape[2]
     if key_BSKH.shape != value_BSKH.shape or (*key_BSKH.shape[:2], key_BSKH.shape[3]) != (batch, length, head_dim):
         raise ValueError(f"attention: key {key_BSKH.shape} and value {value_BSKH.shape} must both be"
                          f" [{batch}, {length}, K, {head_dim}], as query is {query_BSNH.shape}")
-    if heads % key_BSKH.shape[2]:
-        raise ValueError(f"attention: {key_BSKH.shape[2]} key and value heads must divide {heads} query heads")
-    if segment_ids is not None and segment_ids.shape != (batch, length):
-        raise ValueError(f"attention: segment_ids {segment_ids.shape} must be {(batch, length)}")
+    if heads % kv_heads:
+        raise ValueError(f"attention: {kv_heads} key and value heads must divide {heads} query heads")
+    for name, ids in (("segment_ids", segment_ids), ("positions", positions)):
+        if ids is not None and ids.shape != (batch, length):
+            raise ValueError(f"attention: {name} {ids.shape} must be {(batch, length)}")
+    if positions is not None and not causal:
+        raise ValueError("attention: positions need causal=True: nothing else reads them")
     if sliding_window is not None and not causal:
         raise ValueError(f"attention: sliding_window={sliding_window} needs causal=True")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"attention: sliding_window={sliding_window} must be at least 1: a token sees itself")
-    chosen(implementation)
-    return attention_xla(query_BSNH, key_BSKH, value_BSKH, segment_ids=segment_ids, causal=causal,
-                         sliding_window=sliding_window, scale=head_dim**-0.5 if scale is None else scale)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    parts = 1 if mesh is None or tensor_axis is None else mesh.shape[tensor_axis]
+    if heads % parts or kv_heads % parts:
+        raise ValueError(f"attention: mesh axis {tensor_axis!r} of {parts} must divide {heads} query heads and"
+                         f" {kv_heads} key and value heads")
+    request = Request(length, heads // parts, kv_heads // parts, head_dim, query_BSNH.dtype.name, causal,
+                      sliding_window, scale, segment_ids is not None, positions is not None, *find_device(mesh))
+    implementation = chosen(implementation, request=request)
+    if implementation == "xla":
+        return attention_xla(query_BSNH, key_BSKH, value_BSKH, segment_ids=segment_ids, positions=positions,
+                             causal=causal, sliding_window=sliding_window, scale=scale, return_lse=return_lse)
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(
+            query_BSNH, key_BSKH, value_BSKH, scale=scale, is_causal=causal,
+            local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
+            implementation="cudnn", return_residual=return_lse)
+    y_BSNH, lse_BNS = fused_attention(
+        _pallas_kernels(request.platform), query_BSNH, key_BSKH, value_BSKH, segment_ids=segment_ids,
+        positions=positions, request=request, mesh=mesh, batch_axes=tuple(batch_axes), tensor_axis=tensor_axis)
+    return (y_BSNH, lse_BNS.swapaxes(1, 2)) if return_lse else y_BSNH
+
+
+def _pallas_kernels(platform: str) -> Kernels:
+    from ctllm_jax.kernels.attention import tpu
+
+    return Kernels(tpu.forward, tpu.backward)
+
+
+def _pallas_refusal(platform: str, device_kind: str, request: Request | None) -> str | None:
+    if platform != "tpu":
+        return "its kernels are for TPU"
+    from ctllm_jax.kernels.attention import tpu
+
+    return None if request is None else tpu.refusal(request)
+
+
+def _cudnn_refusal(platform: str, request: Request | None) -> str | None:
+    if platform != "gpu":
+        return "it is for NVIDIA GPUs"
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.cudnn") is None:
+        return "the cuDNN wheel is not installed (pip extra cuda12 or cuda13)"
+    if request is None:
+        return None
+    if request.segments:
+        return "its public interface takes no segment ids, and a mask would be dense"
+    if request.positions:
+        return "it compares places in the row, and no positions"
+    if request.dtype not in ("bfloat16", "float16"):
+        return f"it computes in bfloat16 and float16, and the query is {request.dtype}"
+    if request.head_dim > 128 or request.head_dim % 8:
+        return f"head dim {request.head_dim} is not a multiple of 8 up to 128"
+    return None

@@ -17,8 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-MASKED = -1e30
+from ctllm_jax.kernels.attention.fused import NOTHING_SEEN
+
+MASKED = NOTHING_SEEN
 """Finite: a query that sees nothing then has a gradient of zero and not of NaN."""
+LAST = 2**30
+"""The position of a key behind the row's end, which no token sees."""
 UNROLLED = 1024
 """Up to this many queries the loop is unrolled; 8 blocks compile in some seconds, more would take more."""
 LOOPED_BLOCK = 256
@@ -31,6 +35,8 @@ class _Setting(NamedTuple):
     causal: bool
     sliding_window: int | None
     scale: float
+    positions: bool
+    return_lse: bool
 
     def first_key(self, query):
         """The first key that a query sees."""
@@ -38,32 +44,43 @@ class _Setting(NamedTuple):
 
 
 def attention_xla(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, *, segment_ids: jax.Array | None,
-                  causal: bool, sliding_window: int | None, scale: float) -> jax.Array:
+                  positions: jax.Array | None, causal: bool, sliding_window: int | None, scale: float,
+                  return_lse: bool = False) -> jax.Array | tuple[jax.Array, jax.Array]:
     """As `kernels.attention`."""
-    y_BSNH = _attend(_Setting(causal, sliding_window, scale), query_BSNH, key_BSKH, value_BSKH, segment_ids)
+    setting = _Setting(causal, sliding_window, scale, positions is not None, return_lse)
+    y_BSNH, lse_BSN = _attend(setting, query_BSNH, key_BSKH, value_BSKH, (segment_ids, positions))
     if segment_ids is not None:
         # Padding attends to padding until here, which costs nothing and leaves no row without a key.
         y_BSNH = jnp.where((segment_ids > 0)[:, :, None, None], y_BSNH, 0)
-    return y_BSNH
+        if return_lse:
+            lse_BSN = jnp.where((segment_ids > 0)[:, :, None], lse_BSN, NOTHING_SEEN)
+    return (y_BSNH, lse_BSN) if return_lse else y_BSNH
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS):
-    return _forward(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS)[0]
+def _attend(setting, query_BSNH, key_BSKH, value_BSKH, ids):
+    return _forward(setting, query_BSNH, key_BSKH, value_BSKH, ids)[0]
 
 
-def _forward(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS):
-    forward = _forward_unrolled if query_BSNH.shape[1] <= UNROLLED else _forward_looped
-    y_BSNH, log_sums = forward(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS)
+def _forward(setting, query_BSNH, key_BSKH, value_BSKH, ids):
+    length = query_BSNH.shape[1]
+    forward = _forward_unrolled if length <= UNROLLED else _forward_looped
+    y_BSNH, log_sums = forward(setting, query_BSNH, key_BSKH, value_BSKH, ids)
     # Names for a remat policy, which then has all that the backward pass reads beside query, key and value.
     y_BSNH = checkpoint_name(y_BSNH, "attention_output")
     log_sums = checkpoint_name(log_sums, "attention_log_sums")
-    return y_BSNH, (query_BSNH, key_BSKH, value_BSKH, segment_ids_BS, y_BSNH, log_sums)
+    lse_BSN = _merge_log_sums(log_sums, query_BSNH.shape[2], length) if setting.return_lse else None
+    return (y_BSNH, lse_BSN), (query_BSNH, key_BSKH, value_BSKH, ids, y_BSNH, log_sums)
 
 
-def _backward(setting, residuals, cotangent_BSNH):
-    backward = _backward_unrolled if cotangent_BSNH.shape[1] <= UNROLLED else _backward_looped
-    return (*backward(setting, *residuals, cotangent_BSNH), None)
+def _backward(setting, residuals, cotangents):
+    cotangent_BSNH, lse_cotangent_BSN = cotangents
+    length, kv_heads = cotangent_BSNH.shape[1], residuals[1].shape[2]
+    lse_cotangents = None
+    if setting.return_lse:
+        lse_cotangents = _split_log_sums(lse_cotangent_BSN, kv_heads)
+    backward = _backward_unrolled if length <= UNROLLED else _backward_looped
+    return (*backward(setting, *residuals, cotangent_BSNH, lse_cotangents), None)
 
 
 _attend.defvjp(_forward, _backward)
@@ -87,6 +104,24 @@ def _merge_heads(x_BKGSH):
     return x_BKGSH.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, head_dim)
 
 
+def _merge_log_sums(log_sums, heads: int, length: int):
+    """What a forward pass gives, by block, as [B, S, N]."""
+    if isinstance(log_sums, list):
+        kv_heads, group = log_sums[0].shape[1], heads // log_sums[0].shape[1]
+        parts = [x.reshape(*x.shape[:2], group, -1) for x in log_sums]
+        lse_BKGS = jnp.concatenate(parts, axis=3)
+    else:
+        kv_heads, group = log_sums.shape[2], heads // log_sums.shape[2]
+        lse_BKGS = _from_blocks(log_sums.reshape(*log_sums.shape[:3], group, LOOPED_BLOCK), 3, length)
+    return lse_BKGS.reshape(lse_BKGS.shape[0], kv_heads * group, length).swapaxes(1, 2)
+
+
+def _split_log_sums(lse_BSN, kv_heads: int):
+    """[B, S, N] -> [B, K, G, S]."""
+    lse_BNS = lse_BSN.swapaxes(1, 2)
+    return lse_BNS.reshape(lse_BNS.shape[0], kv_heads, -1, lse_BNS.shape[2])
+
+
 def _mask(setting, query, key, segments, *, length: int):
     """Which keys the queries at these places of a row see; all arguments broadcast to [B, R, T], or to [B, T, R]."""
     mask = key <= query if setting.causal else key < length
@@ -95,33 +130,37 @@ def _mask(setting, query, key, segments, *, length: int):
     return mask if segments is None else mask & (segments[0] == segments[1])
 
 
-def _scores(setting, query_BKRH, key_BKTH, queries_S, keys_T, segments, *, length: int):
-    """Masked scores [B, K, R, T], float32, of the queries and keys that stand at these places of a row."""
-    group = query_BKRH.shape[2] // len(queries_S)
+def _scores(setting, query_BKRH, key_BKTH, queries, keys, segments, *, length: int):
+    """Masked scores [B, K, R, T], float32, of the queries and keys that stand at these places of a row, [1 or B, S]
+    and [1 or B, T]."""
+    group = query_BKRH.shape[2] // queries.shape[1]
     if segments is not None:
         segments = jnp.tile(segments[0], group)[:, :, None], segments[1][:, None]
-    mask = _mask(setting, jnp.tile(queries_S, group)[None, :, None], keys_T[None, None], segments, length=length)
+    mask = _mask(setting, jnp.tile(queries, group)[:, :, None], keys[:, None], segments, length=length)
     scores_BKRT = _matmul(query_BKRH, key_BKTH, contract=(3, 3)) * setting.scale
     return jnp.where(mask[:, None], scores_BKRT, MASKED)
 
 
-def _scores_transposed(setting, query_BKRH, key_BKTH, queries_S, keys_T, segments, *, length: int):
+def _scores_transposed(setting, query_BKRH, key_BKTH, queries, keys, segments, *, length: int):
     """As `_scores`, but [B, K, T, R]: of the backward pass's matmuls only one then reads a transposed operand, where
     two would. Nor does XLA see that the forward pass computed the same, to keep it till then: on the CPU it removes
     barriers before it looks for that."""
-    group = query_BKRH.shape[2] // len(queries_S)
+    group = query_BKRH.shape[2] // queries.shape[1]
     if segments is not None:
         segments = jnp.tile(segments[0], group)[:, None], segments[1][:, :, None]
-    mask = _mask(setting, jnp.tile(queries_S, group)[None, None], keys_T[None, :, None], segments, length=length)
+    mask = _mask(setting, jnp.tile(queries, group)[:, None], keys[:, :, None], segments, length=length)
     scores_BKTR = _matmul(key_BKTH, query_BKRH, contract=(3, 3)) * setting.scale
     return jnp.where(mask[:, None], scores_BKTR, MASKED)
 
 
-def _block_gradients(setting, scores_BKTR, query_BKRH, key_BKTH, value_BKTH, y_BKRH, log_sums_BKR, cotangent_BKRH):
+def _block_gradients(setting, scores_BKTR, query_BKRH, key_BKTH, value_BKTH, y_BKRH, log_sums_BKR, cotangent_BKRH,
+                     lse_cotangent_BKR):
     """What one block of scores adds to the gradients of query, key and value; float32."""
     probs = jnp.exp(scores_BKTR - log_sums_BKR[:, :, None])
     # Σ_H y · dy, which is Σ_T p · dp over all keys.
     delta_BKR = jnp.sum(y_BKRH.astype(jnp.float32) * cotangent_BKRH.astype(jnp.float32), axis=-1)
+    if lse_cotangent_BKR is not None:
+        delta_BKR -= lse_cotangent_BKR
     slopes = _matmul(value_BKTH, cotangent_BKRH, contract=(3, 3))
     slopes = (probs * (slopes - delta_BKR[:, :, None]) * setting.scale).astype(query_BKRH.dtype)
     return (_matmul(slopes, key_BKTH, contract=(2, 2)), _matmul(slopes, query_BKRH, contract=(3, 2)),
@@ -153,28 +192,33 @@ class _Block(NamedTuple):
         """The inverse of `rows`: [B, K, G, S, H]."""
         return x_BKRH.reshape(*x_BKRH.shape[:2], -1, self.stop - self.start, x_BKRH.shape[-1])
 
-    def places(self, segment_ids_BS):
+    def places(self, ids):
         """Where its queries and keys stand, and their segments."""
+        segment_ids_BS, positions_BS = ids
         queries, keys = slice(self.start, self.stop), slice(self.first, self.last)
         segments = None if segment_ids_BS is None else (segment_ids_BS[:, queries], segment_ids_BS[:, keys])
-        return jnp.arange(self.start, self.stop), jnp.arange(self.first, self.last), segments
+        if positions_BS is not None:
+            return positions_BS[:, queries], positions_BS[:, keys], segments
+        return jnp.arange(self.start, self.stop)[None], jnp.arange(self.first, self.last)[None], segments
 
 
 def _blocks(setting, length: int) -> list[_Block]:
     size = block_size(length)
     stops = [(start, min(start + size, length)) for start in range(0, length, size)]
+    if setting.positions:
+        return [_Block(start, stop, 0, length) for start, stop in stops]
     return [_Block(start, stop, max(0, setting.first_key(start)), stop if setting.causal else length)
             for start, stop in stops]
 
 
-def _forward_unrolled(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS):
+def _forward_unrolled(setting, query_BSNH, key_BSKH, value_BSKH, ids):
     length, kv_heads = key_BSKH.shape[1:3]
     query_BKGSH = _split_heads(query_BSNH, kv_heads)
     key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
     outputs, log_sums = [], []
     for block in _blocks(setting, length):
         key, value = (x[:, :, block.first:block.last] for x in (key_BKSH, value_BKSH))
-        scores = _scores(setting, block.rows(query_BKGSH), key, *block.places(segment_ids_BS), length=length)
+        scores = _scores(setting, block.rows(query_BKGSH), key, *block.places(ids), length=length)
         highest = jnp.max(scores, axis=-1, keepdims=True)
         exps = jnp.exp(scores - highest)
         sums = jnp.sum(exps, axis=-1, keepdims=True)
@@ -184,7 +228,8 @@ def _forward_unrolled(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS)
     return _merge_heads(jnp.concatenate(outputs, axis=3)), log_sums
 
 
-def _backward_unrolled(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS, y_BSNH, log_sums, cotangent_BSNH):
+def _backward_unrolled(setting, query_BSNH, key_BSKH, value_BSKH, ids, y_BSNH, log_sums, cotangent_BSNH,
+                       lse_cotangent_BKGS):
     length, kv_heads = key_BSKH.shape[1:3]
     query_BKGSH, y_BKGSH, cotangent_BKGSH = (_split_heads(x, kv_heads) for x in (query_BSNH, y_BSNH, cotangent_BSNH))
     key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
@@ -193,9 +238,12 @@ def _backward_unrolled(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS
     for block, log_sums_BKR in zip(_blocks(setting, length), log_sums, strict=True):
         query, y, cotangent = (block.rows(x) for x in (query_BKGSH, y_BKGSH, cotangent_BKGSH))
         key, value = (x[:, :, block.first:block.last] for x in (key_BKSH, value_BKSH))
-        scores = _scores_transposed(setting, query, key, *block.places(segment_ids_BS), length=length)
+        lse_cotangent = None
+        if lse_cotangent_BKGS is not None:
+            lse_cotangent = lse_cotangent_BKGS[:, :, :, block.start:block.stop].reshape(log_sums_BKR.shape)
+        scores = _scores_transposed(setting, query, key, *block.places(ids), length=length)
         query_part, key_part, value_part = _block_gradients(
-            setting, scores, query, key, value, y, log_sums_BKR, cotangent)
+            setting, scores, query, key, value, y, log_sums_BKR, cotangent, lse_cotangent)
         query_grads.append(block.unroll(query_part.astype(query_BSNH.dtype)))
         key_grad, value_grad = (
             jax.lax.dynamic_update_slice_in_dim(grad, grad[:, :, block.first:block.last] + part, block.first, axis=2)
@@ -234,37 +282,40 @@ def _from_rows_in_blocks(x, length: int):
     return _merge_heads(_from_blocks(x.reshape(*x.shape[:3], -1, LOOPED_BLOCK, x.shape[-1]), 3, length))
 
 
-def _keys_in_blocks(key_BSKH, value_BSKH, segment_ids_BS):
-    """Keys and values [blocks, B, K, T, H], and segments [blocks, B, T]; -1: padding of the last block."""
-    segments = None if segment_ids_BS is None else _in_blocks(segment_ids_BS, 1, fill=-1)
-    return *(_in_blocks(x.swapaxes(1, 2), 2) for x in (key_BSKH, value_BSKH)), segments
+def _keys_in_blocks(key_BSKH, value_BSKH, ids):
+    """Keys and values [blocks, B, K, T, H], segments (-1: padding of the last block) and positions [blocks, B, T]."""
+    ids = tuple(None if x is None else _in_blocks(x, 1, fill=fill) for x, fill in zip(ids, (-1, LAST), strict=True))
+    return *(_in_blocks(x.swapaxes(1, 2), 2) for x in (key_BSKH, value_BSKH)), ids
 
 
 def _seen_blocks(setting, block, blocks: int):
     """The blocks of keys that a block of queries sees, as (first, end)."""
+    if setting.positions:
+        return 0, blocks
     first = 0
     if setting.sliding_window is not None:
         first = jnp.maximum(0, setting.first_key(block * LOOPED_BLOCK) // LOOPED_BLOCK)
     return first, block + 1 if setting.causal else blocks
 
 
-def _pair_places(segments, block, key_block):
+def _pair_places(ids, block, key_block):
     """Where the queries of one block and the keys of another stand, and their segments."""
-    queries_S, keys_T = (start * LOOPED_BLOCK + jnp.arange(LOOPED_BLOCK) for start in (block, key_block))
-    return queries_S, keys_T, None if segments is None else (segments[block], segments[key_block])
+    segments, positions = (None if x is None else (x[block], x[key_block]) for x in ids)
+    places = positions or ((start * LOOPED_BLOCK + jnp.arange(LOOPED_BLOCK))[None] for start in (block, key_block))
+    return *places, segments
 
 
-def _forward_looped(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS):
+def _forward_looped(setting, query_BSNH, key_BSKH, value_BSKH, ids):
     length, kv_heads = key_BSKH.shape[1:3]
     queries = _rows_in_blocks(query_BSNH, kv_heads)
-    keys, values, segments = _keys_in_blocks(key_BSKH, value_BSKH, segment_ids_BS)
+    keys, values, ids = _keys_in_blocks(key_BSKH, value_BSKH, ids)
 
     def over_queries(_, inputs):
         block, query = inputs
 
         def over_keys(key_block, carry):
             highest, sums, mixed = carry
-            scores = _scores(setting, query, keys[key_block], *_pair_places(segments, block, key_block), length=length)
+            scores = _scores(setting, query, keys[key_block], *_pair_places(ids, block, key_block), length=length)
             new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
             exps, decay = jnp.exp(scores - new_highest), jnp.exp(highest - new_highest)
             part = _matmul(exps.astype(values.dtype), values[key_block], contract=(3, 2))
@@ -279,17 +330,21 @@ def _forward_looped(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS):
     return _from_rows_in_blocks(outputs, length), log_sums
 
 
-def _backward_looped(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS, y_BSNH, log_sums, cotangent_BSNH):
+def _backward_looped(setting, query_BSNH, key_BSKH, value_BSKH, ids, y_BSNH, log_sums, cotangent_BSNH,
+                     lse_cotangent_BKGS):
     length, kv_heads = key_BSKH.shape[1:3]
     queries, outputs, cotangents = (_rows_in_blocks(x, kv_heads) for x in (query_BSNH, y_BSNH, cotangent_BSNH))
-    keys, values, segments = _keys_in_blocks(key_BSKH, value_BSKH, segment_ids_BS)
+    keys, values, ids = _keys_in_blocks(key_BSKH, value_BSKH, ids)
+    lse_cotangents = None
+    if lse_cotangent_BKGS is not None:
+        lse_cotangents = _in_blocks(lse_cotangent_BKGS, 3).reshape(log_sums.shape)
 
     def over_queries(grads, inputs):
         block, query, *rest = inputs
 
         def over_keys(key_block, carry):
             query_grad, key_grads, value_grads = carry
-            scores = _scores_transposed(setting, query, keys[key_block], *_pair_places(segments, block, key_block),
+            scores = _scores_transposed(setting, query, keys[key_block], *_pair_places(ids, block, key_block),
                                         length=length)
             query_part, key_part, value_part = _block_gradients(
                 setting, scores, query, keys[key_block], values[key_block], *rest)
@@ -302,7 +357,7 @@ def _backward_looped(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS, 
 
     (key_grads, value_grads), query_grads = jax.lax.scan(
         over_queries, (jnp.zeros(keys.shape), jnp.zeros(values.shape)),
-        (jnp.arange(len(queries)), queries, outputs, log_sums, cotangents))
+        (jnp.arange(len(queries)), queries, outputs, log_sums, cotangents, lse_cotangents))
     return (_from_rows_in_blocks(query_grads, length),
             _from_blocks(key_grads, 2, length).astype(key_BSKH.dtype).swapaxes(1, 2),
             _from_blocks(value_grads, 2, length).astype(value_BSKH.dtype).swapaxes(1, 2))
