@@ -138,6 +138,15 @@ def embed_tokens(embedding_VD: jax.Array, tokens_BS: jax.Array, *, mesh: Mesh, d
                          out_specs=PartitionSpec(BATCH_AXES))(embedding_VD, tokens_BS)
 
 
+def attention_on(mesh: Mesh | None, *, implementation: str) -> Callable[..., jax.Array]:
+    """Attention for a decoder on this mesh, or for one without, whose arrays lie anywhere."""
+    if mesh is None:
+        # As with SwiGLU below.
+        return partial(kernels.attention, implementation=implementation if jax.device_count() == 1 else "xla")
+    return partial(kernels.attention, mesh=mesh, batch_axes=BATCH_AXES, tensor_axis="tensor",
+                   implementation=implementation)
+
+
 def swiglu_on(mesh: Mesh | None, *, implementation: str, recompute: bool) -> Callable[..., jax.Array]:
     """`(x_BSD, gate_DF, up_DF) -> [B, S, F]` for a decoder on this mesh, or for one without, whose arrays lie anywhere.
 

@@ -33,6 +33,7 @@ COMMANDS = {
     "plan": "the run that a budget of hours or tokens buys",
     "compile": "compile a run's step for hardware that is not here: does it fit, how fast at most",
     "checkpoint": "list the checkpoints of a run (ls)",
+    "kernels": "attention and SwiGLU alone: numerics (check), speed (bench), compiles for chips not here (compile)",
     "report": "one HTML page of one run, or of several compared",
 }
 _OVERRIDE = re.compile(r"[A-Za-z_][\w\-]*(\.[\w\-]+)*=")

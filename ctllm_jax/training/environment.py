@@ -15,6 +15,7 @@ import jax
 from ctllm_jax import kernels
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.kernels.attention import chosen, make_request
 from ctllm_jax.model.lora import lora_parameters
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,14 @@ def choose_implementations(config: PretrainConfig) -> dict[str, str]:
             raise UserError(f"compute.swiglu={swiglu} takes gate and up as they are, and lora.targets adapts them:"
                             " auto and xla can, or leave gate and up out of lora.targets")
         swiglu = "xla"
+    model = config.model
+    request = make_request(
+        length=config.batch.sequence_length, heads=model.num_heads, kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim, dtype=config.compute.dtype, sliding_window=model.sliding_window,
+        segments=config.isolated)
     try:
-        return kernels.implementations(attention=config.compute.attention, swiglu=swiglu)
+        named = kernels.implementations(attention=config.compute.attention, swiglu=swiglu)
+        return named | {"attention": chosen(config.compute.attention, request=request)}
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ctllm_jax import kernels, sharding
+from ctllm_jax import sharding
 from ctllm_jax.cluster.chips import find_chip
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import changeable_paths, to_yaml
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 def make_decoder(config: PretrainConfig, mesh: jax.sharding.Mesh | None = None) -> Decoder:
     """The decoder as the config computes it; with a mesh for batches that its batch axes divide, without for any."""
     decoder = Decoder(config.model, dtype=jnp.dtype(config.compute.dtype),
-                      attention=partial(kernels.attention, implementation=config.compute.attention),
+                      attention=sharding.attention_on(mesh, implementation=config.compute.attention),
                       swiglu=sharding.swiglu_on(mesh, implementation=config.compute.swiglu,
                                                 recompute=config.compute.remat == "none"),
                       scan_layers=config.compute.scan_layers, remat=config.compute.remat)

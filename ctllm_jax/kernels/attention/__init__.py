@@ -13,7 +13,16 @@ from ctllm_jax.kernels.attention.fused import Kernels, Request, fused_attention
 from ctllm_jax.kernels.attention.xla import attention_xla
 from ctllm_jax.kernels.dispatch import choose, find_device
 
-__all__ = ["attention", "cached_attention", "chosen"]
+__all__ = ["attention", "cached_attention", "chosen", "make_request"]
+
+
+def make_request(*, length: int, heads: int, kv_heads: int, head_dim: int, dtype: str = "bfloat16", causal: bool = True,
+                 sliding_window: int | None = None, scale: float | None = None, segments: bool = True,
+                 positions: bool = False, mesh: Mesh | None = None) -> Request:
+    """What `attention` would ask of an implementation, on the mesh's devices or the default one."""
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    return Request(length, heads, kv_heads, head_dim, dtype, causal, sliding_window, scale, segments, positions,
+                   *find_device(mesh))
 
 
 def chosen(implementation: str = "auto", *, mesh: Mesh | None = None, request: Request | None = None) -> str:
@@ -79,20 +88,21 @@ def attention(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array,
         raise ValueError(f"attention: sliding_window={sliding_window} needs causal=True")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"attention: sliding_window={sliding_window} must be at least 1: a token sees itself")
-    scale = head_dim**-0.5 if scale is None else float(scale)
     parts = 1 if mesh is None or tensor_axis is None else mesh.shape[tensor_axis]
     if heads % parts or kv_heads % parts:
         raise ValueError(f"attention: mesh axis {tensor_axis!r} of {parts} must divide {heads} query heads and"
                          f" {kv_heads} key and value heads")
-    request = Request(length, heads // parts, kv_heads // parts, head_dim, query_BSNH.dtype.name, causal,
-                      sliding_window, scale, segment_ids is not None, positions is not None, *find_device(mesh))
+    request = make_request(
+        length=length, heads=heads // parts, kv_heads=kv_heads // parts, head_dim=head_dim, dtype=query_BSNH.dtype.name,
+        causal=causal, sliding_window=sliding_window, scale=scale, segments=segment_ids is not None,
+        positions=positions is not None, mesh=mesh)
     implementation = chosen(implementation, request=request)
     if implementation == "xla":
         return attention_xla(query_BSNH, key_BSKH, value_BSKH, segment_ids=segment_ids, positions=positions,
-                             causal=causal, sliding_window=sliding_window, scale=scale, return_lse=return_lse)
+                             causal=causal, sliding_window=sliding_window, scale=request.scale, return_lse=return_lse)
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(
-            query_BSNH, key_BSKH, value_BSKH, scale=scale, is_causal=causal,
+            query_BSNH, key_BSKH, value_BSKH, scale=request.scale, is_causal=causal,
             local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
             implementation="cudnn", return_residual=return_lse)
     y_BSNH, lse_BNS = fused_attention(

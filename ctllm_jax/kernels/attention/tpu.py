@@ -75,8 +75,8 @@ def backward(request: Request, query_BSNH: jax.Array, key_BSKH: jax.Array, value
     options = {"vmem_limit": CHIPS[chip].vmem_limit, "interpret": interpret,
                "cost": _cost(request, query_BSNH.shape[0], matmuls=5, parts=parts)}
     if parts == 1:
-        grads = backward_kernel(request, blocks, ranges, jnp.int32(0), query, key, value, cotangent, *numbers, ids, None,
-                                **options)
+        grads = backward_kernel(request, blocks, ranges, jnp.int32(0), query, key, value, cotangent, *numbers, ids,
+                                None, **options)
     else:
         def one_part(query_grad_BNSH, inputs):
             part, key_BKMH, value_BKMH, key_ids = inputs
@@ -147,14 +147,23 @@ def _merge(x_PBKMH):
 
 
 def _cost(request: Request, rows: int, *, matmuls: int, parts: int = 1) -> pl.CostEstimate:
-    """What XLA cannot see in a kernel; of the causal half, and of all segments as if they were one."""
-    seen = request.length * min(request.length, request.sliding_window or request.length)
-    if request.causal and request.sliding_window is None:
-        seen //= 2
-    scores = rows * request.heads * seen
-    size = 4 if request.dtype == "float32" else 2
-    arrays = 2 * matmuls - 2 if matmuls == 2 else 4
-    moved = rows * request.length * request.head_dim * size * (
-        request.heads * arrays // 1 + 2 * request.kv_heads * (matmuls // 2))
-    return pl.CostEstimate(flops=2 * matmuls * scores * request.head_dim // parts, transcendentals=scores // parts,
+    """What XLA cannot see in a kernel; of all segments as if they were one."""
+    flops, moved = count_work(request, rows, matmuls=matmuls)
+    return pl.CostEstimate(flops=flops // parts, transcendentals=flops // (2 * matmuls * request.head_dim * parts),
                            bytes_accessed=moved // parts)
+
+
+def count_work(request: Request, rows: int, *, matmuls: int) -> tuple[int, int]:
+    """(FLOPs, bytes) of a pass: of what `causal` and the window let a token see, each array moved once.
+
+    The forward pass has 2 matmuls, the backward pass 5.
+    """
+    window = request.sliding_window
+    if window is not None:
+        seen = request.length * min(request.length, window)
+    else:
+        seen = request.length * (request.length + 1) // 2 if request.causal else request.length**2
+    row = rows * request.length * request.head_dim * (4 if request.dtype == "float32" else 2)
+    # Query and output, key and value; then query, cotangent and a gradient, key and value and their gradients.
+    arrays = 2 * request.heads + 2 * request.kv_heads if matmuls == 2 else 3 * request.heads + 4 * request.kv_heads
+    return 2 * matmuls * rows * request.heads * seen * request.head_dim, row * arrays

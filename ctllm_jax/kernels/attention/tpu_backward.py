@@ -70,7 +70,8 @@ def backward_kernel(request: Request, blocks: Blocks, ranges: Ranges, part, quer
     query_ids = pl.BlockSpec((None, 1, block), lambda b, k, g, i, spans_ref, *tables: (b, 0, near(b, i, spans_ref)))
     key_ids = pl.BlockSpec((None, 1, held), lambda b, k, g, i, *tables: (b, 0, 0))
     tables = (spans, jnp.reshape(part, (1,)), ranges.seen, ranges.query, ranges.key)
-    inputs = [query_BNSH, key_BKMH, value_BKMH, cotangent_BNSH, lse_BN1S, delta_BN1S, *[x for pair in ids for x in pair]]
+    inputs = [query_BNSH, key_BKMH, value_BKMH, cotangent_BNSH, lse_BN1S, delta_BN1S,
+              *(x for pair in ids for x in pair)]
     specs = [query_spec, key_spec, key_spec, query_spec, number_spec, number_spec, *[query_ids, key_ids] * len(ids)]
     grad_dtype, aliases = query_BNSH.dtype, {}
     if query_grad_BNSH is not None:

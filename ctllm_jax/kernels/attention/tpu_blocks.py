@@ -101,8 +101,8 @@ def check_blocks(blocks: Blocks, request: Request, chip: str) -> None:
     for name, need in (("forward", forward_vmem(blocks, request)), ("backward", backward_vmem(blocks, request))):
         if need > limit:
             raise ValueError(f"attention: the {name} pass of {blocks} needs {need / MIB:.1f} MiB of VMEM for head dim"
-                             f" {request.head_dim} in {request.dtype}, and a kernel gets {limit / MIB:.0f} MiB on {chip}:"
-                             " make its blocks, or key_major, smaller")
+                             f" {request.head_dim} in {request.dtype}, and a kernel gets {limit / MIB:.0f} MiB on"
+                             f" {chip}: make its blocks, or key_major, smaller")
 
 
 def forward_vmem(blocks: Blocks, request: Request) -> int:

@@ -1,8 +1,7 @@
 """The forward pass on TPU: a block of queries against the keys it can see, softmax as they come by (FlashAttention-2,
 arXiv 2307.08691).
 
-Legend: B rows, N query heads, K kv heads, S sequence, H head dim, Q queries of a block, T keys of a block, M keys held at
-once.
+Legend: B rows, N query heads, K kv heads, S sequence, H head dim, Q queries of a block, T keys of a block.
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ def forward_kernel(request: Request, blocks: Blocks, ranges: Ranges, query_BNSH,
 
     def held_keys(b, i, j, seen_ref):
         """The keys to hold: the nearest that the block sees, so that none are copied in vain."""
-        row = _row(ranges, b, query_blocks) + i
+        row = _row(ranges.rows > 1, b, query_blocks) + i
         first, stop = seen_ref[2 * row], seen_ref[2 * row + 1]
         per_major = held // blocks.key
-        return jnp.clip(j, first // per_major, jnp.maximum(stop - 1, first) // per_major)
+        return jnp.clip(j, jax.lax.div(first, per_major), jax.lax.div(jnp.maximum(stop - 1, first), per_major))
 
     def key_place(b, n, i, j, seen_ref, *tables):
-        return b, n // group, held_keys(b, i, j, seen_ref), 0
+        return b, jax.lax.div(n, group), held_keys(b, i, j, seen_ref), 0
 
     query_spec = pl.BlockSpec((None, None, block, head_dim), query_place)
     key_spec = pl.BlockSpec((None, None, held, head_dim), key_place)
@@ -73,14 +72,13 @@ def forward_kernel(request: Request, blocks: Blocks, ranges: Ranges, query_BNSH,
     )(ranges.seen, ranges.query, ranges.key, query_BNSH, key_BKSH, value_BKSH, *[x for pair in ids for x in pair])
 
 
-def _row(ranges_or_many, b, blocks: int):
+def _row(many_rows: bool, b, blocks: int):
     """Where a row's blocks begin in a table."""
-    many = ranges_or_many if isinstance(ranges_or_many, bool) else ranges_or_many.rows > 1
-    return b * blocks if many else 0
+    return b * blocks if many_rows else 0
 
 
-def _kernel(request, blocks, many_rows, num_ids, seen_ref, query_table_ref, key_table_ref, query_ref, key_ref, value_ref,
-            *refs):
+def _kernel(request, blocks, many_rows, num_ids, seen_ref, query_table_ref, key_table_ref, query_ref, key_ref,
+            value_ref, *refs):
     id_refs, (y_ref, lse_ref, sum_ref, highest_ref, total_ref, *columns) = refs[:2 * num_ids], refs[2 * num_ids:]
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     majors = pl.num_programs(3)

@@ -1,4 +1,4 @@
-"""Which blocks of keys a block of queries can see, from the lowest and highest ids of each: a few numbers a block, which
+"""Which blocks of keys a block of queries can see, by the lowest and highest ids of each: a few numbers a block, which
 the kernels read as scalars. Nothing of size [S, S] is made.
 
 Legend: B rows (1 where neither segments nor positions are given, and all rows are alike), S sequence, I blocks of

@@ -1,0 +1,22 @@
+"""Devices of TPU chips that are not here, for compiling ahead of time. Needs libtpu (pip extra tpu), and no TPU."""
+
+from __future__ import annotations
+
+import jax
+
+SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+"""Chip -> the smallest slice of it that the compiler takes."""
+
+
+def find_topology(chip: str) -> list[jax.Device]:
+    """The devices of the smallest slice of a chip.
+
+    Raises:
+      ValueError: an unknown chip.
+      RuntimeError: libtpu is not installed.
+    """
+    from jax.experimental import topologies
+
+    if chip not in SLICES:
+        raise ValueError(f"chip {chip!r} must be one of {', '.join(SLICES)}")
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=SLICES[chip]).devices)
