@@ -159,7 +159,7 @@ def _finish(context: Context, table: Table, cases: list[Any], notes: list[str]) 
     """The table, and below it what did not run, and why; of a dry run what would."""
     if context.dry_run:
         for case in cases:
-            context.console.print(Text(" ".join(part for part in (getattr(case, "chip", ""), case.op, case.case) if part)))
+            context.console.print(Text(f"{getattr(case, 'chip', '')} {case.op}: {case.case}".strip()))
         return
     if table.row_count:
         context.console.print(table)

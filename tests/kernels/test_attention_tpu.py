@@ -1,4 +1,4 @@
-"""The TPU kernels in interpret mode, whose memory is NaN until it is written and which raises on reads out of bounds."""
+"""The TPU kernels in interpret mode: memory is NaN until it is written, and a read out of bounds raises."""
 
 import importlib
 from functools import partial
@@ -161,7 +161,7 @@ def test_vmap_and_jit():
     inputs, ids = draw_inputs(140, 2, 1, 64, dtype="float32", packed=True, rows=4)
     function = make_function(*inputs[:2], ids, using=kernels(interpret=True))
     pairs = [x.reshape(2, 2, *x.shape[1:]) for x in (*inputs[:3], ids["segment_ids"])]
-    y, lse = jax.vmap(lambda query, key, value, segments: function(query, key, value, {"segment_ids": segments}))(*pairs)
+    y, lse = jax.vmap(lambda *inputs: function(*inputs[:3], {"segment_ids": inputs[3]}))(*pairs)
     together = jax.jit(function)(*inputs[:3], ids)
     np.testing.assert_array_equal(y.reshape(together[0].shape), together[0])
     np.testing.assert_array_equal(lse.reshape(together[1].shape), together[1])
