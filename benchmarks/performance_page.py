@@ -30,7 +30,7 @@ HEAD = """# Performance
 Written by `python benchmarks/performance_page.py` from `benchmarks/results/*.json`: run a benchmark again to change a
 figure. Each section gives its command. A list of repeats is shown as median (lowest to highest). All speeds are from
 CPUs; those of a GPU or TPU do not exist yet, and what to run for them stands in [log.md](log.md#to-measure-on-a-gpu).
-Memory on a TPU or GPU is what its compiler says of the step.
+Memory and instruction bundles on a TPU or GPU are what its compiler says.
 """
 
 

@@ -1,6 +1,6 @@
 """Memory of the 2B train step on a TPU slice that is not here, by TPU's own compiler: attention by Pallas and by XLA.
 
-    python benchmarks/step_memory.py [--config ct_llm_2b/pretrain] [--slice v5p:4x4x4] [--output FILE]
+    python benchmarks/step_memory.py [--config ct_llm_2b/pretrain] [--slice v5p:4x4x4] [--remat block …] [--output FILE]
 
 Needs the pip extra tpu, and no TPU. The figures are bytes on each chip, as the compiler planned them.
 """
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from datetime import date
@@ -50,22 +51,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="ct_llm_2b/pretrain")
     parser.add_argument("--slice", default="v5p:4x4x4")
+    parser.add_argument("--remat", nargs="+", default=["block"])
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "results" / "step_memory.json")
     parser.add_argument("overrides", nargs="*", help="keys of the config, key=value")
     arguments = parser.parse_args()
     columns = {}
-    for remat in ("block", "attention"):
+    for remat in arguments.remat:
         for attention in ("pallas", "xla"):
-            overrides = [f"compute.remat={remat}", "data=synthetic", *arguments.overrides]
-            columns[f"{attention}, remat {remat}"] = compile_step(
-                arguments.config, arguments.slice, attention, overrides)
-            print(attention, remat, columns[f"{attention}, remat {remat}"], flush=True)
-    result = {"command": "python benchmarks/step_memory.py", "device": f"{arguments.slice}, compiled ahead of time",
-              "python": platform.python_version(), "date": date.today().isoformat(),
+            name = f"{attention}, remat {remat}"
+            columns[name] = compile_step(arguments.config, arguments.slice, attention,
+                                         [f"compute.remat={remat}", "data=synthetic", *arguments.overrides])
+            print(name, columns[name], flush=True)
+            # After each, for a compile can take ten minutes.
+            write(arguments, columns)
+    return 0
+
+
+def write(arguments: argparse.Namespace, columns: dict[str, dict[str, Any]]) -> None:
+    """The figures so far."""
+    result = {"command": shlex.join(["python", "benchmarks/step_memory.py", *sys.argv[1:]]),
+              "device": f"{arguments.slice}, compiled ahead of time", "python": platform.python_version(),
+              "date": date.today().isoformat(),
               "versions": {name: version(name) for name in ("jax", "jaxlib", "libtpu")},
               "sections": {f"{arguments.config} on {arguments.slice}": columns}}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":

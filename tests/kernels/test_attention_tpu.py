@@ -27,12 +27,12 @@ GRID = [
     (257, 2, 2, 128, "bfloat16", True, {}),
     (600, 2, 1, 64, "bfloat16", True, {}),
     (1, 1, 1, 64, "float32", False, {}),
-    (130, 2, 1, 64, "float32", False, {}),
-    (300, 2, 2, 64, "float32", False, {"causal": False}),
     (400, 1, 1, 64, "float32", True, {"sliding_window": 70}),
     (300, 2, 1, 64, "float32", True, {"positions": True}),
 ]
 MORE = [
+    (300, 2, 2, 64, "float32", False, {"causal": False}),
+    (130, 2, 1, 64, "float32", False, {}),
     (128, 1, 1, 64, "float32", True, {}),
     (512, 2, 2, 128, "float32", True, {}),
     (513, 8, 1, 64, "bfloat16", True, {}),
@@ -217,6 +217,9 @@ def test_what_the_kernels_cannot_do_goes_to_xla_or_is_refused(changes, message):
 def test_on_a_gpu_cudnn_takes_what_it_can(monkeypatch):
     request = make_request(length=128, heads=2, kv_heads=1, head_dim=64, segments=False)._replace(
         platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+    with pytest.raises(ValueError, match="'cudnn' cannot run on gpu: .*there is no GPU here"):
+        chosen("cudnn", request=request)
+    monkeypatch.setattr(attention_room.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(attention_room.importlib.util, "find_spec", lambda name: True)
     assert chosen(request=request) == "cudnn"
     for changes, message in (({"segments": True}, "no segment ids"), ({"dtype": "float32"}, "bfloat16 and float16"),

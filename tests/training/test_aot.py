@@ -19,6 +19,8 @@ OVERRIDES = [f"model.vocab_size={VOCAB}", f"model.hidden_size={HIDDEN}", f"model
              f"model.context_length={LENGTH}",
              f"batch.sequence_length={LENGTH}", f"batch.tokens={ROWS * LENGTH}", "compute.dtype=bfloat16",
              "mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2", "compute.loss_chunk=512"]
+# Where attention is not what is looked at: a kernel that is compiled 18 times takes minutes.
+XLA = "compute.attention=xla"
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +30,15 @@ def devices():
     return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 
 
+def plan(devices, remat, *overrides, scan=True):
+    config = load(PretrainConfig, target="debug/pretrain",
+                  overrides=[*OVERRIDES, f"compute.remat={remat}", f"compute.scan_layers={scan}", *overrides])
+    return plan_step(config, sharding.make_mesh(config.mesh.model_dump(), devices))
+
+
 def temporaries(devices, remat, scan=True):
     """Bytes of temporaries on each chip."""
-    config = load(PretrainConfig, target="debug/pretrain",
-                  overrides=[*OVERRIDES, f"compute.remat={remat}", f"compute.scan_layers={scan}"])
-    mesh = sharding.make_mesh(config.mesh.model_dump(), devices)
-    return plan_step(config, mesh).compile().memory_analysis().temp_size_in_bytes
+    return plan(devices, remat, XLA, scan=scan).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_memory_of_the_step_on_a_slice(devices):
@@ -64,3 +69,23 @@ def test_remat_of_unrolled_blocks_is_real_on_a_tpu(devices):
     """Where the CPU compiler merges what is computed twice, this one keeps it apart."""
     none, attention, block = (temporaries(devices, remat, scan=False) for remat in ("none", "attention", "block"))
     assert block < attention < none
+
+
+def test_the_step_runs_the_pallas_kernels_on_each_device(devices):
+    """`auto`, on a mesh that splits rows and heads; remat "attention" keeps what they give, so they run once."""
+    for remat, forwards in (("block", 2), ("attention", 1)):
+        step = plan(devices, remat)
+        lowered = step.jitted.lower(step.abstract_state, step.abstract_batch, None)
+        kernels = [lowered.as_text().count(f'kernel_name = "attention_{way}"') for way in ("forward", "backward")]
+        assert kernels == [forwards, 1]
+    lowered.compile()
+
+
+@pytest.mark.slow
+def test_the_2b_step_fits_a_slice_of_v5p():
+    from jax.experimental import topologies
+
+    config = load(PretrainConfig, target="ct_llm_2b/pretrain", overrides=["data=synthetic", "compute.attention=pallas"])
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4").devices
+    compiled = plan_step(config, sharding.make_mesh(config.mesh.model_dump(), devices)).compile()
+    assert compiled.memory_analysis().peak_memory_in_bytes < 16 * 2**30

@@ -128,6 +128,8 @@ def _pallas_refusal(platform: str, device_kind: str, request: Request | None) ->
 def _cudnn_refusal(platform: str, request: Request | None) -> str | None:
     if platform != "gpu":
         return "it is for NVIDIA GPUs"
+    if jax.default_backend() != "gpu":
+        return "it is looked for while a function is traced, and there is no GPU here"
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.cudnn") is None:
         return "the cuDNN wheel is not installed (pip extra cuda12 or cuda13)"
     if request is None:
