@@ -90,11 +90,12 @@ def test_both_passes_equal_float64(case):
 
 def test_documents_are_isolated_and_padding_is_zero():
     """Bit for bit, forward and backward, over three parts of keys; document 2 begins inside of a block."""
-    length, border, end = 600, 200, 550
-    inputs, _ = draw_inputs(length, 2, 1, 64, dtype="float32", packed=False, rows=1)
+    length, border, end = 384, 130, 350
+    inputs, _ = draw_inputs(length, 1, 1, 64, dtype="float32", packed=False, rows=1)
     place = np.arange(length)
     ids = {"segment_ids": jnp.asarray(np.where(place < border, 1, np.where(place < end, 2, 0))[None], jnp.int32)}
-    function = with_gradients(make_function(*inputs[:2], ids))
+    blocks = Blocks(128, 128, 128, 128, 128, 128)
+    function = with_gradients(make_function(*inputs[:2], ids, using=kernels(blocks)))
     first = (place < border)[None, :, None, None]
     before = function(*inputs, ids)
     after = function(*(jnp.where(first, 50 * x + 1, x) for x in inputs), ids)
@@ -179,7 +180,7 @@ def test_on_a_mesh_each_device_has_its_rows_and_heads():
                                request=request, mesh=mesh, batch_axes=("data", "fsdp"), tensor_axis="tensor")
 
     for ours, theirs in zip(with_gradients(function)(*inputs, ids), alone, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
     with pytest.raises(ValueError, match=r"mesh axis 'tensor' of 2 must divide 3 query heads"):
         attention(inputs[0][:, :, :3], inputs[1][:, :, :1], inputs[2][:, :, :1], mesh=mesh)
 

@@ -23,6 +23,7 @@ from ctllm_jax.kernels.attention.tpu_masks import (
     MASKED,
     matmul,
     needs_mask,
+    places,
     read_row,
     tile_lanes,
     to_column,
@@ -133,10 +134,12 @@ def _kernel(request, blocks, many_rows, num_ids, accumulates, spans_ref, part_re
         if masked:
             pairs = [(query_row_ref[...], tile_lanes(to_column(key_row_ref[:, keys]), blocks.backward_query))
                      for query_row_ref, key_row_ref in zip(id_refs[::2], id_refs[1::2], strict=True)]
-            mask = visible(request, scores_TQ.shape, query_dim=1,
-                           starts=(i * blocks.backward_query, block * blocks.backward_key),
-                           segments=pairs[0] if request.segments else None,
-                           positions=pairs[-1] if request.positions else None)
+            if request.causal and not request.positions:
+                column = places(block * blocks.backward_key, blocks.backward_key, column=True)
+                pairs.append((places(i * blocks.backward_query, blocks.backward_query, column=False),
+                              tile_lanes(column, blocks.backward_query)))
+            mask = visible(request, positions=pairs[-1] if request.causal else None,
+                           segments=pairs[0] if request.segments else None)
             scores_TQ = jnp.where(mask, scores_TQ, MASKED)
         probs_TQ = jnp.exp2(scores_TQ - lse_ref[...] * LOG2_E)
         value_sum_ref[keys, :] += matmul(probs_TQ.astype(query_QH.dtype), cotangent_QH, contract=(1, 0))

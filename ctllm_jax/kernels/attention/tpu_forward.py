@@ -20,6 +20,7 @@ from ctllm_jax.kernels.attention.tpu_masks import (
     MASKED,
     matmul,
     needs_mask,
+    places,
     read_row,
     tile_lanes,
     to_column,
@@ -101,9 +102,11 @@ def _kernel(request, blocks, many_rows, num_ids, seen_ref, query_table_ref, key_
         if masked:
             pairs = [(tile_lanes(column_ref[...], blocks.key), row_ref[:, keys])
                      for column_ref, row_ref in zip(columns, id_refs[1::2], strict=True)]
-            mask = visible(request, scores_QT.shape, query_dim=0, starts=(i * blocks.query, block * blocks.key),
-                           segments=pairs[0] if request.segments else None,
-                           positions=pairs[-1] if request.positions else None)
+            if request.causal and not request.positions:
+                queries = places(i * blocks.query, blocks.query, column=True)
+                pairs.append((tile_lanes(queries, blocks.key), places(block * blocks.key, blocks.key, column=False)))
+            mask = visible(request, positions=pairs[-1] if request.causal else None,
+                           segments=pairs[0] if request.segments else None)
             scores_QT = jnp.where(mask, scores_QT, MASKED)
         before = highest_ref[...]
         highest = jnp.maximum(before, jnp.max(scores_QT, axis=1, keepdims=True))

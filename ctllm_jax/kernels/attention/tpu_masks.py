@@ -45,25 +45,25 @@ def tile_lanes(column, width: int):
     return column[:, :width] if width < LANES else jnp.tile(column, (1, width // LANES))
 
 
-def visible(request: Request, shape: tuple[int, int], *, query_dim: int, starts, segments, positions):
-    """Bool of `shape`, whether a query sees a key; query_dim says which of the dims is theirs.
+def places(start, length: int, *, column: bool):
+    """The places of a block's tokens in their row, as a [length, 128] column or a [1, length] row."""
+    shape = (length, LANES) if column else (1, length)
+    return start + jax.lax.broadcasted_iota(jnp.int32, shape, 0 if column else 1)
+
+
+def visible(request: Request, *, positions, segments):
+    """Whether a query sees a key: bool, of the shape that the pairs broadcast to.
 
     Args:
-      starts: (first query, first key) of the blocks, in their row; for a causal order by place.
-      segments, positions: (of queries, of keys), each of a shape that broadcasts to `shape`; None: not given.
+      positions: (of queries, of keys); None: nothing is hidden by them.
+      segments: the same; None: not given.
     """
     mask = None
-    if request.causal:
-        if positions is None:
-            # How far the key lies behind the query, less what the blocks themselves lie apart.
-            behind = (jax.lax.broadcasted_iota(jnp.int32, shape, query_dim)
-                      - jax.lax.broadcasted_iota(jnp.int32, shape, 1 - query_dim))
-            nearest = starts[1] - starts[0]
-        else:
-            behind, nearest = positions[0] - positions[1], 0
-        mask = behind >= nearest
+    if positions is not None:
+        query, key = positions
+        mask = key <= query
         if request.sliding_window is not None:
-            mask &= behind < nearest + request.sliding_window
+            mask &= key > query - request.sliding_window
     if segments is not None:
         same = segments[0] == segments[1]
         mask = same if mask is None else mask & same
