@@ -9,6 +9,7 @@ import pytest
 
 from ctllm_jax import kernels
 from ctllm_jax.kernels.attention import attention, cached_attention
+from ctllm_jax.kernels.attention.host import attention_float64 as attention_host
 from ctllm_jax.kernels.attention.reference import attention_reference
 
 # (S, N, K, H, window): one block and several, whole and odd, and one long enough to compute probabilities twice.
@@ -185,6 +186,43 @@ def test_scale_and_both_directions():
                                    attention_reference(query, key, value, **options), atol=2e-6)
 
 
+@pytest.mark.parametrize(("length", "options"), [
+    (140, {}), (300, {"sliding_window": 40}), (1100, {}), (1100, {"sliding_window": 70})])
+def test_positions_and_log_sum_exp_with_their_gradients(length, options):
+    """Tokens in any order, against float64 on the host; both outputs differentiated."""
+    *inputs, direction = draw(length, 2, 1, 8, seed=13)
+    random = np.random.default_rng(13)
+    ids = {"segment_ids": segments_of(length),
+           "positions": np.stack([random.permutation(length) for _ in range(2)]).astype(np.int32)}
+    lse_direction = np.where(ids["segment_ids"][..., None] > 0, random.standard_normal((2, length, 2)), 0)
+    (y, lse), pullback = jax.vjp(
+        jax.jit(partial(attention, return_lse=True, **ids, **options)), *map(jnp.asarray, inputs))
+    exact = attention_host(*inputs, direction, lse_cotangent=lse_direction, **ids, **options)
+    np.testing.assert_allclose(y, exact.y, atol=2e-6)
+    np.testing.assert_allclose(lse, exact.lse, rtol=2e-6, atol=2e-6)
+    slopes = pullback((jnp.asarray(direction), jnp.asarray(lse_direction, jnp.float32)))
+    for ours, theirs in zip(slopes, exact[2:], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+def test_positions_that_count_up_say_nothing_new():
+    query, key, value, _ = draw(200, 2, 1, 8, seed=14)
+    segments = np.repeat([1, 2], 100)[None].repeat(2, axis=0).astype(np.int32)
+    positions = np.tile(np.arange(100, dtype=np.int32), 2)[None].repeat(2, axis=0)
+    np.testing.assert_allclose(attention(query, key, value, segment_ids=segments, positions=positions),
+                               attention(query, key, value, segment_ids=segments), atol=1e-6)
+
+
+def test_the_host_agrees_with_the_function_it_is_not():
+    *inputs, direction = draw(60, 4, 2, 8, seed=15)
+    segments = segments_of(60)
+    exact = attention_host(*inputs, direction, segment_ids=segments, sliding_window=9)
+    np.testing.assert_allclose(exact.y, attention_float64(*inputs, segments, 9), atol=1e-12)
+    dense = gradients(attention_reference, *inputs, direction, segment_ids=segments, sliding_window=9)
+    for host, other in zip(exact[2:], dense, strict=True):
+        np.testing.assert_allclose(host, other, atol=5e-6)
+
+
 def test_vmap_is_a_loop():
     inputs = [np.stack(pair) for pair in zip(draw(140, 2, 1, 4, seed=10), draw(140, 2, 1, 4, seed=11), strict=True)]
     segments = np.stack([segments_of(140), np.ones((2, 140), np.int32)])
@@ -248,6 +286,8 @@ def test_cached_attention_is_the_last_rows_of_the_full_one(window):
     ({"implementation": "cudnn"}, r"'cudnn' cannot run on cpu: .*what can: .*xla"),
     ({"implementation": "fast"}, "must be one of auto, pallas, cudnn, xla"),
     ({"sliding_window": 4, "causal": False}, "sliding_window=4 needs causal=True"),
+    ({"positions": np.ones((2, 10), np.int32), "causal": False}, "positions need causal=True"),
+    ({"positions": np.ones((2, 9), np.int32)}, r"positions \(2, 9\) must be \(2, 10\)"),
     ({"sliding_window": 0}, "sliding_window=0 must be at least 1"),
     ({"segment_ids": np.ones((2, 9), np.int32)}, r"segment_ids \(2, 9\) must be \(2, 10\)"),
 ])
