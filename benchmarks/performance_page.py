@@ -67,12 +67,18 @@ def _section(name: str, result: Mapping[str, Any]) -> str:
     columns = {key: value for key, value in figures.items() if isinstance(value, Mapping)}
     lines += _columns(columns)
     # A median beside its own repeats would say the same twice.
-    rest = {key: value for key, value in figures.items() if key not in columns and f"{key}_all" not in figures}
+    rest = {key: value for key, value in figures.items()
+            if key not in columns and f"{key}_all" not in figures and not _is_raw(value)}
     if rest:
         lines += ["", *_table(["", "figure"], ([_words(key), _shown(key, value)] for key, value in rest.items()))]
     for title, columns in (result.get("sections") or {}).items():
         lines += ["", f"### {_words(title)}", *_columns(columns)]
     return "\n".join(lines) + "\n"
+
+
+def _is_raw(value: Any) -> bool:
+    """Whether an entry is a list of records, which are kept for reading by machine."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
 def _columns(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
