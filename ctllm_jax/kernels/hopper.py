@@ -1,0 +1,64 @@
+"""What one Hopper multiprocessor has, and how kernels for it are set up: shared by attention and SwiGLU.
+
+A block of these kernels is some *groups* that compute and one that copies. A group is a warpgroup, 128 threads, and works
+on 64 rows, the height of one matrix instruction (wgmma); the copying one asks the memory engine (TMA) for tiles.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 64
+"""Rows of a group."""
+SHARED_BYTES = 227 * 1024
+"""Shared memory that one block can have."""
+RESERVED_BYTES = 4 * 1024
+"""Of it, left to the compiler: barriers, alignment, scratch of its reductions."""
+COMPUTE_REGISTERS = {1: 240, 2: 240, 3: 160}
+"""Computing groups -> registers a thread of theirs has. A block holds 504 (with two) or 512 (with three) for one thread
+of each group, and asking for more never returns."""
+COPY_REGISTERS = {1: 24, 2: 24, 3: 32}
+"""Computing groups -> registers a thread of the copying group keeps."""
+SPARE_REGISTERS = 40
+"""For addresses, row statistics and loop state, beside the arrays that a kernel counts itself."""
+
+
+def tiled(dtype_bytes: int = 2) -> tuple:
+    """Transforms of a tile in shared memory as wgmma reads it: 8 rows by 128 bytes, swizzled."""
+    return plgpu.TilingTransform((8, 128 // dtype_bytes)), plgpu.SwizzleTransform(128)
+
+
+def slot_of(count: jax.Array, stages: int) -> jax.Array:
+    """Which of a ring's stages the count-th tile lies in; a signed remainder is several instructions."""
+    if stages & (stages - 1):
+        return lax.rem(count, jnp.int32(stages))
+    return lax.bitwise_and(count, jnp.int32(stages - 1))
+
+
+def compiler_params() -> plgpu.CompilerParams:
+    """Approximate exp2 (2 ulp), and the lowering that infers layouts, which is JAX's default from 0.11 on."""
+    return plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+
+
+def check_shared_bytes(what: str, needed: int) -> None:
+    """Raises ValueError if a block's tiles do not fit."""
+    if needed > SHARED_BYTES - RESERVED_BYTES:
+        raise ValueError(f"{what} needs {needed} bytes of shared memory, and a block has {SHARED_BYTES} less"
+                         f" {RESERVED_BYTES} for barriers and scratch: take smaller blocks or fewer stages")
+
+
+def check_registers(what: str, needed: int, *, groups: int) -> None:
+    """Raises ValueError if what a thread holds leaves too few registers for the rest."""
+    held = COMPUTE_REGISTERS[groups]
+    if needed + SPARE_REGISTERS > held:
+        raise ValueError(f"{what} needs {needed} registers a thread for its arrays and about {SPARE_REGISTERS} more,"
+                         f" and with {groups} computing groups a thread has {held}: take smaller blocks or fewer groups")
+
+
+def check_multiple(what: str, size: int, of: int) -> None:
+    """Raises ValueError if a size is not a positive multiple."""
+    if size <= 0 or size % of:
+        raise ValueError(f"{what} is {size}, and must be a positive multiple of {of}")
