@@ -15,14 +15,14 @@ ROWS = 64
 """Rows of a group."""
 SHARED_BYTES = 227 * 1024
 """Shared memory that one block can have."""
-RESERVED_BYTES = 4 * 1024
-"""Of it, left to the compiler: barriers, alignment, scratch of its reductions."""
+RESERVED_BYTES = 1024
+"""Of it, left to the compiler, for barriers."""
 COMPUTE_REGISTERS = {1: 240, 2: 240, 3: 160}
 """Computing groups -> registers a thread of theirs has. A block holds 504 (with two) or 512 (with three) for one thread
 of each group, and asking for more never returns."""
 COPY_REGISTERS = {1: 24, 2: 24, 3: 32}
 """Computing groups -> registers a thread of the copying group keeps."""
-SPARE_REGISTERS = 40
+SPARE_REGISTERS = 32
 """For addresses, row statistics and loop state, beside the arrays that a kernel counts itself."""
 
 

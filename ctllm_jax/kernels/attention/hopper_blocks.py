@@ -33,7 +33,7 @@ class HopperBlocks:
     forward_stages: int = 2
     dkv_groups: int = 2
     dkv_queries: int = 64
-    dkv_stages: int = 3
+    dkv_stages: int = 2
     dq_groups: int = 2
     dq_keys: int = 64
     dq_stages: int = 3
