@@ -1,14 +1,15 @@
 """Pallas Mosaic GPU kernels on the CPU, timed as badly as the hardware may: what the real one leaves open, goes wrong.
 
-A kernel's own source runs, one Python thread for each of its groups (warpgroups), with the names that it calls replaced.
-JAX's interpreter has no wgmma with an operand in registers and no `run_state`; and it copies at once, where here
-- a tile that is asked for is NaN until somebody waits for its barrier, and then arrives as late as can be, in any order;
+A kernel's own source runs, one Python thread for each of its groups (warpgroups), with the names that it calls
+replaced. JAX's interpreter has no wgmma with an operand in registers and copies at once, where here
+- a tile that is asked for is NaN until somebody waits for its barrier, and then arrives as late as can be, in any
+  order;
 - a matmul reads its operands in shared memory when it is awaited, so that a buffer given back too early is seen;
-- an accumulator that is read or set before its matmuls were awaited raises, as does a store to global memory of what was
-  not committed, a matmul or a store never awaited, and a wait that nobody can end;
+- an accumulator that is read or set before its matmuls were awaited raises, as does a store to global memory of what
+  was not committed, a matmul or a store never awaited, and a wait that nobody can end;
 - what lies outside of an array is read as zeros and not written, as the memory engine has it; the rest of the shared
   memory and all outputs start as NaN.
-Layouts, swizzles and registers it does not know: those are the compiler's to refuse.
+Layouts and swizzles it does not know: those are the compiler's to refuse.
 """
 
 import random

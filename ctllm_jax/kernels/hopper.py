@@ -1,10 +1,13 @@
 """What one Hopper multiprocessor has, and how kernels for it are set up: shared by attention and SwiGLU.
 
-A block of these kernels is some *groups* that compute and one that copies. A group is a warpgroup, 128 threads, and works
-on 64 rows, the height of one matrix instruction (wgmma); the copying one asks the memory engine (TMA) for tiles.
+A block of these kernels is two or three *groups* that compute and one that copies. A group is a warpgroup, 128 threads,
+and works on 64 rows, the height of one matrix instruction (wgmma); the copying one asks the memory engine (TMA) for
+tiles.
 """
 
 from __future__ import annotations
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +20,23 @@ SHARED_BYTES = 227 * 1024
 """Shared memory that one block can have."""
 RESERVED_BYTES = 1024
 """Of it, left to the compiler, for barriers."""
-COMPUTE_REGISTERS = {1: 240, 2: 240, 3: 160}
+COMPUTE_REGISTERS = {2: 240, 3: 160}
 """Computing groups -> registers a thread of theirs has. A block holds 504 (with two) or 512 (with three) for one thread
 of each group, and asking for more never returns."""
-COPY_REGISTERS = {1: 24, 2: 24, 3: 32}
+COPY_REGISTERS = {2: 24, 3: 32}
 """Computing groups -> registers a thread of the copying group keeps."""
 SPARE_REGISTERS = 32
 """For addresses, row statistics and loop state, beside the arrays that a kernel counts itself."""
 
 
-def tiled(dtype_bytes: int = 2) -> tuple:
-    """Transforms of a tile in shared memory as wgmma reads it: 8 rows by 128 bytes, swizzled."""
-    return plgpu.TilingTransform((8, 128 // dtype_bytes)), plgpu.SwizzleTransform(128)
+def is_hopper(device_kind: str) -> bool:
+    """Whether `jax.Device.device_kind` is one of H20, H100, H200, H800, GH200."""
+    return re.search(r"\bG?H(20|100|200|800)\b", device_kind) is not None
+
+
+def tiled() -> tuple:
+    """Transforms of a tile of 16-bit numbers in shared memory as wgmma reads it: 8 rows by 128 bytes, swizzled."""
+    return plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 
 
 def slot_of(count: jax.Array, stages: int) -> jax.Array:
@@ -55,7 +63,8 @@ def check_registers(what: str, needed: int, *, groups: int) -> None:
     held = COMPUTE_REGISTERS[groups]
     if needed + SPARE_REGISTERS > held:
         raise ValueError(f"{what} needs {needed} registers a thread for its arrays and about {SPARE_REGISTERS} more,"
-                         f" and with {groups} computing groups a thread has {held}: take smaller blocks or fewer groups")
+                         f" and with {groups} computing groups a thread has {held}: take smaller blocks, or fewer"
+                         " groups")
 
 
 def check_multiple(what: str, size: int, of: int) -> None:

@@ -1,4 +1,4 @@
-"""Hopper's attention: the kernels' own source, simulated; the blocks that they skip; what CUDA's compiler makes of them."""
+"""Hopper's attention: the kernels' own source, simulated; the blocks that they skip; what CUDA's compiler makes."""
 
 import json
 import subprocess
@@ -77,7 +77,7 @@ CASES = {
         request_of(75, heads=1, segments=False, causal=False), 1, False, HopperBlocks()),
     "packed, window": (request_of(256, heads=1, sliding_window=70), 1, True, HopperBlocks()),
     "packed, float16, other blocks": (request_of(200, heads=1, dtype="float16"), 1, True, HopperBlocks(
-        forward_groups=3, forward_keys=64, forward_stages=3, dkv_groups=1, dkv_stages=3, dq_keys=128, dq_groups=1)),
+        forward_groups=3, forward_keys=64, forward_stages=3, dkv_stages=3, dq_keys=128)),
     "head dim 128, scale": (request_of(136, heads=1, head_dim=128, scale=0.5), 1, True, HopperBlocks()),
 }
 
@@ -170,9 +170,9 @@ def test_what_it_does_not_do_has_a_reason(changes, message):
     ({"forward_keys": 320}, "320 wide, and a matrix instruction 256"),
     ({"forward_keys": 256}, "the forward kernel at head dim 128 needs 256 registers .* a thread has 240"),
     ({"dq_groups": 3}, "the dq kernel .* with 3 computing groups a thread has 160"),
-    ({"forward_stages": 4}, r"the forward kernel at head dim 128 needs \d+ bytes of shared memory, and a block has 232448"),
+    ({"forward_stages": 4}, r"the forward kernel at head dim 128 needs \d+ bytes of shared memory, .* has 232448"),
     ({"dq_stages": 1}, "dq_stages is 1, and must be at least 2"),
-    ({"dq_groups": 4}, "dq_groups is 4, and must be one of 1, 2, 3"),
+    ({"dq_groups": 4}, "dq_groups is 4, and must be one of 2, 3"),
 ])
 def test_a_block_size_that_does_not_fit_names_the_limit(sizes, message):
     HopperBlocks().check(128)

@@ -5,8 +5,6 @@ Legend: B batch, S sequence, N query heads, K key and value heads, H head dim.
 
 from __future__ import annotations
 
-import re
-
 import jax
 import jax.numpy as jnp
 
@@ -14,17 +12,17 @@ from ctllm_jax.kernels.attention.fused import NOTHING_SEEN, Request
 from ctllm_jax.kernels.attention.hopper_backward import attention_backward
 from ctllm_jax.kernels.attention.hopper_blocks import HopperBlocks
 from ctllm_jax.kernels.attention.hopper_forward import attention_forward
+from ctllm_jax.kernels.hopper import is_hopper
 
 DEFAULT_BLOCKS = HopperBlocks()
 FASTEST: frozenset[tuple[int, str, bool]] = frozenset()
 """(head dim, dtype, segments) where these kernels were measured to be faster than cuDNN and XLA, so that "auto" takes
 them. Empty: they are compiled and simulated, and were not measured yet."""
-_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 
 
 def refusal(request: Request) -> str | None:
     """Why these kernels cannot do what is requested; None if they can."""
-    if request.platform != "gpu" or not _HOPPER.search(request.device_kind):
+    if request.platform != "gpu" or not is_hopper(request.device_kind):
         return f"its GPU kernels are for Hopper (H100, H200), and this is {request.device_kind}"
     if request.dtype not in ("bfloat16", "float16"):
         return f"it computes in bfloat16 and float16, and the query is {request.dtype}"

@@ -1,9 +1,9 @@
-"""The backward pass of attention on Hopper: scores computed again, in two kernels, without atomics, so that it gives the
-same bits each time (FlashAttention-2, arXiv 2307.08691).
+"""The backward pass of attention on Hopper: scores computed again (FlashAttention-2, arXiv 2307.08691), in two kernels.
 
-One kernel holds keys and values and goes over queries, for their two gradients; it works on transposed scores, so that
-the probabilities are the left operand that a matrix instruction takes from registers. The other holds queries and goes
-over keys. With P the probabilities, dP = dY Vᵀ and dS = P ⊙ (dP - delta): dV = Pᵀ dY, dK = scale · dSᵀ Q, dQ = scale · dS K.
+One holds keys and values and goes over queries, for their two gradients; it works on transposed scores, so that the
+probabilities are the left operand that a matrix instruction takes from registers. The other holds queries and goes over
+keys. No atomics: the same bits each time. With P the probabilities, dP = dY Vᵀ and dS = P ⊙ (dP - delta):
+dV = Pᵀ dY, dK = scale · dSᵀ Q, dQ = scale · dS K.
 
 Legend: B batch, S sequence, P the sequence padded to whole blocks, N query heads, K key and value heads, H head dim;
 R the 64 rows of a group, C the columns of a step.

@@ -47,7 +47,8 @@ def attention_forward(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: ja
                      sliding_window=sliding_window, scale=scale, blocks=blocks, nothing_seen=nothing_seen)
     dtype = query_BSNH.dtype
     y_BSNH, lse_BNP = plgpu.kernel(
-        kernel, kernel_name="attention_forward", grid=(tiles * heads * batch,), grid_names=("tile",), num_threads=groups + 1, thread_name="group",
+        kernel, kernel_name="attention_forward", grid=(tiles * heads * batch,), grid_names=("tile",),
+        num_threads=groups + 1, thread_name="group",
         out_type=(jax.ShapeDtypeStruct(query_BSNH.shape, dtype),
                   jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32)),
         scratch_types=dict(
@@ -121,8 +122,9 @@ def _kernel(query_ref, key_ref, value_ref, query_ids_ref, key_ids_ref, bounds_re
         row_start = (tile * groups + group) * ROWS
 
         def hide(scores_RC, block, slot):
-            return hide_unseen(scores_RC, row_start=row_start, column_start=block * columns, row_ids=query_ids.at[group],
-                               column_ids=key_ids.at[slot], causal=causal, sliding_window=sliding_window)
+            return hide_unseen(scores_RC, row_start=row_start, column_start=block * columns,
+                               row_ids=query_ids.at[group], column_ids=key_ids.at[slot], causal=causal,
+                               sliding_window=sliding_window)
 
         def softmax(scores_RC, highest_R, sums_R):
             """In powers of two, the scale folded into the exponent; `highest` is of scaled scores."""

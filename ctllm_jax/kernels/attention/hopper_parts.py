@@ -58,11 +58,11 @@ def hide_unseen(scores_RC: jax.Array, *, row_start, column_start, row_ids, colum
         # The barrier keeps segments and columns from being held in registers at the same time.
         scores_RC = lax.optimization_barrier(scores_RC)
         rows_R = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=BY_ROW) + (row_start - column_start)
+        rows = broadcast_columns(rows_R, shape)
         columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-        seen = (columns >= broadcast_columns(rows_R, shape)) if by_key else (columns <= broadcast_columns(rows_R, shape))
+        seen = columns >= rows if by_key else columns <= rows
         if sliding_window is not None:
-            farthest_R = rows_R + sliding_window if by_key else rows_R - sliding_window
-            farthest = broadcast_columns(farthest_R, shape)
+            farthest = broadcast_columns(rows_R + (sliding_window if by_key else -sliding_window), shape)
             seen &= columns < farthest if by_key else columns > farthest
         scores_RC = jnp.where(seen, scores_RC, -jnp.inf)
     return scores_RC

@@ -1,15 +1,15 @@
-"""SwiGLU for Hopper GPUs, in Pallas Mosaic GPU: both products and the activation in one kernel, which goes over tiles of
-the output without end (as many blocks as multiprocessors), so that the next tile is loaded while this one is finished.
+"""SwiGLU for Hopper GPUs, in Pallas Mosaic GPU: both products and the activation in one kernel.
 
-A block has two or three groups of 64 tokens each, with two accumulators, and one that copies. The backward pass computes
-both products again in the same kernel, which then gives their gradients; the four matmuls that are left are XLA's.
+There are as many blocks of threads as multiprocessors, and each goes over many tiles of the output, so that the next
+one is loaded while this one is finished. A block has two or three groups of 64 tokens each, with two accumulators, and
+one that copies. The backward pass computes both products again in the same kernel, which then gives their gradients;
+the four matmuls that are left are XLA's.
 
 Legend: T tokens, D hidden, F FFN; R the 64 rows of a group, C the columns of a tile.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +27,7 @@ from ctllm_jax.kernels.hopper import (
     check_registers,
     check_shared_bytes,
     compiler_params,
+    is_hopper,
     slot_of,
     tiled,
 )
@@ -35,7 +36,6 @@ DEPTH = 64
 """Of a step: what a swizzled row of 128 bytes holds."""
 CHUNK = 64
 """Columns that are written at a time, for the same reason."""
-_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ DEFAULT_BLOCKS = SwigluBlocks()
 
 def refusal(device_kind: str, *, dtype: str, hidden: int, ffn: int) -> str | None:
     """Why this kernel cannot do what is requested; None if it can. Tokens may be any number."""
-    if not _HOPPER.search(device_kind):
+    if not is_hopper(device_kind):
         return f"its GPU kernel is for Hopper (H100, H200), and this is {device_kind}"
     if dtype not in ("bfloat16", "float16"):
         return f"it computes in bfloat16 and float16, and x is {dtype}"

@@ -1,0 +1,146 @@
+"""What CUDA's compiler makes of the Hopper kernels, on a machine without a GPU.
+
+Matrix and copy instructions, registers, spills and shared memory, for the default block sizes and for those that are
+worth measuring:
+
+  python -m benchmarks.hopper_compile --output benchmarks/results/hopper_compile.json
+
+Needs the packages that ctllm_jax/kernels/hopper_topology.py names. None of these numbers is a speed.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+# Read by the compiler when it is loaded.
+DUMP = Path(tempfile.mkdtemp(prefix="hopper_compile_"))
+os.environ["MOSAIC_GPU_DUMP_TO"] = str(DUMP)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.sharding import SingleDeviceSharding  # noqa: E402
+
+from ctllm_jax.kernels.attention import hopper as attention  # noqa: E402
+from ctllm_jax.kernels.attention.fused import Request  # noqa: E402
+from ctllm_jax.kernels.attention.hopper_blocks import HopperBlocks  # noqa: E402
+from ctllm_jax.kernels.hopper_topology import find_hopper  # noqa: E402
+from ctllm_jax.kernels.swiglu import hopper as swiglu  # noqa: E402
+from ctllm_jax.kernels.swiglu.hopper import SwigluBlocks  # noqa: E402
+
+ATTENTION_SHAPES = {
+    "2B, causal": Request(4096, 16, 16, 128, "bfloat16", True, None, 128**-0.5, True, False, "gpu", "H100"),
+    "2B, both directions": Request(4096, 16, 16, 128, "bfloat16", False, None, 128**-0.5, True, False, "gpu", "H100"),
+    "GQA 4, 32k": Request(32768, 32, 8, 128, "bfloat16", True, None, 128**-0.5, True, False, "gpu", "H100"),
+    "head dim 64": Request(4096, 32, 32, 64, "bfloat16", True, None, 64**-0.5, True, False, "gpu", "H100"),
+    "float16": Request(4096, 16, 16, 128, "float16", True, None, 128**-0.5, True, False, "gpu", "H100"),
+}
+ATTENTION_CANDIDATES = [
+    HopperBlocks(alternate=False), HopperBlocks(forward_groups=3, forward_keys=64, forward_stages=3),
+    HopperBlocks(forward_keys=64, forward_stages=4), HopperBlocks(forward_keys=192),
+    HopperBlocks(dkv_stages=3, dq_keys=128, dq_stages=2), HopperBlocks(dq_stages=4),
+]
+SWIGLU_SHAPES = {"2B": (8192, 2048, 5504)}
+SWIGLU_CANDIDATES = [
+    SwigluBlocks(columns=192, stages=2, backward_stages=2), SwigluBlocks(groups=3, stages=3, backward_stages=2),
+    SwigluBlocks(columns=64, stages=6, backward_stages=4),
+]
+
+
+def attention_cases(name: str, request: Request, blocks: HopperBlocks) -> Iterator[tuple[str, Callable, dict]]:
+    """(case, lower, shared bytes that we count for each kernel)."""
+    query, key = (jax.ShapeDtypeStruct((1, request.length, n, request.head_dim), request.dtype)
+                  for n in (request.heads, request.kv_heads))
+    ids = jax.ShapeDtypeStruct((1, request.length), jnp.int32)
+    numbers = jax.ShapeDtypeStruct((1, request.heads, request.length), jnp.float32)
+    counted = {f"attention_{kernel}": blocks.shared_bytes(kernel, request.head_dim)
+               for kernel in ("forward", "dkv", "dq")}
+    yield name, partial(attention.forward, request, blocks=blocks), (query, key, key, ids), counted
+    yield (name, lambda *arrays: attention.backward(request, *arrays[:4], None, *arrays[4:], blocks=blocks),
+           (query, key, key, ids, query, numbers, numbers), counted)
+
+
+def swiglu_cases(name: str, shape: tuple[int, int, int], blocks: SwigluBlocks) -> Iterator[tuple[str, Callable, dict]]:
+    """As `attention_cases`."""
+    tokens, hidden, ffn = shape
+    x, weight, wide = (jax.ShapeDtypeStruct(size, jnp.bfloat16)
+                       for size in ((tokens, hidden), (hidden, ffn), (tokens, ffn)))
+    counted = {f"swiglu_{mode}": blocks.shared_bytes(mode) for mode in swiglu.MODES}
+    options = dict(blocks=blocks, multiprocessors=132)
+    yield name, partial(swiglu.swiglu_product, **options), (x, weight, weight), counted
+    yield name, partial(swiglu.swiglu_gradients, **options), (x, weight, weight, wide), counted
+
+
+def compile_case(function: Callable, shapes: tuple, device: jax.Device) -> Iterator[dict]:
+    """A row for each kernel of a function."""
+    for path in DUMP.iterdir():
+        path.unlink()
+    arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)) for x in shapes]
+    jax.jit(function).lower(*arguments).compile()
+    for path in sorted(DUMP.glob("*.ptx")):
+        # The log holds the module before and after each pass, and is large: what is sought stands near its head.
+        with open(path.with_suffix(".mlir-passes.log"), encoding="utf-8", errors="replace") as log:
+            shared = re.search(r"dynamic_shared_memory_size %c(\d+)_i32", log.read(1 << 20))
+        ptx, report = path.read_text(), path.with_suffix(".ptxas").read_text()
+        sass = path.with_suffix(".sass_ctrl")
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads\n", report)
+        used = {int(number) for number in re.findall(r"\bR(\d+)\b", sass.read_text())} if sass.exists() else {-1}
+        yield {"kernel": path.stem.rpartition("_")[0], "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+               "tma": len(re.findall(r"cp\.async\.bulk\.tensor|cp\.async\.bulk\.shared", ptx)),
+               "launch_registers": int(re.search(r"Used (\d+) registers", report)[1]),
+               "highest_register": max(used) if max(used) >= 0 else None,
+               "spill_bytes": int(spills[1]) + int(spills[2]),
+               "serialized": len(re.findall(r"C7510|C7517", report)), "shared_bytes": int(shared[1])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--only-defaults", action="store_true", help="one shape of each op, with its default blocks")
+    options = parser.parse_args()
+    device, rows = find_hopper(), []
+    first = next(iter(ATTENTION_SHAPES))
+    cases = [(blocks, *case) for name, request in ATTENTION_SHAPES.items() for blocks in
+             ([attention.DEFAULT_BLOCKS, *(ATTENTION_CANDIDATES if name == first else [])])
+             for case in attention_cases(name, request, blocks)]
+    cases += [(blocks, *case) for name, shape in SWIGLU_SHAPES.items()
+              for blocks in [swiglu.DEFAULT_BLOCKS, *SWIGLU_CANDIDATES] for case in swiglu_cases(name, shape, blocks)]
+    defaults = attention.DEFAULT_BLOCKS, swiglu.DEFAULT_BLOCKS
+    if options.only_defaults:
+        cases = [case for case in cases if case[0] in defaults and case[1] in (first, *SWIGLU_SHAPES)]
+    seen = set()
+    for blocks, name, function, shapes, counted in cases:
+        default = type(blocks)()
+        changed = {key: value for key, value in vars(blocks).items() if value != getattr(default, key)}
+        began = time.perf_counter()
+        try:
+            results = list(compile_case(function, shapes, device))
+        except ValueError as error:
+            print(f"{name} {changed}: {error}")
+            rows.append({"case": name, "blocks": changed, "refused": str(error)})
+            continue
+        for result in results:
+            row = {"case": name, "blocks": changed, **result, "counted_shared_bytes": counted[result["kernel"]]}
+            if (key := json.dumps([row[part] for part in row if part != "blocks"])) in seen:
+                continue  # These blocks change the other kernels.
+            seen.add(key)
+            rows.append(row)
+            print(f"{time.perf_counter() - began:5.1f} s  {name}: {result['kernel']} {changed or 'default blocks'}:"
+                  f" {row['wgmma']} wgmma, {row['tma']} TMA, R{row['highest_register']}, {row['spill_bytes']} B"
+                  f" spilled, {row['shared_bytes']} B shared, {row['serialized']} serialized", flush=True)
+    if options.output:
+        versions = {name: importlib.metadata.version(name) for name in (
+            "jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc")}
+        options.output.write_text(json.dumps({"target": "H100, sm_90a", "versions": versions, "rows": rows}, indent=1)
+                                  + "\n")
+
+
+if __name__ == "__main__":
+    main()
