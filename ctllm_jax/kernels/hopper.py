@@ -12,7 +12,6 @@ import re
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64
 """Rows of a group."""
@@ -36,6 +35,9 @@ def is_hopper(device_kind: str) -> bool:
 
 def tiled() -> tuple:
     """Transforms of a tile of 16-bit numbers in shared memory as wgmma reads it: 8 rows by 128 bytes, swizzled."""
+    # Imported here, so that nobody waits for it who only asks whether a device is a Hopper.
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
     return plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 
 
@@ -46,8 +48,10 @@ def slot_of(count: jax.Array, stages: int) -> jax.Array:
     return lax.bitwise_and(count, jnp.int32(stages - 1))
 
 
-def compiler_params() -> plgpu.CompilerParams:
+def compiler_params():
     """Approximate exp2 (2 ulp), and the lowering that infers layouts, which is JAX's default from 0.11 on."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
     return plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 

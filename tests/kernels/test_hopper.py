@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ctllm_jax.kernels import hopper_topology
-from ctllm_jax.kernels.attention import hopper, hopper_forward
+from ctllm_jax.kernels.attention import chosen, hopper, hopper_forward
 from ctllm_jax.kernels.attention.fused import NOTHING_SEEN, Request
 from ctllm_jax.kernels.attention.hopper_blocks import HopperBlocks, padded_ids, visible_blocks
 from ctllm_jax.kernels.attention.reference import attention_mask, attention_reference
@@ -178,6 +178,18 @@ def test_a_block_size_that_does_not_fit_names_the_limit(sizes, message):
     HopperBlocks().check(128)
     with pytest.raises(ValueError, match=message):
         HopperBlocks(**sizes).check(128)
+
+
+def test_auto_takes_them_where_a_measurement_says_so_and_a_name_always(monkeypatch):
+    request = request_of(512, head_dim=128)
+    assert chosen(request=request) == "xla" and chosen("pallas", request=request) == "pallas"
+    monkeypatch.setattr(hopper, "FASTEST", {(128, "bfloat16", True)})
+    assert chosen(request=request) == "pallas"
+    assert chosen(request=request._replace(dtype="float16")) == chosen(request=request._replace(head_dim=96)) == "xla"
+    with pytest.raises(ValueError, match="'pallas' cannot run on gpu: .* positions; what can: xla"):
+        chosen("pallas", request=request._replace(positions=True))
+    with pytest.raises(ValueError, match="for TPU and Hopper GPUs"):
+        chosen("pallas", request=request._replace(device_kind="NVIDIA A100-SXM4-80GB"))
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from ctllm_jax.kernels.attention.cached import cached_attention
 from ctllm_jax.kernels.attention.fused import Kernels, Request, fused_attention
 from ctllm_jax.kernels.attention.xla import attention_xla
 from ctllm_jax.kernels.dispatch import choose, find_device
+from ctllm_jax.kernels.hopper import is_hopper
 
 __all__ = ["attention", "cached_attention", "chosen", "make_request"]
 
@@ -35,8 +36,9 @@ def chosen(implementation: str = "auto", *, mesh: Mesh | None = None, request: R
     # Fastest first.
     reasons = {"pallas": _pallas_refusal(platform, device_kind, request), "cudnn": _cudnn_refusal(platform, request),
                "xla": None}
-    if platform == "gpu":
-        reasons = {name: reasons[name] for name in ("cudnn", "pallas", "xla")}
+    if platform == "gpu" and not _fastest_on_gpu(request):
+        # Behind XLA, which can do all: to be named, and not taken by "auto".
+        reasons = {name: reasons[name] for name in ("cudnn", "xla", "pallas")}
     return choose("attention", implementation, reasons=reasons, platform=platform)
 
 
@@ -111,18 +113,29 @@ def attention(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array,
     return (y_BSNH, lse_BNS.swapaxes(1, 2)) if return_lse else y_BSNH
 
 
-def _pallas_kernels(platform: str) -> Kernels:
-    from ctllm_jax.kernels.attention import tpu
+def _pallas_module(platform: str):
+    if platform == "tpu":
+        from ctllm_jax.kernels.attention import tpu
 
-    return Kernels(tpu.forward, tpu.backward)
+        return tpu
+    from ctllm_jax.kernels.attention import hopper
+
+    return hopper
+
+
+def _pallas_kernels(platform: str) -> Kernels:
+    module = _pallas_module(platform)
+    return Kernels(module.forward, module.backward)
 
 
 def _pallas_refusal(platform: str, device_kind: str, request: Request | None) -> str | None:
-    if platform != "tpu":
-        return "its kernels are for TPU"
-    from ctllm_jax.kernels.attention import tpu
+    if platform != "tpu" and not (platform == "gpu" and is_hopper(device_kind)):
+        return "its kernels are for TPU and Hopper GPUs"
+    return None if request is None else _pallas_module(platform).refusal(request)
 
-    return None if request is None else tpu.refusal(request)
+
+def _fastest_on_gpu(request: Request | None) -> bool:
+    return request is not None and _pallas_module("gpu").is_fastest(request)
 
 
 def _cudnn_refusal(platform: str, request: Request | None) -> str | None:
