@@ -43,8 +43,7 @@ ATTENTION_SHAPES = {
 }
 ATTENTION_CANDIDATES = [
     HopperBlocks(alternate=False), HopperBlocks(forward_groups=3, forward_keys=64, forward_stages=3),
-    HopperBlocks(forward_keys=64, forward_stages=4), HopperBlocks(forward_keys=192),
-    HopperBlocks(dkv_stages=3, dq_keys=128, dq_stages=2),
+    HopperBlocks(forward_keys=64, forward_stages=4), HopperBlocks(dkv_stages=3, dq_stages=4),
 ]
 SWIGLU_SHAPES = {"2B": (8192, 2048, 5504)}
 SWIGLU_CANDIDATES = [
@@ -76,8 +75,9 @@ def swiglu_cases(name: str, shape: tuple[int, int, int], blocks: SwigluBlocks) -
                        for size in ((tokens, hidden), (hidden, ffn), (tokens, ffn)))
     counted = {f"swiglu_{mode}": blocks.shared_bytes(mode) for mode in swiglu.MODES}
     options = dict(blocks=blocks, multiprocessors=132)
-    yield name, partial(swiglu.swiglu_product, **options), (x, weight, weight), counted
-    yield name, partial(swiglu.swiglu_gradients, **options), (x, weight, weight, wide), counted
+    for mode in swiglu.MODES:
+        arrays = (x, weight, weight, wide) if mode == "gradients" else (x, weight, weight)
+        yield name, partial(swiglu.swiglu_arrays, mode, **options), arrays, counted
 
 
 def changes(blocks: HopperBlocks | SwigluBlocks) -> dict:

@@ -176,8 +176,11 @@ def _wait(barrier):
         while not barriers.passed(i):
             if block.failure:
                 raise RuntimeError("another group failed")
-            if block.copies:
-                source, target, (of, at) = block.copies.pop(block.random.randrange(len(block.copies)))
+            # Only what somebody waits for arrives, so that a tile which is read without waiting is seen.
+            wanted = [copy for copy in block.copies if copy[2] in block.waiting.values()]
+            if wanted:
+                source, target, (of, at) = copy = block.random.choice(wanted)
+                block.copies.remove(copy)
                 target.array[...] = source.read()
                 of.arrive(at)
                 block.lock.notify_all()

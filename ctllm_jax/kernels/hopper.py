@@ -17,8 +17,8 @@ ROWS = 64
 """Rows of a group."""
 SHARED_BYTES = 227 * 1024
 """Shared memory that one block can have."""
-RESERVED_BYTES = 1024
-"""Of it, left to the compiler, for barriers."""
+RESERVED_BYTES = 2048 + 256
+"""Of it, left to the compiler: scratch of its reductions, and barriers."""
 COMPUTE_REGISTERS = {2: 240, 3: 160}
 """Computing groups -> registers a thread of theirs has. A block holds 504 (with two) or 512 (with three) for one thread
 of each group, and asking for more never returns."""
@@ -53,6 +53,11 @@ def compiler_params():
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+
+
+def aligned(size: int) -> int:
+    """Bytes that an array takes in shared memory: each starts at a multiple of 1,024."""
+    return -(-size // 1024) * 1024
 
 
 def check_shared_bytes(what: str, needed: int) -> None:

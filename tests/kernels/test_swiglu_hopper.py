@@ -10,34 +10,28 @@ from ctllm_jax.kernels.swiglu.hopper import SwigluBlocks
 from ctllm_jax.kernels.swiglu.reference import swiglu_reference
 from tests.mosaic_simulator import simulated
 
-# (T, D, F, blocks, multiprocessors): whole tiles and odd ones, one processor and some, a band that ends early.
+# (T, D, F, blocks, multiprocessors, recompute): whole and odd tiles, one processor and some, a band that ends early.
 CASES = {
-    "odd": (205, 192, 320, SwigluBlocks(), 3),
-    "small": (8, 64, 64, SwigluBlocks(), 132),
-    "bands": (600, 64, 192, SwigluBlocks(columns=64, stages=2, backward_stages=2, band=2), 4),
-    "many steps on one processor": (72, 448, 192, SwigluBlocks(groups=3, columns=64, stages=3), 1),
+    "odd": (205, 192, 320, SwigluBlocks(), 3, True),
+    "small": (8, 64, 64, SwigluBlocks(), 132, False),
+    "bands": (600, 64, 192, SwigluBlocks(columns=64, stages=2, backward_stages=2, band=2), 4, True),
+    "many steps on one processor": (72, 448, 192, SwigluBlocks(groups=3, columns=64, stages=3), 1, False),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_simulated_equals_float32(name, monkeypatch):
-    tokens, hidden, ffn, blocks, processors = CASES[name]
+    tokens, hidden, ffn, blocks, processors, recompute = CASES[name]
     draws = np.random.default_rng(0)
     x, gate, up, cotangent = (jnp.asarray(draws.standard_normal(shape, np.float32) * size, jnp.bfloat16)
                               for shape, size in (((tokens, hidden), 1), ((hidden, ffn), hidden**-0.5),
                                                   ((hidden, ffn), hidden**-0.5), ((tokens, ffn), 1)))
     exact = [a.astype(jnp.float32) for a in (x, gate, up, cotangent)]
     with simulated(monkeypatch):
-        if tokens % 8 == 0:
-            h = hopper.swiglu_product(x, gate, up, blocks=blocks, multiprocessors=processors)
-            grads = hopper.swiglu_gradients(x, gate, up, cotangent, blocks=blocks, multiprocessors=processors)
-        else:
-            h, pullback = jax.vjp(lambda *a: hopper.swiglu_hopper(*a, blocks=blocks, multiprocessors=processors),
-                                  x, gate, up)
-            grads = pullback(cotangent)
+        h, pullback = jax.vjp(lambda *inputs: hopper.swiglu_hopper(
+            *inputs, recompute=recompute, blocks=blocks, multiprocessors=processors), x, gate, up)
+        grads = pullback(cotangent)
     expected, pullback = jax.vjp(swiglu_reference, *exact[:3])
-    if tokens % 8 == 0:
-        _, pullback = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, exact[0] @ exact[1], exact[0] @ exact[2])
     for ours, theirs in zip((h, *grads), (expected, *pullback(exact[3])), strict=True):
         assert ours.dtype == jnp.bfloat16
         np.testing.assert_allclose(ours.astype(np.float32), theirs, atol=0.01 * np.abs(theirs).max())

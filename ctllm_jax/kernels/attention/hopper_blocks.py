@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ctllm_jax.kernels.hopper import COMPUTE_REGISTERS, ROWS, check_multiple, check_registers, check_shared_bytes
+from ctllm_jax.kernels.hopper import (
+    COMPUTE_REGISTERS,
+    ROWS,
+    aligned,
+    check_multiple,
+    check_registers,
+    check_shared_bytes,
+)
 
 NO_QUERY = -1
 """Segment of a query that sees nothing; a key's is 0, so that padding never equals padding."""
@@ -71,11 +78,11 @@ class HopperBlocks:
         return arrays[kernel] // 2
 
     def shared_bytes(self, kernel: str, head_dim: int) -> int:
-        """Bytes of a block's tiles."""
+        """Bytes of a block's tiles, and of the numbers that go with their rows: segments, lse, delta."""
         groups, step, stages = self.of(kernel)
-        held = {"forward": 1, "dkv": 2, "dq": 2}[kernel] * groups * ROWS * head_dim * 2
-        streamed = stages * (2 * step * head_dim * 2 + (3 if kernel == "dkv" else 1) * step * 4)
-        return held + streamed + (groups * ROWS * 4 if kernel == "forward" else 0)
+        held_tiles, held_numbers, streamed_numbers = {"forward": (1, 2, 1), "dkv": (2, 1, 3), "dq": (2, 3, 1)}[kernel]
+        return (held_tiles * aligned(groups * ROWS * head_dim * 2) + held_numbers * aligned(groups * ROWS * 4)
+                + 2 * aligned(stages * step * head_dim * 2) + streamed_numbers * aligned(stages * step * 4))
 
     def padded(self, length: int) -> int:
         """The length in whole blocks of all kernels."""

@@ -2,8 +2,8 @@
 
 There are as many blocks of threads as multiprocessors, and each goes over many tiles of the output, so that the next
 one is loaded while this one is finished. A block has two or three groups of 64 tokens each, with two accumulators, and
-one that copies. The backward pass computes both products again in the same kernel, which then gives their gradients;
-the four matmuls that are left are XLA's.
+one that copies. The backward pass computes both products again in the same kernel, which then gives their gradients,
+or reads them where the forward pass kept them; the four matmuls that are left are XLA's.
 
 Legend: T tokens, D hidden, F FFN; R the 64 rows of a group, C the columns of a tile.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ class SwigluBlocks:
     Attributes:
       groups: computing groups, of 64 tokens each.
       columns: of gate and of up.
-      stages, backward_stages: steps of 64 of D in flight, forward and backward (which holds a tile of gradients too).
+      stages, backward_stages: steps of 64 of D in flight, where one array is written, and where more are.
       band: tiles of tokens that are worked on before the next ones are, so that they stay in the L2 cache.
     """
 
@@ -72,17 +73,25 @@ class SwigluBlocks:
 
     def of(self, mode: str) -> int:
         """Stages of a mode."""
-        return self.backward_stages if mode == "gradients" else self.stages
+        return self.stages if MODES[mode] == 1 else self.backward_stages
 
     def shared_bytes(self, mode: str) -> int:
         """Bytes of a block's tiles, in a mode."""
         rows = self.groups * ROWS
         streamed = self.of(mode) * (rows + 2 * self.columns) * DEPTH * 2
-        return streamed + 2 * rows * CHUNK * 2 + (rows * self.columns * 2 if mode == "gradients" else 0)
+        written = buffers(mode) * MODES[mode] * rows * CHUNK * 2
+        return streamed + written + (rows * self.columns * 2 if mode == "gradients" else 0)
 
 
-MODES = {"product": 1, "gradients": 2}
-"""What the kernel gives -> how many arrays: silu(gate) ⊙ up, or of its cotangent the gradients of gate and up."""
+MODES = {"product": 1, "products": 3, "gradients": 2}
+"""What the kernel gives -> how many arrays: silu(gate) ⊙ up; that, gate and up; of a cotangent, their gradients."""
+
+
+def buffers(mode: str) -> int:
+    """Of each array that is written: one alone has two, of which one is filled while the other is read."""
+    return 2 if MODES[mode] == 1 else 1
+
+
 DEFAULT_BLOCKS = SwigluBlocks()
 
 
@@ -97,11 +106,12 @@ def refusal(device_kind: str, *, dtype: str, hidden: int, ffn: int) -> str | Non
     return None
 
 
-def swiglu_hopper(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, blocks: SwigluBlocks = DEFAULT_BLOCKS,
-                  multiprocessors: int = 132) -> jax.Array:
-    """As `kernels.swiglu`; keeps x and the weights alone for the backward pass.
+def swiglu_hopper(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, recompute: bool = True,
+                  multiprocessors: int = 132, blocks: SwigluBlocks = DEFAULT_BLOCKS) -> jax.Array:
+    """As `kernels.swiglu`.
 
     Args:
+      recompute: keep x and the weights for the backward pass, and compute both products again there. False keeps them.
       multiprocessors: of the device: `jax.Device.core_count`.
 
     Raises:
@@ -112,23 +122,40 @@ def swiglu_hopper(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, blocks:
     room = -x_TD.shape[0] % 8
     if room:  # The memory engine reads tiles of 8 rows.
         x_TD = jnp.pad(x_TD, ((0, room), (0, 0)))
-    h_TF = _swiglu(blocks, multiprocessors, x_TD, gate_DF, up_DF)
+    h_TF = _swiglu(_Plan(recompute, multiprocessors, blocks), x_TD, gate_DF, up_DF)
     return h_TF[:h_TF.shape[0] - room].reshape(*x.shape[:-1], gate_DF.shape[1])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _swiglu(blocks, multiprocessors, x_TD, gate_DF, up_DF):
-    return swiglu_product(x_TD, gate_DF, up_DF, blocks=blocks, multiprocessors=multiprocessors)
+class _Plan(NamedTuple):
+    """What does not change from call to call; hashable, as custom_vjp wants it."""
+
+    recompute: bool
+    multiprocessors: int
+    blocks: SwigluBlocks
+
+    def call(self, mode: str, *inputs: jax.Array) -> list[jax.Array]:
+        return swiglu_arrays(mode, *inputs, blocks=self.blocks, multiprocessors=self.multiprocessors)
 
 
-def _forward(blocks, multiprocessors, x_TD, gate_DF, up_DF):
-    return _swiglu(blocks, multiprocessors, x_TD, gate_DF, up_DF), (x_TD, gate_DF, up_DF)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _swiglu(plan, x_TD, gate_DF, up_DF):
+    return plan.call("product", x_TD, gate_DF, up_DF)[0]
 
 
-def _backward(blocks, multiprocessors, residuals, cotangent_TF):
-    x_TD, gate_DF, up_DF = residuals
-    dgate_TF, dup_TF = swiglu_gradients(x_TD, gate_DF, up_DF, cotangent_TF, blocks=blocks,
-                                        multiprocessors=multiprocessors)
+def _forward(plan, x_TD, gate_DF, up_DF):
+    if plan.recompute:
+        return _swiglu(plan, x_TD, gate_DF, up_DF), (x_TD, gate_DF, up_DF)
+    h_TF, *products = plan.call("products", x_TD, gate_DF, up_DF)
+    return h_TF, (x_TD, gate_DF, up_DF, *products)
+
+
+def _backward(plan, residuals, cotangent_TF):
+    x_TD, gate_DF, up_DF, *products = residuals
+    if products:
+        grads = activation_gradients(*(x.astype(jnp.float32) for x in (*products, cotangent_TF)))
+        dgate_TF, dup_TF = (grad.astype(x_TD.dtype) for grad in grads)
+    else:
+        dgate_TF, dup_TF = plan.call("gradients", x_TD, gate_DF, up_DF, cotangent_TF.astype(x_TD.dtype))
     dot = partial(lax.dot_general, preferred_element_type=jnp.float32)
     over_columns, over_tokens = (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
     x_grad = dot(dgate_TF, gate_DF, over_columns) + dot(dup_TF, up_DF, over_columns)
@@ -139,25 +166,22 @@ def _backward(blocks, multiprocessors, residuals, cotangent_TF):
 _swiglu.defvjp(_forward, _backward)
 
 
-def swiglu_product(x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, blocks: SwigluBlocks,
-                   multiprocessors: int) -> jax.Array:
-    """silu(x · gate) ⊙ (x · up) [T, F]; T a multiple of 8, D and F of 64."""
-    return _call("product", x_TD, gate_DF, up_DF, blocks=blocks, multiprocessors=multiprocessors)[0]
+def activation_gradients(gate, up, cotangent):
+    """Gradients of gate and up, of a cotangent of silu(gate) ⊙ up; all float32."""
+    share = 1 / (1 + jnp.exp(-gate))
+    silu = gate * share
+    # silu' = σ + silu · (1 - σ)
+    return cotangent * up * (share + silu * (1 - share)), cotangent * silu
 
 
-def swiglu_gradients(x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, cotangent_TF: jax.Array, *,
-                     blocks: SwigluBlocks, multiprocessors: int) -> tuple[jax.Array, jax.Array]:
-    """The gradients of x · gate and of x · up [T, F], of a cotangent of their product in the activation."""
-    return tuple(_call("gradients", x_TD, gate_DF, up_DF, cotangent_TF.astype(x_TD.dtype), blocks=blocks,
-                       multiprocessors=multiprocessors))
-
-
-def _call(mode: str, x_TD, gate_DF, up_DF, *wide_TF, blocks: SwigluBlocks, multiprocessors: int) -> list[jax.Array]:
+def swiglu_arrays(mode: str, x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *wide_TF: jax.Array,
+                  blocks: SwigluBlocks, multiprocessors: int) -> list[jax.Array]:
+    """What a mode of `MODES` gives, each [T, F]; "gradients" takes the cotangent too. T % 8 == D % 64 == F % 64 == 0."""
     tokens, hidden, ffn, dtype = *x_TD.shape, gate_DF.shape[1], x_TD.dtype
     rows, columns, stages = blocks.groups * ROWS, blocks.columns, blocks.of(mode)
     row_tiles, column_tiles = -(-tokens // rows), -(-ffn // columns)
     weights = plgpu.SMEM((stages, DEPTH, columns), dtype, transforms=tiled())
-    written = plgpu.SMEM((2 // MODES[mode], blocks.groups, ROWS, CHUNK), dtype, transforms=tiled())
+    written = plgpu.SMEM((buffers(mode), blocks.groups, ROWS, CHUNK), dtype, transforms=tiled())
     scratch = dict(
         x=plgpu.SMEM((stages, rows, DEPTH), dtype, transforms=tiled()), gate=weights, up=weights,
         written=[written] * MODES[mode],
@@ -181,7 +205,7 @@ def _kernel(x_ref, gate_ref, up_ref, *refs, mode, row_tiles, column_tiles, steps
             written, ready, used, cotangent=None, cotangent_ready=None, cotangent_used=None):
     groups, columns, stages = blocks.groups, blocks.columns, blocks.of(mode)
     rows = groups * ROWS
-    cotangent_ref, out_refs = (None, refs) if mode == "product" else (refs[0], refs[1:])
+    cotangent_ref, out_refs = (refs[0], refs[1:]) if mode == "gradients" else (None, refs)
     group, processor = lax.axis_index("group"), lax.axis_index("processor")
     # Every processor takes each processors-th tile.
     own_tiles = lax.div(row_tiles * column_tiles - 1 - processor, jnp.int32(processors)) + 1
@@ -252,21 +276,17 @@ def _kernel(x_ref, gate_ref, up_ref, *refs, mode, row_tiles, column_tiles, steps
                 return sums
 
             gate_RC, up_RC = pl.run_scoped(products, plgpu.ACC((ROWS, columns)), plgpu.ACC((ROWS, columns)))
-            share_RC = 1 / (1 + jnp.exp(-gate_RC))
-            silu_RC = gate_RC * share_RC
-            if mode == "product":
-                results = [silu_RC * up_RC]
-            else:
+            if mode == "gradients":
                 plgpu.barrier_wait(cotangent_ready.at[group])
                 cotangent_RC = plgpu.load(cotangent.at[group], (), layout=plgpu.Layout.WGMMA).astype(jnp.float32)
                 plgpu.barrier_arrive(cotangent_used.at[group])
-                # silu' = σ + silu · (1 - σ)
-                results = [cotangent_RC * up_RC * (share_RC + silu_RC * (1 - share_RC)), cotangent_RC * silu_RC]
+                results = activation_gradients(gate_RC, up_RC, cotangent_RC)
+            else:
+                results = (gate_RC / (1 + jnp.exp(-gate_RC)) * up_RC, gate_RC, up_RC)[:MODES[mode]]
             row, column = place(number)
             for i in range(columns // CHUNK):
-                # One array has two buffers, of which one is written while the other is read; two have one each.
-                part = slot_of(number * (columns // CHUNK) + i, 2 // len(results))
-                plgpu.wait_smem_to_gmem(2 // len(results) - 1, wait_read_only=True)
+                part = slot_of(number * (columns // CHUNK) + i, buffers(mode))
+                plgpu.wait_smem_to_gmem(buffers(mode) - 1, wait_read_only=True)
                 for result_RC, buffer in zip(results, written, strict=True):
                     buffer.at[part, group][...] = result_RC[:, i * CHUNK:(i + 1) * CHUNK].astype(x.dtype)
                 plgpu.commit_smem()
