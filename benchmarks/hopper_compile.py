@@ -28,6 +28,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
+from benchmarks.hopper import ATTENTION_BLOCKS, SWIGLU_BLOCKS, changes  # noqa: E402
 from ctllm_jax.kernels.attention import hopper as attention  # noqa: E402
 from ctllm_jax.kernels.attention.fused import Request  # noqa: E402
 from ctllm_jax.kernels.attention.hopper_blocks import HopperBlocks  # noqa: E402
@@ -41,15 +42,7 @@ ATTENTION_SHAPES = {
     "GQA 4, 32k": Request(32768, 32, 8, 128, "bfloat16", True, None, 128**-0.5, True, False, "gpu", "H100"),
     "head dim 64": Request(4096, 32, 32, 64, "bfloat16", True, None, 64**-0.5, True, False, "gpu", "H100"),
 }
-ATTENTION_CANDIDATES = [
-    HopperBlocks(alternate=False), HopperBlocks(forward_groups=3, forward_keys=64, forward_stages=3),
-    HopperBlocks(forward_keys=64, forward_stages=4), HopperBlocks(dkv_stages=3, dq_stages=4),
-]
 SWIGLU_SHAPES = {"2B": (8192, 2048, 5504)}
-SWIGLU_CANDIDATES = [
-    SwigluBlocks(columns=192, stages=3, backward_stages=2), SwigluBlocks(groups=3, stages=3, backward_stages=2),
-    SwigluBlocks(columns=64, stages=6, backward_stages=4),
-]
 
 
 def attention_cases(name: str, request: Request, blocks: HopperBlocks) -> Iterator[tuple[str, Callable, dict]]:
@@ -78,12 +71,6 @@ def swiglu_cases(name: str, shape: tuple[int, int, int], blocks: SwigluBlocks) -
     for mode in swiglu.MODES:
         arrays = (x, weight, weight, wide) if mode == "gradients" else (x, weight, weight)
         yield name, partial(swiglu.swiglu_arrays, mode, **options), arrays, counted
-
-
-def changes(blocks: HopperBlocks | SwigluBlocks) -> dict:
-    """What differs from the default sizes."""
-    default = type(blocks)()
-    return {key: value for key, value in vars(blocks).items() if value != getattr(default, key)}
 
 
 def compile_case(function: Callable, shapes: tuple, device: jax.Device) -> Iterator[dict]:
@@ -116,10 +103,10 @@ def main() -> None:
     device, rows = find_hopper(), []
     first = next(iter(ATTENTION_SHAPES))
     cases = [(blocks, *case) for name, request in ATTENTION_SHAPES.items() for blocks in
-             ([attention.DEFAULT_BLOCKS, *(ATTENTION_CANDIDATES if name == first else [])])
+             (ATTENTION_BLOCKS if name == first else ATTENTION_BLOCKS[:1])
              for case in attention_cases(name, request, blocks)]
-    cases += [(blocks, *case) for name, shape in SWIGLU_SHAPES.items()
-              for blocks in [swiglu.DEFAULT_BLOCKS, *SWIGLU_CANDIDATES] for case in swiglu_cases(name, shape, blocks)]
+    cases += [(blocks, *case) for name, shape in SWIGLU_SHAPES.items() for blocks in SWIGLU_BLOCKS
+              if blocks.band == swiglu.DEFAULT_BLOCKS.band for case in swiglu_cases(name, shape, blocks)]
     defaults = attention.DEFAULT_BLOCKS, swiglu.DEFAULT_BLOCKS
     if options.only_defaults:
         cases = [case for case in cases if case[0] in defaults and case[1] in (first, *SWIGLU_SHAPES)]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.hopper import fastest_lines
 from ctllm_jax.kernels import hopper_topology
 from ctllm_jax.kernels.attention import chosen, hopper, hopper_forward
 from ctllm_jax.kernels.attention.fused import NOTHING_SEEN, Request
@@ -192,6 +193,17 @@ def test_auto_takes_them_where_a_measurement_says_so_and_a_name_always(monkeypat
         chosen("pallas", request=request._replace(positions=True))
     with pytest.raises(ValueError, match="for TPU and Hopper GPUs"):
         chosen("pallas", request=request._replace(device_kind="NVIDIA A100-SXM4-80GB"))
+
+
+def test_the_benchmark_names_what_is_fastest_everywhere():
+    """Both ways, at every length, and against every other; where one is missing nothing is said."""
+    rows = [{"by": by, "length": length, "packed": packed, "what": what, "seconds": time}
+            for length in (2048, 4096) for what in ("forward", "forward + backward")
+            for by, packed, time in (("pallas", True, 1.0), ("pallas", True, 3.0), ("xla", True, 2.0),
+                                     ("pallas", False, 1.0), ("xla", False, 5.0))]
+    rows += [{"by": "cudnn", "length": 4096, "packed": False, "what": "forward", "seconds": 0.9}, {"what": "check"}]
+    assert fastest_lines(rows) == ['(128, "bfloat16", True)']
+    assert fastest_lines([row for row in rows if row.get("by") == "pallas"]) == []
 
 
 @pytest.mark.slow

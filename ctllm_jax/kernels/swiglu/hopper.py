@@ -176,7 +176,7 @@ def activation_gradients(gate, up, cotangent):
 
 def swiglu_arrays(mode: str, x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *wide_TF: jax.Array,
                   blocks: SwigluBlocks, multiprocessors: int) -> list[jax.Array]:
-    """What a mode of `MODES` gives, each [T, F]; "gradients" takes the cotangent too. T % 8 == D % 64 == F % 64 == 0."""
+    """What a mode of `MODES` gives, each [T, F]; "gradients" takes the cotangent too. T % 8 == D % 64 == F % 64 == 0"""
     tokens, hidden, ffn, dtype = *x_TD.shape, gate_DF.shape[1], x_TD.dtype
     rows, columns, stages = blocks.groups * ROWS, blocks.columns, blocks.of(mode)
     row_tiles, column_tiles = -(-tokens // rows), -(-ffn // columns)
