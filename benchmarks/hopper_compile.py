@@ -32,7 +32,7 @@ from benchmarks.hopper import ATTENTION_BLOCKS, SWIGLU_BLOCKS, changes  # noqa: 
 from ctllm_jax.kernels.attention import hopper as attention  # noqa: E402
 from ctllm_jax.kernels.attention.fused import Request  # noqa: E402
 from ctllm_jax.kernels.attention.hopper_blocks import HopperBlocks  # noqa: E402
-from ctllm_jax.kernels.hopper_topology import find_hopper  # noqa: E402
+from ctllm_jax.kernels.hopper_topology import find_hoppers  # noqa: E402
 from ctllm_jax.kernels.swiglu import hopper as swiglu  # noqa: E402
 from ctllm_jax.kernels.swiglu.hopper import SwigluBlocks  # noqa: E402
 
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only-defaults", action="store_true", help="one shape of each op, with its default blocks")
     options = parser.parse_args()
-    device, rows = find_hopper(), []
+    device, rows = find_hoppers()[0], []
     first = next(iter(ATTENTION_SHAPES))
     cases = [(blocks, *case) for name, request in ATTENTION_SHAPES.items() for blocks in
              (ATTENTION_BLOCKS if name == first else ATTENTION_BLOCKS[:1])

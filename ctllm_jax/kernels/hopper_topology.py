@@ -1,4 +1,4 @@
-"""An H100 that is not here, for compiling ahead of time.
+"""H100s that are not here, for compiling ahead of time.
 
 Needs CUDA's compilers and JAX's plugin for them (pip jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm,
 nvidia-cuda-runtime), and no GPU.
@@ -51,7 +51,7 @@ PACKAGES = ("jax_cuda13_plugin", "jax_plugins.xla_cuda13", "nvidia.cu13")
 
 
 def missing_packages() -> list[str]:
-    """What is not installed and needed for `find_hopper`."""
+    """What is not installed and needed for `find_hoppers`."""
     missing = []
     for name in PACKAGES:
         try:
@@ -63,8 +63,8 @@ def missing_packages() -> list[str]:
     return missing
 
 
-def find_hopper() -> jax.Device:
-    """The device of an H100.
+def find_hoppers(count: int = 1) -> list[jax.Device]:
+    """The devices of a host with so many H100.
 
     Raises:
       RuntimeError: a package is not installed.
@@ -73,5 +73,5 @@ def find_hopper() -> jax.Device:
 
     if missing := missing_packages():
         raise RuntimeError(f"CUDA's compilers are not installed: {', '.join(missing)}")
-    return topologies.get_topology_desc(platform="cuda", topology_name="h100", target_config=H100,
-                                        topology="1x1x1").devices[0]
+    return list(topologies.get_topology_desc(platform="cuda", topology_name="h100", target_config=H100,
+                                             topology=f"1x1x{count}").devices)

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.hopper import fastest_lines
 from ctllm_jax.kernels import hopper_topology
-from ctllm_jax.kernels.attention import chosen, hopper, hopper_forward
+from ctllm_jax.kernels.attention import attention, chosen, hopper, hopper_forward
 from ctllm_jax.kernels.attention.fused import NOTHING_SEEN, Request
 from ctllm_jax.kernels.attention.hopper_blocks import HopperBlocks, padded_ids, visible_blocks
 from ctllm_jax.kernels.attention.reference import attention_mask, attention_reference
@@ -206,10 +206,36 @@ def test_the_benchmark_names_what_is_fastest_everywhere():
     assert fastest_lines([row for row in rows if row.get("by") == "pallas"]) == []
 
 
+needs_cuda = pytest.mark.skipif(
+    bool(hopper_topology.missing_packages()),
+    reason=f"CUDA's compilers are not installed: {', '.join(hopper_topology.missing_packages())}")
+
+
 @pytest.mark.slow
 @pytest.mark.aot
-@pytest.mark.skipif(bool(hopper_topology.missing_packages()),
-                    reason=f"CUDA's compilers are not installed: {', '.join(hopper_topology.missing_packages())}")
+@needs_cuda
+def test_a_mesh_runs_them_on_each_device():
+    """Rows over two devices, heads over two: by CUDA's compiler nothing is gathered."""
+    devices = np.array(hopper_topology.find_hoppers(4)).reshape(2, 1, 2)
+    mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"))
+
+    def on_mesh(*shape, dtype=jnp.bfloat16, heads=None):
+        spec = jax.sharding.PartitionSpec(("data", "fsdp"), None, *([heads] if heads else []))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+    def loss(query, key, value, segments):
+        y = attention(query, key, value, segment_ids=segments, implementation="pallas", mesh=mesh)
+        return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+    query, key = (on_mesh(4, 512, heads, 64, heads="tensor") for heads in (4, 2))
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(
+        query, key, key, on_mesh(4, 512, dtype=jnp.int32)).compile().as_text()
+    assert "mosaic_gpu" in text and "all-gather" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+@needs_cuda
 def test_cuda_compiles_the_kernels_without_spills(repository, tmp_path):
     """In a process of its own, because the compiler writes where its environment says."""
     output = tmp_path / "compile.json"
