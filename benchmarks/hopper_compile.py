@@ -3,7 +3,7 @@
 Matrix and copy instructions, registers, spills and shared memory, for the default block sizes and for those that are
 worth measuring:
 
-  python -m benchmarks.hopper_compile --output benchmarks/results/hopper_compile.json
+  python benchmarks/hopper_compile.py --output benchmarks/results/hopper_compile.json
 
 Needs the packages that ctllm_jax/kernels/hopper_topology.py names. None of these numbers is a speed.
 """
@@ -13,6 +13,8 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +28,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from hopper_speed import ATTENTION_BLOCKS, SWIGLU_BLOCKS, changes  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
-from benchmarks.hopper import ATTENTION_BLOCKS, SWIGLU_BLOCKS, changes  # noqa: E402
 from ctllm_jax.kernels.attention import hopper as attention  # noqa: E402
 from ctllm_jax.kernels.attention.fused import Request  # noqa: E402
 from ctllm_jax.kernels.attention.hopper_blocks import HopperBlocks  # noqa: E402
@@ -100,7 +102,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only-defaults", action="store_true", help="one shape of each op, with its default blocks")
     options = parser.parse_args()
-    device, rows = find_hoppers()[0], []
+    device, sections = find_hoppers()[0], {}
     first = next(iter(ATTENTION_SHAPES))
     cases = [(blocks, *case) for name, request in ATTENTION_SHAPES.items() for blocks in
              (ATTENTION_BLOCKS if name == first else ATTENTION_BLOCKS[:1])
@@ -118,16 +120,18 @@ def main() -> None:
             results = list(compile_case(function, shapes, device))
         except ValueError as error:
             print(f"{name} {changed}: {error}")
-            rows.append({"case": name, "blocks": changed, "refused": str(error)})
             continue
-        for result in results:
-            row = {"case": name, "blocks": changed, **result, "counted_shared_bytes": counted[result["kernel"]]}
-            rows.append(row)
-            print(f"{time.perf_counter() - began:5.1f} s  {name}: {result['kernel']} {changed or 'default blocks'}:"
+        for row in results:
+            kernel = row.pop("kernel")
+            row["counted_shared_bytes"] = counted[kernel]
+            title = ", ".join([name, *(f"{key}={value}" for key, value in changed.items())])
+            sections.setdefault(kernel, {})[title] = row
+            print(f"{time.perf_counter() - began:5.1f} s  {kernel}, {title}:"
                   f" {row['wgmma']} wgmma, {row['tma']} TMA, R{row['highest_register']}, {row['spill_bytes']} B"
                   f" spilled, {row['shared_bytes']} B shared, {row['serialized']} serialized", flush=True)
         if options.output:  # After each, because the whole takes minutes.
-            result = {"target": "H100, sm_90a", "versions": versions, "rows": rows}
+            result = {"command": shlex.join(["python", *sys.argv]), "device": "H100 (sm_90a), compiled ahead of time",
+                      "versions": versions, "sections": sections}
             options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -1,6 +1,6 @@
 """The Hopper kernels on a Hopper GPU: right or wrong, and how fast, for each candidate of their block sizes.
 
-  python -m benchmarks.hopper --output benchmarks/results/hopper.json
+  python benchmarks/hopper_speed.py --output hopper_speed.json
 
 Every candidate is first compared with the dense reference in float32 on packed rows, forward and backward, and only a
 right one is timed; beside them stand cuDNN (one document a row, which is all that it takes) and XLA. It ends with the
