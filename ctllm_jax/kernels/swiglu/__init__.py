@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from ctllm_jax.kernels.dispatch import choose
+from ctllm_jax.kernels.hopper import is_hopper
 from ctllm_jax.kernels.swiglu.blocks import CHIPS, find_chip
 from ctllm_jax.kernels.swiglu.measured import MEASURED
 from ctllm_jax.kernels.swiglu.mesh import over_mesh
@@ -34,14 +35,18 @@ def chosen(implementation: str = "auto", *, device: jax.Device | None = None, dt
     """
     kind = (device or jax.local_devices()[0]).device_kind
     chip, reason = find_chip(kind), None
-    if chip is None:
+    if is_hopper(kind):
+        from ctllm_jax.kernels.swiglu import hopper
+
+        reason = hopper.refusal(kind, dtype=dtype, hidden=shape[1] if shape else 64, ffn=shape[2] if shape else 64)
+    elif chip is None:
         names = ", ".join(sorted({chip.name for chip in CHIPS.values()}))
-        reason = f"its kernels are for TPU {names}, and this is a {kind}"
+        reason = f"its kernels are for TPU {names} and Hopper GPUs, and this is a {kind}"
     elif dtype not in DTYPES:
         reason = f"its kernels take {' and '.join(DTYPES)}, and this is {dtype}"
     name = choose("swiglu", implementation, reasons={"xla": None, "pallas": reason})
     if implementation == "auto" and reason is None and shape is not None:
-        faster = MEASURED.get((chip.name, dtype, shape_class(*shape), recompute), 0) > 1
+        faster = MEASURED.get((chip.name if chip else "hopper", dtype, shape_class(*shape), recompute), 0) > 1
         return "pallas" if faster else name
     return name
 
@@ -124,6 +129,10 @@ def _choose_for(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, implementati
 
 def _run(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, name: str, device: jax.Device,
          recompute: bool) -> jax.Array:
+    if name == "pallas" and is_hopper(device.device_kind):
+        from ctllm_jax.kernels.swiglu.hopper import swiglu_hopper
+
+        return swiglu_hopper(x, gate_DF, up_DF, recompute=recompute, multiprocessors=device.core_count)
     if name == "pallas":
         return swiglu_tpu(x, gate_DF, up_DF, chip=find_chip(device.device_kind), recompute=recompute)
     return swiglu_xla(x, gate_DF, up_DF)
