@@ -9,11 +9,13 @@ Needs the packages that ctllm_jax/kernels/hopper_topology.py names. None of thes
 """
 
 import argparse
+import atexit
 import importlib.metadata
 import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -23,6 +25,7 @@ from pathlib import Path
 
 # Read by the compiler when it is loaded.
 DUMP = Path(tempfile.mkdtemp(prefix="hopper_compile_"))
+atexit.register(shutil.rmtree, DUMP, ignore_errors=True)
 os.environ["MOSAIC_GPU_DUMP_TO"] = str(DUMP)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
