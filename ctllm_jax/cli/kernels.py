@@ -83,10 +83,12 @@ def _check(context: Context, ops: tuple[str, ...]) -> tuple[list[dict[str, Any]]
 def _bench(context: Context, ops: tuple[str, ...]) -> tuple[list[dict[str, Any]], int]:
     import jax
 
+    from ctllm_jax.cli.kernel_peers import find_peers
     from ctllm_jax.kernels.registry import gather
 
     config = context.config
-    sizes = {name: getattr(config, name) for name in ("lengths", "heads", "kv_heads", "head_dim", "rows", "dtype")}
+    names = ("lengths", "heads", "kv_heads", "head_dim", "hidden", "ffn", "rows", "dtype")
+    sizes = {name: getattr(config, name) for name in names}
     cases = gather("benches", ops, **sizes)
     table = _table("op", "case", "implementation", "milliseconds", "TFLOP/s")
     rows, refused = [], {}
@@ -106,7 +108,7 @@ def _bench(context: Context, ops: tuple[str, ...]) -> tuple[list[dict[str, Any]]
                 refused[_reason(error)] = None
                 continue
             add(case, implementation, min(_seconds(function, arguments) for _ in range(config.repeats)))
-        for name, measure in case.peers.items():
+        for name, measure in find_peers(case).items():
             add(case, name, measure())
     _finish(context, table, cases, list(refused))
     return rows, 0

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import field_validator
-
-from ctllm_jax.cluster.topology import parse_topology
 from ctllm_jax.config.base import key
-from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import PretrainConfig
 
 
@@ -17,13 +13,3 @@ class CompileConfig(PretrainConfig):
     search: bool = key(False, "try batch.rows_per_device, compute.remat and compute.loss_chunk, and recommend the fastest that fits")
     attempts: int = key(4, "most compilations for one topology, where the config does not fit or a search is on", ge=1)
     output: str | None = key(None, "JSON file to write everything into")
-
-    @field_validator("topology")
-    @classmethod
-    def _check_topology(cls, names: list[str]) -> list[str]:
-        for name in names:
-            try:
-                parse_topology(name)
-            except UserError as error:
-                raise ValueError(str(error)) from None
-        return names

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
-from ctllm_jax.cluster.topology import parse_topology
 from ctllm_jax.config.base import key
-from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import PretrainConfig
 
 _UNITS = {"h": 3600.0, "d": 86400.0, "min": 60.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
@@ -23,15 +21,6 @@ class PlanConfig(PretrainConfig):
     mfu: float = key(0.4, "share of the peak, of causal FLOPs, that is expected; `compile` gives a bound", gt=0, le=1)
     price: float | None = key(None, "what a chip costs an hour, in any currency; null: no cost is printed", gt=0)
     output: str | None = key(None, "config file to write, which extends CONFIG; null: none")
-
-    @field_validator("topology")
-    @classmethod
-    def _check_topology(cls, name: str) -> str:
-        try:
-            parse_topology(name)
-        except UserError as error:
-            raise ValueError(str(error)) from None
-        return name
 
     @model_validator(mode="after")
     def _check_budget(self):

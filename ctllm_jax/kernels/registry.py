@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-OPS = ("attention",)
+OPS = ("attention", "swiglu")
 """Ops with a module `ctllm_jax.kernels.OP.cases`, which has `checks()`, `benches(...)` and `compiles(chips)`."""
 
 
@@ -35,7 +35,7 @@ class Bench(NamedTuple):
       flops: of one call.
       implementations: names to time.
       prepare: `implementation -> (function, arguments)`; the function is jitted.
-      peers: name -> `() -> seconds of one call`, of other libraries that are installed; they time themselves.
+      sizes: what other libraries need to do the same.
     """
 
     op: str
@@ -43,7 +43,7 @@ class Bench(NamedTuple):
     flops: float
     implementations: tuple[str, ...]
     prepare: Callable[[str], tuple[Callable, tuple]]
-    peers: dict[str, Callable[[], float]]
+    sizes: dict[str, Any]
 
 
 class Compile(NamedTuple):

@@ -5,7 +5,6 @@ Legend: B batch, S sequence, N query heads, K kv heads, H head dim.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -107,20 +106,20 @@ def _with_lse(query, key, value, **options):
     return attention(query, key, value, return_lse=True, **options)
 
 
-def benches(*, lengths: list[int], heads: int, kv_heads: int, head_dim: int, rows: int, dtype: str) -> Iterator[Bench]:
+def benches(*, lengths: list[int], heads: int, kv_heads: int, head_dim: int, rows: int, dtype: str,
+            **_: Any) -> Iterator[Bench]:
     """Forward, and forward with backward, causal: of one document a row, and of packed ones."""
     for length in lengths:
         for packed in (False, True):
             for backward in (False, True):
                 request = make_request(length=length, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
                 options = {"rows": rows, "packed": packed, "backward": backward}
-                peers = {}
-                if not packed and _torch_has_cuda():
-                    peers["torch sdpa"] = partial(_time_torch, request, rows=rows, backward=backward)
+                sizes = {"length": length, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype,
+                         **options}
                 yield Bench("attention", f"S {length}, {'packed' if packed else 'one document'},"
                             f" {'forward + backward' if backward else 'forward'}",
                             _flops(request, rows, backward=backward), ("pallas", "cudnn", "xla"),
-                            partial(_prepare, request, **options), peers)
+                            partial(_prepare, request, **options), sizes)
 
 
 def _flops(request: Request, rows: int, *, backward: bool) -> float:
@@ -138,36 +137,6 @@ def _prepare(request: Request, implementation: str, *, rows: int, packed: bool, 
         return jax.vjp(function, query, key, value)[1](cotangent)
 
     return (jax.jit(both), (*inputs, cotangent)) if backward else (jax.jit(function), tuple(inputs))
-
-
-def _torch_has_cuda() -> bool:
-    if importlib.util.find_spec("torch") is None or jax.default_backend() != "gpu":
-        return False
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _time_torch(request: Request, *, rows: int, backward: bool) -> float:
-    """Seconds of one call of PyTorch's scaled_dot_product_attention on the same sizes: the best of 10."""
-    import torch
-
-    def draw(heads):
-        return torch.randn(rows, heads, request.length, request.head_dim, device="cuda",
-                           dtype=getattr(torch, request.dtype), requires_grad=backward)
-
-    query, key, value, cotangent = (draw(n) for n in (request.heads, request.kv_heads, request.kv_heads, request.heads))
-    seconds = []
-    for _ in range(13):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        y = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        if backward:
-            torch.autograd.grad(y, (query, key, value), cotangent)
-        stop.record()
-        torch.cuda.synchronize()
-        seconds.append(start.elapsed_time(stop) / 1e3)
-    return min(seconds[3:])
 
 
 # (S, N, K, H, dtype): what is compiled for every chip.
