@@ -1,16 +1,14 @@
 """Memory of a DPO step of the 2B model on each device, compiled for chips that are not here, beside a two-model step.
 
-    python benchmarks/dpo_memory.py [--tpu v5p:2x2x1] [--gpu-target h100_sxm.txtpb]
+    python benchmarks/dpo_memory.py [--tpu v5p:2x2x1] [--no-gpu]
 
 The step is that of configs/ct_llm_2b/dpo.yaml: a row of 4,096 tokens a device at a time, with both answers of a pair in
 it. Beside it are compiled, from the same parts: the step that holds the reference model too and runs it on every batch,
 as is usual elsewhere; the step whose head makes whole logits; and the pass that computes our reference before training.
 The figures are the compilers' own, nothing runs.
 
-The TPU part needs the extra `tpu`. The GPU part needs `jax-cuda13-plugin` and `jax-cuda13-pjrt` of jaxlib's version,
-`flatbuffers`, and CUDA's compiler (an installed toolkit, or `nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime` with
---no-deps), and `--gpu-target`, the description of an H100 (openxla/xla has it among its GPU specs). About two minutes
-a step on two cores for the TPU, a quarter of one for a GPU.
+The TPU part needs the extra `tpu`, the GPU part what ctllm_jax/cluster/gpu_target.py names. About two minutes a step on
+two cores for the TPU, a quarter of one for a GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ STEPS = {
     "ours with whole logits": {"whole_logits": True},
 }
 # Four rows do not divide into eight parts: the config's batch takes tensor parallelism there, or is doubled.
-GPUS = {"1x1x1": [[]], "1x1x8": [["mesh.tensor=2"], ["batch.tokens=32768"]]}
+GPUS = {1: [[]], 8: [["mesh.tensor=2"], ["batch.tokens=32768"]]}
 
 
 def make_config(*overrides: str) -> Any:
@@ -191,7 +189,7 @@ def write(output: Path, section: dict[str, Any]) -> None:
     result = {"sections": sections | section, "figures": {"parameters": 2_134_509_568, "sequence_length": 4096},
               "device": f"compiled on {cpu_name()}", "python": platform.python_version(), "versions": versions,
               "flags": {"compute": "bfloat16", "state": "float32", "remat": "block", "kernels": "xla"},
-              "command": "python benchmarks/dpo_memory.py --gpu-target h100_sxm.txtpb"}
+              "command": "python benchmarks/dpo_memory.py"}
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
@@ -199,7 +197,7 @@ def main() -> None:
     """Compile, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tpu", default="v5p:2x2x1", help="a slice of TPUs; empty: none")
-    parser.add_argument("--gpu-target", type=Path, help="description of an H100 (.txtpb), for one and for eight")
+    parser.add_argument("--no-gpu", action="store_true", help="no table for one and for eight H100")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "dpo_memory.json")
     arguments = parser.parse_args()
     from jax.experimental import topologies
@@ -207,11 +205,11 @@ def main() -> None:
     if arguments.tpu:
         chips = topologies.get_topology_desc(platform="tpu", topology_name=arguments.tpu)
         write(arguments.output, measure_all(f"TPU {arguments.tpu}", chips.devices))
-    for shape, meshes in GPUS.items() if arguments.gpu_target else ():
-        node = topologies.get_topology_desc(platform="cuda", topology_name="H100", topology=shape,
-                                            target_config=arguments.gpu_target.read_text(encoding="utf-8"))
+    from ctllm_jax.cluster.gpu_target import find_gpus
+
+    for count, meshes in ({} if arguments.no_gpu else GPUS).items():
         for overrides in meshes:
-            write(arguments.output, measure_all(f"{len(node.devices)} x H100", node.devices, overrides))
+            write(arguments.output, measure_all(f"{count} x H100", find_gpus("h100", count), overrides))
 
 
 if __name__ == "__main__":

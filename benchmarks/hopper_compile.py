@@ -5,7 +5,7 @@ worth measuring:
 
   python benchmarks/hopper_compile.py --output benchmarks/results/hopper_compile.json
 
-Needs the packages that ctllm_jax/kernels/hopper_topology.py names. None of these numbers is a speed.
+Needs the packages that ctllm_jax/cluster/gpu_target.py names. None of these numbers is a speed.
 """
 
 import argparse
@@ -34,10 +34,10 @@ import jax.numpy as jnp  # noqa: E402
 from hopper_speed import ATTENTION_BLOCKS, SWIGLU_BLOCKS, changes  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
+from ctllm_jax.cluster.gpu_target import find_gpus  # noqa: E402
 from ctllm_jax.kernels.attention import hopper as attention  # noqa: E402
 from ctllm_jax.kernels.attention.fused import Request  # noqa: E402
 from ctllm_jax.kernels.attention.hopper_blocks import HopperBlocks  # noqa: E402
-from ctllm_jax.kernels.hopper_topology import find_hoppers  # noqa: E402
 from ctllm_jax.kernels.swiglu import hopper as swiglu  # noqa: E402
 from ctllm_jax.kernels.swiglu.hopper import SwigluBlocks  # noqa: E402
 
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only-defaults", action="store_true", help="one shape of each op, with its default blocks")
     options = parser.parse_args()
-    device, sections = find_hoppers()[0], {}
+    device, sections = find_gpus("h100")[0], {}
     first = next(iter(ATTENTION_SHAPES))
     cases = [(blocks, *case) for name, request in ATTENTION_SHAPES.items() for blocks in
              (ATTENTION_BLOCKS if name == first else ATTENTION_BLOCKS[:1])

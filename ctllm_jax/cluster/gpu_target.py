@@ -1,4 +1,7 @@
-"""GPUs described to the CUDA compiler, which then compiles for them on a machine without one. No jax.
+"""GPUs described to the CUDA compiler, which then compiles for them on a machine without one.
+
+It needs JAX's CUDA plugin (jax-cuda13-plugin and jax-cuda13-pjrt of jaxlib's version, as in the extra `cuda13`) and
+CUDA's compilers: an installed toolkit, or nvidia-cuda-nvcc, nvidia-nvvm and nvidia-cuda-runtime from pip.
 
 The figures are those that CUDA reports of the SXM cards (cudaDeviceProp) and that the CUDA programming guide lists by
 compute capability.
@@ -6,7 +9,9 @@ compute capability.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -58,3 +63,30 @@ def target_config(name: str) -> str:
     version = " ".join(f"{name}: {value}" for name, value in zip(("major", "minor", "patch"), CUDNN, strict=True))
     return ("gpu_device_info {\n" + "\n".join(lines) + "\n}\n"
             f'platform_name: "CUDA"\ndnn_version_info {{ {version} }}\ndevice_description_str: "{gpu.name}"\n')
+
+
+def missing_packages() -> list[str]:
+    """What is not installed of JAX's CUDA plugin."""
+    missing = []
+    for name in ("jax_cuda13_plugin", "jax_plugins.xla_cuda13"):
+        try:
+            found = importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:
+            found = False
+        if not found:
+            missing.append(name)
+    return missing
+
+
+def find_gpus(name: str, count: int = 1, *, nodes: int = 1) -> list[Any]:
+    """The `jax.Device`s of nodes with so many GPUs of GPUS each, which need not be here.
+
+    Raises:
+      RuntimeError: the plugin is not installed; its own errors where CUDA's compilers are not.
+    """
+    from jax.experimental import topologies
+
+    if missing := missing_packages():
+        raise RuntimeError(f"JAX's CUDA plugin is not installed: {', '.join(missing)}")
+    return list(topologies.get_topology_desc(platform="cuda", topology_name=name, target_config=target_config(name),
+                                             topology=f"1x{nodes}x{count}").devices)

@@ -82,12 +82,10 @@ def open_devices(topology: Topology) -> list[Any]:
                                                 f"{topology.shape_name}", **options).devices
         except jax.errors.JaxRuntimeError as error:
             raise UserError(f"topology={topology.name}: {str(error).splitlines()[0]}") from None
-    from ctllm_jax.cluster.gpu_target import target_config
+    from ctllm_jax.cluster.gpu_target import find_gpus
 
     try:
-        return topologies.get_topology_desc(
-            platform="cuda", topology_name=topology.chip.name, target_config=target_config(topology.chip.name),
-            topology=f"1x{topology.slices}x{topology.shape[0]}").devices
+        return find_gpus(topology.chip.name, topology.shape[0], nodes=topology.slices)
     except (jax.errors.JaxRuntimeError, RuntimeError, AssertionError, KeyError, ImportError) as error:
         raise UserError(f"topology={topology.name}: CUDA's compiler cannot be used here ({str(error).splitlines()[0]});"
                         " pip install 'ctllm-jax[cuda13]'") from None

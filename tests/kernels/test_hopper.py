@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.hopper_speed import fastest_lines
-from ctllm_jax.kernels import hopper_topology
+from ctllm_jax.cluster.gpu_target import find_gpus, missing_packages
 from ctllm_jax.kernels.attention import attention, chosen, hopper, hopper_forward
 from ctllm_jax.kernels.attention.fused import NOTHING_SEEN, Request
 from ctllm_jax.kernels.attention.hopper_blocks import HopperBlocks, padded_ids, visible_blocks
@@ -207,8 +207,7 @@ def test_the_benchmark_names_what_is_fastest_everywhere():
 
 
 needs_cuda = pytest.mark.skipif(
-    bool(hopper_topology.missing_packages()),
-    reason=f"CUDA's compilers are not installed: {', '.join(hopper_topology.missing_packages())}")
+    bool(missing_packages()), reason=f"JAX's CUDA plugin is not installed: {', '.join(missing_packages())}")
 
 
 @pytest.mark.slow
@@ -216,7 +215,7 @@ needs_cuda = pytest.mark.skipif(
 @needs_cuda
 def test_a_mesh_runs_them_on_each_device():
     """Rows over two devices, heads over two: by CUDA's compiler nothing is gathered."""
-    devices = np.array(hopper_topology.find_hoppers(4)).reshape(2, 1, 2)
+    devices = np.array(find_gpus("h100", 4)).reshape(2, 1, 2)
     mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"))
 
     def on_mesh(*shape, dtype=jnp.bfloat16, heads=None):
