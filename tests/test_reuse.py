@@ -1,0 +1,30 @@
+"""The examples for other projects, each in a process of its own that can import nothing but what they need."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import environment
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reuse.md"
+EXAMPLES = re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?<!-- run -->\n```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"),
+                      re.M | re.S)
+# What a project that takes single functions need not have.
+ABSENT = ("grain", "tensorflow_datasets", "sentencepiece", "orbax", "pydantic", "omegaconf", "rich", "optax")
+
+
+def test_there_are_five():
+    assert [name for name, _ in EXAMPLES] == ["A plain pytree", "Flax Linen", "Flax NNX", "shard_map", "Packed DPO"]
+
+
+@pytest.mark.parametrize(("name", "source"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
+def test_an_example_runs_as_it_stands(name, source, tmp_path):
+    absent = ABSENT if "flax" not in source else tuple(set(ABSENT) - {"orbax", "optax", "rich"})  # flax imports these
+    script = f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n{source}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, text=True, capture_output=True, timeout=300,
+                          env=environment(XLA_FLAGS="--xla_force_host_platform_device_count=8"))
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout, "an import or a function prints"
