@@ -61,7 +61,7 @@ COMPLAINTS = {
     "holds several datasets": "data verify data/several",
     "does not cover 8 devices exactly": "pretrain debug/pretrain mesh.data=1 mesh.fsdp=3",
     "cannot be split over 8 devices": "pretrain debug/pretrain batch.tokens=256",
-    "no Pallas kernel of this op is in this version":
+    "its kernels are for TPU":
         "pretrain debug/pretrain compute.attention=pallas run.dir=runs/pallas",
     "it was trained on synthetic tokens, and has no text to write": "generate runs/mesh",
     "the three go together": "pretrain debug/pretrain",
@@ -135,6 +135,8 @@ def test_commands_actions_configs_and_keys_exist(shown, monkeypatch):
     overrides = [word for word in rest if re.match(r"[a-z][\w.]*=", word)]
     words = [word for word in rest if word not in options and word not in overrides]
     actions = getattr(module, "ACTIONS", None)
+    if actions and not words:
+        return  # the command as such is spoken of
     action = words.pop(0) if actions else None
     schema = actions[action] if actions else module.SCHEMA
     if words and words[0] in STAGES or action in STAGES:
