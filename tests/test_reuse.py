@@ -10,8 +10,8 @@ import pytest
 from tests.runs import environment
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reuse.md"
-EXAMPLES = re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?<!-- run -->\n```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"),
-                      re.M | re.S)
+EXAMPLES = re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?<!-- run -->\n```python\n(.*?)^```$",
+                      PAGE.read_text(encoding="utf-8"), re.M | re.S)
 # What a project that takes single functions need not have.
 ABSENT = ("grain", "tensorflow_datasets", "sentencepiece", "orbax", "pydantic", "omegaconf", "rich", "optax")
 
