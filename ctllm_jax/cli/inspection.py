@@ -140,6 +140,8 @@ def _rows(data: Any, rows: int, config: InspectConfig) -> Iterator[Shown]:
                                 part and type(part)(*(array[0] for array in part)))
                     yield Shown(index, row, [f"held out of {name}"] * int(row.segment_ids.max()))
                 index += 1
+                if index >= wanted.stop:
+                    return
         return
     for index in wanted:
         step, place = divmod(index, rows)

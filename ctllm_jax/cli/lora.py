@@ -39,6 +39,10 @@ def run(context: Context) -> int:
         raise UserError(f"{model} has no adapters: it is a whole model already")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output={output} is there already: name a new directory")
+    if context.dry_run:
+        context.console.print(Text(f"would {context.action} the adapters of {kept.run_dir} at step {kept.step} into"
+                                   f" {output}"))
+        return 0
     lines = (merge if context.action == "merge" else export)(kept, output, context.config)
     for line in lines:
         context.console.print(Text(line))

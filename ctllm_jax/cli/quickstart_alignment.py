@@ -105,7 +105,7 @@ def stage_config(schema: type, target: str, *, run: Path, init: Path, data: Path
     step = find_checkpoint(str(init))[1].step
     begun = run / "config.yaml"
     before = str(yaml.safe_load(begun.read_text(encoding="utf-8")).get("init")) if begun.exists() else ""
-    if before.partition("@")[2] not in ("", str(step)):
+    if "@" in before and before.rpartition("@")[2] != str(step):
         raise UserError(f"{run} began from {before}, and {init} has gone on to step {step:,} since: remove {run}, and"
                         " the same command makes it anew")
     return load(schema, target=target, overrides=[f"run.dir={run}", f"init={init}@{step}", f"seed={seed}",

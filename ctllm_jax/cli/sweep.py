@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctllm_jax.cluster import distributed
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.sweep import STAGES, Sweep, SweepRun, plan_sweep, run_key, to_yaml
 
@@ -135,7 +136,9 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._forward) for number in _SIGNALS}
+            # What is ignored stays so, here and in the run: nohup ignores SIGHUP, a script's & ignores SIGINT.
+            self._before = {number: signal.signal(number, self._forward) for number in _SIGNALS
+                            if signal.getsignal(number) is not signal.SIG_IGN}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -181,7 +184,7 @@ class State:
     def write(self, *, command: str | None = None) -> None:
         """Write the file, at once or not at all; of several processes the first does."""
         self._command = command if command is not None else self._command
-        if os.environ.get("JAX_PROCESS_ID", "0") != "0":
+        if distributed.detect(os.environ).index:
             return
         from ctllm_jax.report.page import save
 
@@ -215,7 +218,7 @@ def compare(sweep: Sweep, outcomes: dict[str, str], console: Any) -> None:
     from ctllm_jax.report.page import write_report
     from ctllm_jax.report.run import read_run
 
-    if os.environ.get("JAX_PROCESS_ID", "0") != "0":
+    if distributed.detect(os.environ).index:
         return
     found = {each.name: read_run(each.config.run.dir) for each in sweep.runs
              if (Path(each.config.run.dir) / "metrics.jsonl").exists()}

@@ -113,8 +113,7 @@ def split_values(text: str) -> list[str]:
 def run_key(config: PretrainConfig) -> str:
     """A hash of all that decides whether a finished run is finished still: its config, but for keys that may change
     without a step more, and the size and time of the files that it reads."""
-    length = {"steps", "data.epochs"}
-    loose = changeable_paths(type(config)) - length
+    loose = changeable_paths(type(config)) - {"steps", "data.epochs", "init"}
 
     def fixed(tree, prefix: str = ""):
         if not isinstance(tree, dict):
@@ -124,6 +123,8 @@ def run_key(config: PretrainConfig) -> str:
     files = []
     for _, path in _files(config):
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            if not file.is_file():
+                continue
             found = file.stat()
             files.append([str(file), found.st_size, found.st_mtime_ns])
     return hashlib.sha256(json.dumps([fixed(config.model_dump(mode="json")), files]).encode()).hexdigest()
@@ -170,8 +171,9 @@ def _run_names(targets: Sequence[str], choices: Sequence[dict[str, str]]) -> lis
     if len(set(stems)) < len(stems):
         stems = [target.removesuffix(".yaml").strip("./").replace("/", "-") for target in targets]
     leaves = Counter(key.rpartition(".")[2] for key in choices[0])
-    names = []
-    for stem, choice in itertools.product(stems, choices):
+    names, wholes = [], []
+    for (target, stem), choice in itertools.product(zip(targets, stems, strict=True), choices):
+        wholes.append(json.dumps([target, choice]))
         parts = [stem] if len(targets) > 1 or not choice else []
         for key, value in choice.items():
             leaf = key.rpartition(".")[2]
@@ -179,9 +181,14 @@ def _run_names(targets: Sequence[str], choices: Sequence[dict[str, str]]) -> lis
         names.append(",".join(parts))
     plain = [re.sub(r"[^\w.+=,-]", "_", name) for name in names]
     often = Counter(plain)
-    return [short if often[short] == 1 and len(short) <= _LONGEST_NAME and short.strip(".") else
-            f"{short[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
-            for name, short in zip(names, plain, strict=True)]
+    return [short if often[short] == 1 and len(short.encode()) <= _LONGEST_NAME and short.strip(".") else
+            f"{_cut(short, _LONGEST_NAME)}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}"
+            for short, whole in zip(plain, wholes, strict=True)]
+
+
+def _cut(text: str, size: int) -> str:
+    """The beginning of a text that takes at most so many bytes in UTF-8."""
+    return text.encode()[:size].decode(errors="ignore")
 
 
 def _files(config: PretrainConfig) -> list[tuple[str, Path]]:
@@ -189,6 +196,8 @@ def _files(config: PretrainConfig) -> list[tuple[str, Path]]:
     data = config.data
     named = [(f"data.sources.{name}.path", source.path) for name, source in data.sources.items()]
     named += [("data.tokenizer", data.tokenizer)] if data.tokenizer else []
+    template = getattr(data, "template", None)
+    named += [("data.template.path", template.path)] if template is not None and template.path else []
     return [(key, Path(path)) for key, path in named if "://" not in path]
 
 

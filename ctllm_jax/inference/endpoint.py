@@ -35,8 +35,10 @@ _LONGEST_WAIT = 60.0  # seconds between two tries, unless the server asks for mo
 _LONGEST_RETRY_AFTER = 3600.0
 _MOST_BYTES = 2**25
 _SHOWN = 500  # characters of a server's text in a message
-_STOPS_ALL = (401, 402, 403, 404, 405)
+_STOPS_ALL = (401, 402, 404, 405)
 """Statuses that the next request would meet too: key, account, address or model are wrong."""
+_MAY_STOP_ALL = 403
+"""Once the server has answered another request, it is this one that is refused, as gateways do for what is in it."""
 logger = logging.getLogger(__name__)
 
 
@@ -232,9 +234,10 @@ class Endpoint:
         hint = {401: "; is the key right, and api_key_env its variable?" if self._key else
                      "; it wants a key: api_key_env names the variable that holds it",
                 404: f"; is base_url right, and is there a model {self.config.model!r}?"}.get(status, "")
+        concerns_all = status in _STOPS_ALL or status == _MAY_STOP_ALL and not self._has_answered
         return EndpointError(
             f"{self.url}: {status} {self._say(error.reason or '')}{': ' if said else ''}{said}{hint}",
-            retriable=status in (408, 429) or status >= 500, concerns_all=status in _STOPS_ALL,
+            retriable=status in (408, 429) or status >= 500, concerns_all=concerns_all,
             retry_after=_seconds(error.headers.get("Retry-After")))
 
     def _lost(self, reason: Any) -> EndpointError:
@@ -263,7 +266,7 @@ class Endpoint:
             found = json.loads(content.decode("utf-8"))
         except ValueError:
             # Said to be JSON, it was cut off on its way; a page of HTML is what another address gives.
-            raise EndpointError(f"{self.url}: the answer is not JSON but {kind}: {self._say(_decoded(content)[:80])!r}",
+            raise EndpointError(f"{self.url}: the answer is not JSON but {kind}: {self._say(_decoded(content))[:80]!r}",
                                 retriable="json" in kind, concerns_all=never) from None
         if isinstance(found, dict) and found.get("error"):
             # Some servers answer 200, and say inside what went wrong.

@@ -144,34 +144,44 @@ class PairFile:
 
 
 def _mended(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, from which a last line that is not whole is cut off. UserError for any other line."""
+    """The records of a file, from which a last line that is not whole is cut off. UserError for any other line.
+
+    A last row without its line end is whole: it gets one.
+    """
     records: list[dict[str, Any]] = []
     good = 0
     torn: int | None = None
+    ended = True
     with open(path, "rb") as file:
         for line, data in enumerate(file, 1):
             if torn is not None:
                 raise UserError(f"{path}:{torn}: not a row of this command: it was changed since it was written")
             try:
-                record = json.loads(data) if data.endswith(b"\n") else None
+                record = json.loads(data)
             except ValueError:
                 record = None
             if isinstance(record, dict):
                 records.append(record)
                 good += len(data)
+                ended = data.endswith(b"\n")
             else:
                 torn = line
     if torn is not None:
         logger.warning("%s:%d: the last line is not whole, and is cut off", path, torn)
         os.truncate(path, good)
+    elif not ended:
+        with open(path, "ab") as file:
+            file.write(b"\n")
     return records
 
 
 def _compare(path: Path, kept: dict[str, Any], now: dict[str, Any]) -> None:
     before, after = _flat(kept), _flat(now)
-    differing = [f"{name}: {json.dumps(before.get(name), ensure_ascii=False)} in the file, "
-                 f"{json.dumps(after.get(name), ensure_ascii=False)} now"
-                 for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    def shown(tree: dict[str, Any], name: str) -> str:
+        return json.dumps(tree[name], ensure_ascii=False) if name in tree else "absent"
+
+    differing = [f"{name}: {shown(before, name)} in the file, {shown(after, name)} now"
+                 for name in sorted({*before, *after}) if shown(before, name) != shown(after, name)]
     if differing:
         raise UserError("\n  ".join([f"output={path} was begun with other settings:", *differing])
                         + "\ntake these back, or give another output")

@@ -287,8 +287,8 @@ def read_model_config(run_dir: Path) -> ModelConfig:
 
 
 def identify_model(checkpoint: Kept) -> dict[str, Any]:
-    """Which model this is, wherever it lies: its step, and a hash of what its run was and started from."""
-    was = [checkpoint.meta["fingerprint"], checkpoint.meta.get("init")]
+    """Which model this is, wherever it lies: its step, and a hash of what its run was, how long, and started from."""
+    was = [checkpoint.meta["fingerprint"], checkpoint.meta.get("init"), checkpoint.meta.get("steps")]
     if was[1] is not None:
         was[1] = {name: was[1][name] for name in ("step", "run_sha256")}
     return {"step": checkpoint.step, "run_sha256": hashlib.sha256(json.dumps(was, sort_keys=True).encode()).hexdigest()}
@@ -306,15 +306,15 @@ def find_base(origin: dict[str, Any], *, run_dir: Path, model: str | None = None
     Args:
       origin: from `describe_origin`.
       run_dir: where the adapters are now; the base may have been moved together with them.
-      model: the MODEL that is said to be it; None: looked for where it was.
+      model: a MODEL that may be it, if it is not where it was.
 
     Raises:
       UserError: it is not there, or another model is; names both.
     """
     step = origin["step"]
-    places = [f"{origin['path']}@{step}", f"{run_dir / origin['relative']}@{step}"] if model is None else [model]
+    places = [f"{origin['path']}@{step}", f"{run_dir / origin['relative']}@{step}", *([model] if model else [])]
     problems = []
-    for place in places:
+    for place in dict.fromkeys(places):
         try:
             _, base = find_checkpoint(place)
         except UserError as error:

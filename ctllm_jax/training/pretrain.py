@@ -266,7 +266,8 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
     fingerprint = make_fingerprint(config, data.fingerprint)
     checkpointer = checkpoints.Checkpointer(
         directory, config.checkpoint, tokens_per_step=config.batch.tokens,
-        meta={"fingerprint": fingerprint, "eod_id": data.eod_id, "prefix_id": find_prefix_id(config, data.eod_id),
+        meta={"fingerprint": fingerprint, "steps": config.steps, "eod_id": data.eod_id,
+              "prefix_id": find_prefix_id(config, data.eod_id),
               **({} if config.lora is None else {"lora": config.lora.model_dump(mode="json")}), **(meta or {})})
     # Where a run begins: its own newest checkpoint, else the weights it was told to take, else random ones.
     newest, base = checkpointer.latest(), None

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ctllm_jax.cli.sweep import Signals
 from ctllm_jax.config.load import load
 from ctllm_jax.config.sft import SFTConfig
 from ctllm_jax.report.run import read_run
@@ -167,3 +168,14 @@ def test_a_plan_tells_every_run_and_starts_nothing(command, tmp_path):
 def test_a_directory_that_is_a_run_is_refused(command, text_run):
     printed = call(*command[:-1], f"run.dir={text_run.directory}")
     assert printed.status == 2 and "is a run; a sweep needs a directory" in printed.err
+
+
+def test_what_is_ignored_stays_ignored(monkeypatch):
+    """As under nohup, whose runs are to outlive the terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -60,7 +61,13 @@ def test_names_that_would_be_one_folder_are_told_apart(given, tmp_path):
     first, second = (run.name for run in sweep.runs)
     assert first != second and first.startswith("prompts=a_b-") and second.startswith("prompts=a_b-")
     long = plan_sweep("sft", [RATIO], [*given, f"vary.sample.prompts={'长' * 300},短"])
-    assert max(len(run.name) for run in long.runs) < 140
+    assert max(len(run.name.encode()) for run in long.runs) < 140
+    for folder in (tmp_path / "a", tmp_path / "a" / "a"):
+        folder.mkdir()
+        (folder / "x.yaml").write_text(f"extends: {REPOSITORY / 'configs' / RATIO}.yaml\n")
+    two = plan_sweep("sft", [str(folder / "x.yaml") for folder in (tmp_path / "a", tmp_path / "a" / "a")],
+                     [*given, "vary.seed=1,2"])
+    assert len({run.name for run in two.runs}) == 4
 
 
 def test_the_same_keys_twice_are_the_same_runs(given):
@@ -72,10 +79,24 @@ def test_the_same_keys_twice_are_the_same_runs(given):
             "sft", [RATIO], [*given, "vary.seed=1,2", other]).runs), other
     assert keys == {run_key(run.config) for run in plan_sweep(
         "sft", [RATIO], [*given, "vary.seed=1,2", "log.every=3", "checkpoint.every=9"]).runs}
-    data = given[1].partition("=")[2]
+    data = Path(given[1].partition("=")[2])
+    (data.parent / "other").touch()
+    assert keys.isdisjoint(run_key(run.config) for run in plan_sweep(
+        "sft", [RATIO], [f"init={data.parent / 'other'}", *given[1:], "vary.seed=1,2"]).runs), "another model"
     with open(data, "a") as file:
         file.write("{}\n")
     assert keys.isdisjoint(run_key(run.config) for run in first.runs)
+
+
+def test_a_link_to_nowhere_in_a_folder_of_data_is_no_data(given, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "zh.jsonl").touch()
+    before = [run_key(run.config) for run in plan_sweep("sft", [RATIO], [*given[:1], f"data.sources.zh.path={folder}",
+                                                                        *given[2:]]).runs]
+    (folder / ".#zh.jsonl").symlink_to("user@host.123")
+    assert before == [run_key(run.config) for run in plan_sweep("sft", [RATIO], [
+        *given[:1], f"data.sources.zh.path={folder}", *given[2:]]).runs]
 
 
 def test_runs_of_one_reference_share_its_file(given, tmp_path):

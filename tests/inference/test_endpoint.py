@@ -245,6 +245,18 @@ def test_one_failure_is_a_value_and_many_are_the_end():
             next(replies)
 
 
+def test_a_refused_question_is_its_own_matter_once_others_were_answered():
+    def script(asked, number):
+        return Say(status=403) if asked.body["messages"][-1]["content"] == "bad" else "good"
+
+    with ChatServer(script) as server:
+        endpoint = client(server, concurrency=1)
+        got = list(endpoint.ask_many([Request([Message("user", text)]) for text in ("a", "bad", "b")]))
+        assert [isinstance(reply, EndpointError) for reply in got] == [False, True, False]
+    with ChatServer(lambda asked, number: Say(status=403)) as server, pytest.raises(EndpointError):
+        list(client(server).ask_many([QUESTION] * 50))
+
+
 @pytest.mark.parametrize("say", [Say(status=401), Say(status=404), Say(body=[], headers={"Content-Type": "text/html"})])
 def test_what_all_would_meet_ends_at_once(say):
     with ChatServer(lambda asked, number: say) as server, pytest.raises(EndpointError):

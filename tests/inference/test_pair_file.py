@@ -84,7 +84,7 @@ def test_other_settings_are_refused_with_each_difference(tmp_path, whole):
     with pytest.raises(UserError) as caught:
         fill(tmp_path / "whole.jsonl", KEYS, other)
     assert "rejected.temperature: 0.8 in the file, 0.7 now" in str(caught.value)
-    assert "rejected.top_k: null in the file, 5 now" in str(caught.value) and "seed" not in str(caught.value)
+    assert "rejected.top_k: absent in the file, 5 now" in str(caught.value) and "seed" not in str(caught.value)
     assert (tmp_path / "whole.jsonl").read_bytes() == whole[0]
 
 
