@@ -130,18 +130,20 @@ def write_table(rows: list[dict], *, device_kind: str) -> None:
     Raises:
       SystemExit: nothing was measured on a TPU of the kernels' own table.
     """
+    from ctllm_jax.kernels.hopper import is_hopper
     from ctllm_jax.kernels.swiglu import shape_class
     from ctllm_jax.kernels.swiglu.blocks import find_chip
     from ctllm_jax.kernels.swiglu.measured import MEASURED
 
     chip = find_chip(device_kind)
-    if chip is None:
+    name = chip.name if chip else "hopper" if is_hopper(device_kind) else None
+    if name is None:
         raise SystemExit(f"--write-table: no kernel ran on this {device_kind}, so there is nothing to write")
     table = dict(MEASURED)
     for row in rows:
         if row["recompute"] is not None:
             sizes = shape_class(row["tokens"], row["hidden"], row["ffn"])
-            table[chip.name, row["dtype"], sizes, row["recompute"]] = row["xla_over_pallas"]
+            table[name, row["dtype"], sizes, row["recompute"]] = row["xla_over_pallas"]
     text = TABLE.read_text(encoding="utf-8")
     lines = "".join(f"    {key!r}: {ratio!r},\n".replace("'", '"') for key, ratio in sorted(table.items()))
     TABLE.write_text(re.sub(r"= \{\n.*?\}\n", lambda _: "= {\n" + lines + "}\n", text, count=1, flags=re.DOTALL),

@@ -51,10 +51,29 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
         wanted = " x ".join(f"{axis} {sizes[axis]}" for axis in AXES)
         raise UserError(f"mesh {wanted} does not cover {len(devices)} devices exactly:"
                          f" the product must be {len(devices)}, or one axis -1 and the others divide it")
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform == "cpu":
         grid = np.asarray(devices).reshape(shape)
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if slices > 1:
+        return _hybrid_mesh(shape, devices, slices)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _hybrid_mesh(shape: tuple[int, ...], devices: Sequence[jax.Device], slices: int) -> Mesh:
+    """A mesh over several slices, or GPU nodes: the slower network between them lies along one axis."""
+    from jax.experimental import mesh_utils
+
+    # Copies of the model send least, then split parameters; heads and FFN of one matmul stay together.
+    axis = next((index for index, size in enumerate(shape[:2]) if size % slices == 0), None)
+    if axis is None:
+        sizes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
+        raise UserError(f"mesh {sizes} over {slices} slices or nodes: mesh.data or mesh.fsdp must be a multiple of"
+                        f" {slices}, since the network between them lies along one of the two")
+    between = tuple(slices if index == axis else 1 for index in range(len(shape)))
+    within = tuple(size // outer for size, outer in zip(shape, between, strict=True))
+    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def partition_spec(dims: Sequence[str | None]) -> PartitionSpec:

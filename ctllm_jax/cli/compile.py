@@ -124,6 +124,7 @@ def show(report: Report, console: Any) -> None:
     verdict = "[green]fits[/]" if report.fits else "[red]does not fit[/]"
     layers = "scanned" if config.compute.scan_layers else "unrolled"
     rows = [("mesh", f"{mesh}; {report.rows} rows a device at once, {report.accumulation} accumulated"),
+            ("ops", ", ".join(f"{op}: {name}" for op, name in report.implementations.items())),
             ("compute", f"remat {config.compute.remat}, loss_chunk {config.compute.loss_chunk:,}, layers "
                         f"{layers}; compiled in {report.seconds:.0f} s"),
             ("memory", f"{_gib(report.peak)} of {_gib(report.capacity)} a device: {parts}"),
@@ -226,6 +227,7 @@ def as_json(report: Report) -> dict[str, Any]:
     config = report.config
     return {"rows_per_device": report.rows, "accumulation": report.accumulation, "remat": config.compute.remat,
             "loss_chunk": config.compute.loss_chunk, "scan_layers": config.compute.scan_layers, "mesh": report.mesh,
+            "implementations": report.implementations,
             "fits": report.fits, "reason": report.reason, "memory": report.memory, "peak": report.peak,
             "capacity": report.capacity, "estimate": report.estimate, "compile_seconds": round(report.seconds, 2),
             "roofline": asdict(report.roofline),

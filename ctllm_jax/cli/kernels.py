@@ -54,6 +54,7 @@ def run(context: Context) -> int:
 
 
 def _check(context: Context, ops: tuple[str, ...]) -> tuple[list[dict[str, Any]], int]:
+    from ctllm_jax.kernels.dispatch import CannotRun
     from ctllm_jax.kernels.registry import gather
 
     cases = [case for case in gather("checks", ops) if context.config.match in f"{case.op} {case.case}"]
@@ -61,16 +62,20 @@ def _check(context: Context, ops: tuple[str, ...]) -> tuple[list[dict[str, Any]]
     rows, refused, failed = [], {}, 0
     for case in [] if context.dry_run else cases:
         for implementation in IMPLEMENTATIONS:
+            problem = ""
             try:
                 errors = case.compare(implementation)
-            except ValueError as error:
+            except CannotRun as error:
                 refused[_reason(error)] = None
                 continue
-            good = all(error <= tolerance for error, tolerance in errors.values())
+            except Exception as error:  # A compiler raises many kinds, and each is a row of the table.
+                errors, problem = {}, str(error).strip().partition("\n")[0] or type(error).__name__
+            good = not problem and all(error <= tolerance for error, tolerance in errors.values())
             failed += not good
             rows.append({"op": case.op, "case": case.case, "implementation": implementation, "good": good,
-                         "errors": {what: error for what, (error, _) in errors.items()}})
-            shown = ", ".join(f"{what} {error / tolerance:.2f}" for what, (error, tolerance) in errors.items())
+                         "problem": problem or None, "errors": {what: error for what, (error, _) in errors.items()}})
+            shown = problem or ", ".join(f"{what} {error / tolerance:.2f}"
+                                         for what, (error, tolerance) in errors.items())
             table.add_row(case.op, case.case, implementation, _verdict(good, "good", "WRONG"), shown)
     _finish(context, table, cases, list(refused))
     if not context.dry_run and not rows:
@@ -84,6 +89,7 @@ def _bench(context: Context, ops: tuple[str, ...]) -> tuple[list[dict[str, Any]]
     import jax
 
     from ctllm_jax.cli.kernel_peers import find_peers
+    from ctllm_jax.kernels.dispatch import CannotRun
     from ctllm_jax.kernels.registry import gather
 
     config = context.config
@@ -104,8 +110,11 @@ def _bench(context: Context, ops: tuple[str, ...]) -> tuple[list[dict[str, Any]]
             try:
                 function, arguments = case.prepare(implementation)
                 jax.block_until_ready(function(*arguments))
-            except ValueError as error:
+            except CannotRun as error:
                 refused[_reason(error)] = None
+                continue
+            except Exception as error:
+                refused[f"{case.op} {case.case}, {implementation}: {str(error).strip().partition(chr(10))[0]}"] = None
                 continue
             add(case, implementation, min(_seconds(function, arguments) for _ in range(config.repeats)))
         for name, measure in find_peers(case).items():

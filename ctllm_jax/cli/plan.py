@@ -44,6 +44,9 @@ def run(context: Context) -> int:
     print_rows(console, rows, title=f"plan of {config.budget} on {config.topology}")
     given = [word for word in context.overrides if word.partition("=")[0] not in _OWN
              and word.partition("=")[0] not in plan.overrides]
+    if config.output and context.dry_run:
+        console.print(Text(f"would write {config.output}"))
+        return 0
     if config.output:
         write(Path(config.output), target, plan, config)
         command = f"python launch.py pretrain {shlex.quote(config.output)} {shlex.join(given)}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.request import getproxies_environment, proxy_bypass_environment
 
 from ctllm_jax.config.errors import UserError
@@ -16,6 +18,8 @@ _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _PORT = 61_440
 """First of the 4,096 ports of which a job's number chooses one: two jobs on a node then seldom meet."""
 _TPU_VM = ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID")
+_NO_STEP = 4_294_967_290
+"""From here on SLURM's numbers of steps are no steps of srun, but a shell that salloc or sbatch gives."""
 log = logging.getLogger(__name__)
 
 
@@ -51,10 +55,10 @@ def detect(environment: Mapping[str, str]) -> Launch:
     | set | by |
     |---|---|
     | JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID | a person, or a script |
-    | SLURM_PROCID | srun |
     | OMPI_COMM_WORLD_SIZE | mpirun of Open MPI |
+    | SLURM_JOB_ID | sbatch, salloc; SLURM_PROCID by srun |
+    | TPU_WORKER_HOSTNAMES | GKE, on TPUs |
     | JOB_COMPLETION_INDEX | an indexed job of Kubernetes, or a JobSet, on GPUs |
-    | TPU_WORKER_HOSTNAMES | GKE and TPU VMs |
 
     Raises:
       UserError: only some of the three, numbers that make no sense, or several SLURM tasks without srun.
@@ -62,13 +66,15 @@ def detect(environment: Mapping[str, str]) -> Launch:
     given = {name: environment[name] for name in _NAMES if environment.get(name)}
     if given:
         return _explicit(given)
-    if "SLURM_JOB_ID" in environment:
-        return _slurm(environment)
     if int(environment.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
         return _open_mpi(environment)
+    if "SLURM_JOB_ID" in environment:
+        return _slurm(environment)
     hosts = [host for host in environment.get(_TPU_VM[0], "").split(",") if host]
     if hosts and hosts != ["localhost"]:
-        return Launch("tpu", None, len(hosts), _number(environment, _TPU_VM[1]))
+        slices = _number(environment, "MEGASCALE_NUM_SLICES", default=1)
+        index = _number(environment, "MEGASCALE_SLICE_ID", default=0) * len(hosts)
+        return Launch("tpu", None, slices * len(hosts), index + _number(environment, _TPU_VM[1]))
     if environment.get("JOB_COMPLETION_INDEX"):
         return _kubernetes(environment)
     return Launch("local")
@@ -81,6 +87,13 @@ def initialize() -> int:
       UserError: as `detect`, or process 0 cannot be found by name: the runtime would wait 300 s, and say nothing.
     """
     launch = detect(os.environ)
+    if launch.kind == "local" and _on_tpu_vm(os.environ):
+        # The other hosts of a slice are known to its metadata server alone, which JAX asks.
+        import jax
+
+        jax.distributed.initialize()
+        log.info("started on a TPU VM: process %d of %d", jax.process_index(), jax.process_count())
+        return jax.process_count()
     if launch.processes == 1:
         return 1
     log.info("started by %s", launch.describe())
@@ -110,8 +123,8 @@ def _explicit(given: Mapping[str, str]) -> Launch:
 def _slurm(environment: Mapping[str, str]) -> Launch:
     tasks = _number(environment, "SLURM_NTASKS", default=1)
     nodes = _number(environment, "SLURM_JOB_NUM_NODES", default=1)
-    step = environment.get("SLURM_STEP_ID")
-    if step is None or not environment.get("SLURM_PROCID"):
+    step = _number(environment, "SLURM_STEP_ID", default=_NO_STEP)
+    if step >= _NO_STEP or not environment.get("SLURM_PROCID"):
         # Inside of salloc or sbatch, and not of srun: every task but this one would be missing.
         if max(tasks, nodes) > 1:
             raise UserError(f"SLURM_JOB_ID={environment['SLURM_JOB_ID']} has {nodes} nodes and {tasks} tasks, and this "
@@ -124,20 +137,20 @@ def _slurm(environment: Mapping[str, str]) -> Launch:
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     port = _PORT + _number(environment, "SLURM_JOB_ID") % 4096
     return Launch("slurm", f"{first_host(hosts)}:{port}", tasks, _number(environment, "SLURM_PROCID"),
-                  _share(_tasks_here(environment.get("SLURM_STEP_TASKS_PER_NODE", "")),
+                  _share(environment, _tasks_here(environment.get("SLURM_STEP_TASKS_PER_NODE", "")),
                          _number(environment, "SLURM_LOCALID", default=0)))
 
 
 def _open_mpi(environment: Mapping[str, str]) -> Launch:
     uri = environment.get("OMPI_MCA_orte_hnp_uri", "") or environment.get("PMIX_SERVER_URI41", "")
-    found = re.search(r"tcp[46]?://\[?([\w.:]+?)\]?[:,]", uri)
+    found = re.search(r"tcp[46]?://\[?([^,\]]+?)(?:\]|,|:\d+)", uri)
     if found is None:
         raise UserError("started by mpirun, which does not say where process 0 is: set JAX_COORDINATOR_ADDRESS, "
                         "JAX_NUM_PROCESSES=$OMPI_COMM_WORLD_SIZE and JAX_PROCESS_ID=$OMPI_COMM_WORLD_RANK")
     job = re.match(r"(\d+)", uri)
     return Launch("openmpi", f"{found[1]}:{_PORT + (int(job[1]) if job else 0) % 4096}",
                   _number(environment, "OMPI_COMM_WORLD_SIZE"), _number(environment, "OMPI_COMM_WORLD_RANK"),
-                  _share(_number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE", default=1),
+                  _share(environment, _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE", default=1),
                          _number(environment, "OMPI_COMM_WORLD_LOCAL_RANK", default=0)))
 
 
@@ -162,9 +175,21 @@ def _tasks_here(tasks: str) -> int:
     return max([int(number) for number in re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", tasks)] or [1])
 
 
-def _share(tasks: int, index: int) -> tuple[int, ...] | None:
-    """One task a node has all of its GPUs; with several, each has the one of its number."""
-    return None if tasks == 1 else (index,)
+def _share(environment: Mapping[str, str], tasks: int, index: int) -> tuple[int, ...] | None:
+    """One task a node has all of its GPUs; with several, each has those of its number, unless it sees no others."""
+    visible = [device for device in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    if tasks == 1 or len(visible) == 1:
+        return None
+    each = max(1, len(visible) // tasks)
+    return tuple(range(index * each, (index + 1) * each))
+
+
+def _on_tpu_vm(environment: Mapping[str, str]) -> bool:
+    """Whether TPUs are here, and somebody who can be asked whether there are others."""
+    if environment.get("TPU_SKIP_MDS_QUERY") or environment.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
+        return False
+    here = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    return here and importlib.util.find_spec("libtpu") is not None
 
 
 def _number(environment: Mapping[str, str], name: str, *, default: int | None = None) -> int:

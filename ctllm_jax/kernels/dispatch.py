@@ -20,6 +20,10 @@ def find_device(mesh: Mesh | None = None) -> tuple[str, str]:
     return platform, device.device_kind
 
 
+class CannotRun(ValueError):
+    """A named implementation cannot run where it is asked to, or cannot do what is asked."""
+
+
 def choose(op: str, implementation: str, *, reasons: Mapping[str, str | None], platform: str | None = None) -> str:
     """The implementation that runs.
 
@@ -30,7 +34,8 @@ def choose(op: str, implementation: str, *, reasons: Mapping[str, str | None], p
       platform: where it is to run, for the message; None: the default backend.
 
     Raises:
-      ValueError: an unknown name, or one that cannot run here; the message says why, and what can.
+      ValueError: an unknown name.
+      CannotRun: one that cannot run here; the message says why, and what can.
     """
     able = [name for name, reason in reasons.items() if reason is None]
     if implementation not in NAMES:
@@ -39,6 +44,6 @@ def choose(op: str, implementation: str, *, reasons: Mapping[str, str | None], p
         return able[0]
     if implementation not in able:
         reason = reasons.get(implementation, f"there is no such implementation of {op}")
-        raise ValueError(f"{op}: implementation={implementation!r} cannot run on {platform or jax.default_backend()}:"
-                         f" {reason}; what can: {', '.join(able)}")
+        raise CannotRun(f"{op}: implementation={implementation!r} cannot run on {platform or jax.default_backend()}:"
+                        f" {reason}; what can: {', '.join(able)}")
     return implementation

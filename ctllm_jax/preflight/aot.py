@@ -22,6 +22,7 @@ from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.preflight.hlo import Collective, Large, Program
 from ctllm_jax.preflight.plan import memory_bytes
 from ctllm_jax.preflight.roofline import Roofline, roofline
+from ctllm_jax.training.environment import choose_implementations
 from ctllm_jax.training.pretrain import plan_step
 
 RESERVED = 0.25 * 2**30
@@ -47,6 +48,7 @@ class Report:
     topology: Topology
     config: PretrainConfig
     mesh: dict[str, int]
+    implementations: dict[str, str]
     rows: int
     accumulation: int
     fits: bool
@@ -94,6 +96,7 @@ def open_devices(topology: Topology) -> list[Any]:
 def compile_step(config: PretrainConfig, topology: Topology, devices: list[Any]) -> Report:
     """Compile the step for these devices. UserError where the mesh does not fit them, as at a run's start."""
     mesh = sharding.make_mesh(config.mesh.model_dump(), devices)
+    implementations = choose_implementations(config, mesh)
     plan = plan_step(config, mesh)
     state = plan.abstract_state
     frozen = {} if plan.abstract_frozen is None else {"frozen parameters": _per_device(plan.abstract_frozen)}
@@ -122,9 +125,9 @@ def compile_step(config: PretrainConfig, topology: Topology, devices: list[Any])
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             reason = f"the compiler gives no text of this program: {str(error).splitlines()[0][:200]}"
     sizes = {axis: int(size) for axis, size in mesh.shape.items()}
-    return Report(topology, config, sizes, plan.micro_rows, plan.accumulation, fits, memory, capacity, estimate,
-                  collectives, largest, roofline(config, topology, mesh=sizes, collectives=collectives), reason,
-                  time.perf_counter() - began)
+    bound = roofline(config, topology, mesh=sizes, collectives=collectives)
+    return Report(topology, config, sizes, implementations, plan.micro_rows, plan.accumulation, fits, memory, capacity,
+                  estimate, collectives, largest, bound, reason, time.perf_counter() - began)
 
 
 def changes(config: PretrainConfig, rows: int) -> Iterable[tuple[str, PretrainConfig]]:

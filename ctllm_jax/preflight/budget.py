@@ -81,8 +81,8 @@ def cost_drivers(config: PlanConfig, topology: Topology, *, steps: int, seconds:
     model, batch = config.model, config.batch
     flops = flops_per_token(model, sequence_length=batch.sequence_length, lora=config.lora)
     layers = model.num_layers
-    head = 6 * model.hidden_size * model.padded_vocab_size
-    ffn = 6 * 3 * model.hidden_size * model.ffn_size * layers
+    head = _passes(config) * model.hidden_size * model.padded_vocab_size
+    ffn = _passes(config) * 3 * model.hidden_size * model.ffn_size * layers
     full_attention = flops.full - flops.causal
     attention = flops.causal - _matmuls(config)
     parts = {"FFN": ffn, "attention's projections": _matmuls(config) - head - ffn, "attention, causal": attention,
@@ -108,8 +108,13 @@ def cost_drivers(config: PlanConfig, topology: Topology, *, steps: int, seconds:
 
 
 def _matmuls(config: PlanConfig) -> float:
-    """FLOPs a token of all matmuls with parameters."""
+    """FLOPs a token of all matmuls with weights that are there without adapters."""
     model = config.model
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     block = model.hidden_size * (heads + 3 * model.ffn_size)
-    return 6 * (block * model.num_layers + model.hidden_size * model.padded_vocab_size)
+    return _passes(config) * (block * model.num_layers + model.hidden_size * model.padded_vocab_size)
+
+
+def _passes(config: PlanConfig) -> int:
+    """FLOPs of a token for each weight: two forward, four backward, of which a frozen weight needs two."""
+    return 6 if config.lora is None else 4

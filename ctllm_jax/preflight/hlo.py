@@ -1,6 +1,7 @@
 """What a compiled program says of itself: its collectives, and its largest arrays. Text in, figures out; no jax.
 
-A collective inside a loop counts as often as the loop goes round. On TPU a reduce-scatter is an all-reduce in a fusion
+A collective inside a loop counts as often as the loop goes round. Between TPU slices it is a `send` to the host that
+names the collective. On TPU a reduce-scatter is an all-reduce in a fusion
 that keeps a part, and an asynchronous collective may be spread over fusions that compute meanwhile; both are seen.
 """
 
@@ -79,6 +80,9 @@ class Program:
     """
 
     def __init__(self, text: str, *, per_slice: int | None = None):
+        # replica_groups={} are all devices, whose number the head of the module tells.
+        counts = [re.search(rf"{name}=(\d+)", text[:4096]) for name in ("num_partitions", "replica_count")]
+        self._devices = math.prod(int(count[1]) for count in counts if count)
         self._computations: dict[str, list[Instruction]] = {}
         self._per_slice = per_slice
         self._entry = ""
@@ -101,6 +105,8 @@ class Program:
         found: dict[tuple, Collective] = {}
         for index, (instruction, times, within) in enumerate(self._executed(self._entry, 1, ())):
             kind = instruction.opcode.removesuffix("-start")
+            if kind == "send" and (between := _between_slices(instruction, times)):
+                found[(index,)] = between
             if kind not in KINDS:
                 continue
             one = self._collective(instruction, kind, times, within)
@@ -153,10 +159,15 @@ class Program:
     def _collective(self, instruction: Instruction, kind: str, times: int, within: tuple[str, ...]) -> Collective:
         sizes = [_bytes(*array) for array in _ARRAY.findall(instruction.type)]
         started = instruction.opcode.endswith("-start")
-        # A start gives operands, results and counters; several arrays in one are all sent.
-        payload = max(sizes) if started or kind == "collective-permute" else sum(sizes)
+        if kind == "collective-permute":
+            payload = max(sizes)
+        elif started and kind != "all-reduce":
+            # A start of several gives (operands, results, …): the larger half is what it is about.
+            payload = max(sum(_bytes(*array) for array in _ARRAY.findall(part)) for part in _parts(instruction.type))
+        else:
+            payload = sum(sizes)
         groups = _groups(instruction.rest)
-        group = len(groups[0]) if groups else 1
+        group = len(groups[0]) if groups else self._devices
         scattered = kind == "all-reduce" and any("all-reduce-scatter" in name for name in within)
         if kind == "reduce-scatter":
             payload *= 1 if started else group
@@ -183,6 +194,30 @@ def _parse(line: str) -> Instruction | None:
 
 def _bytes(dtype: str, dims: str) -> int:
     return math.prod(map(int, filter(None, dims.split(",")))) * _BITS.get(dtype, 0) // 8
+
+
+def _between_slices(send: Instruction, times: int) -> Collective | None:
+    """The collective of a transfer between slices (XLA's megascale); None for another transfer."""
+    kind = re.search(r'_xla_megascale_transfer_type="([A-Z_]+)"', send.rest)
+    if kind is None:
+        return None
+    target = re.search(r'_xla_megascale_target="([^"]*)"', send.rest)
+    groups = re.findall(r"\[([\d,]+)\]|\{([\d,]+)\}", target[1]) if target else []
+    group = max((len((listed or braced).split(",")) for listed, braced in groups), default=2)
+    payload = max((_bytes(*array) for array in _ARRAY.findall(send.type)), default=0)
+    return Collective(kind[1].lower().replace("_", "-"), payload, max(group, 2), times, True, True, _source(send.rest))
+
+
+def _parts(tuple_type: str) -> list[str]:
+    """The elements of a tuple's type."""
+    depth, parts = 0, [""]
+    for character in tuple_type[1:-1]:
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def _source(rest: str) -> str:

@@ -11,6 +11,7 @@ from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.model.flops import flops_per_token
 from ctllm_jax.model.parameters import count_parameters
 from ctllm_jax.preflight.hlo import Collective
+from ctllm_jax.preflight.plan import count_trained
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ def recomputed_share(config: PretrainConfig) -> float:
     """FLOPs that remat adds, as a share of those of a step without it; nothing needs a block's last matmul again."""
     model = config.model
     total = flops_per_token(model, sequence_length=config.batch.sequence_length, lora=config.lora).causal
+    whole = flops_per_token(model, sequence_length=config.batch.sequence_length).causal
     ffn = 2 * 3 * model.hidden_size * model.ffn_size * model.num_layers
     head = 2 * model.hidden_size * model.padded_vocab_size
-    forward = total / 3 - head
+    forward = whole / 3 - head
     out = 2 * model.num_heads * model.head_dim * model.hidden_size * model.num_layers
     wide = ffn * 2 / 3
     again = {"none": 0.0, "ffn": wide, "attention": wide + out, "block": forward - ffn / 3}
@@ -67,7 +69,7 @@ def memory_traffic(config: PretrainConfig, *, devices: int, split: int, tensor: 
               + 5 * model.ffn_size)
     activations = tokens * widths / tensor * model.num_layers * item * (passes + 1)
     logits = tokens * model.padded_vocab_size / tensor * (4 + 4 + item * 3)
-    optimizer = 7 * 4 * count_parameters(model) / split
+    optimizer = 7 * 4 * count_trained(config) / split
     return weights + activations + logits + optimizer
 
 

@@ -12,17 +12,17 @@ from typing import Any
 
 import jax
 
-from ctllm_jax import kernels
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.kernels.attention import chosen, make_request
+from ctllm_jax.kernels.swiglu import chosen as chosen_swiglu
 from ctllm_jax.model.lora import lora_parameters
 
 log = logging.getLogger(__name__)
 
 
-def choose_implementations(config: PretrainConfig) -> dict[str, str]:
-    """Op -> the implementation that runs here.
+def choose_implementations(config: PretrainConfig, mesh: jax.sharding.Mesh | None = None) -> dict[str, str]:
+    """Op -> the implementation that runs on the mesh's devices, which need not be here; None: on the default one.
 
     Raises:
       UserError: a named one cannot run here, or not with what is adapted.
@@ -37,10 +37,11 @@ def choose_implementations(config: PretrainConfig) -> dict[str, str]:
     request = make_request(
         length=config.batch.sequence_length, heads=model.num_heads, kv_heads=model.num_kv_heads,
         head_dim=model.head_dim, dtype=config.compute.dtype, sliding_window=model.sliding_window,
-        segments=config.isolated)
+        segments=config.isolated, mesh=mesh)
     try:
-        named = kernels.implementations(attention=config.compute.attention, swiglu=swiglu)
-        return named | {"attention": chosen(config.compute.attention, request=request)}
+        return {"attention": chosen(config.compute.attention, request=request),
+                "swiglu": chosen_swiglu(swiglu, device=None if mesh is None else mesh.devices.flat[0],
+                                        dtype=config.compute.dtype)}
     except ValueError as error:
         raise UserError(str(error)) from None
 

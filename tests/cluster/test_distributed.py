@@ -137,3 +137,30 @@ def test_a_proxy_is_kept_out_of_the_way(given, monkeypatch, caplog):
     import os
 
     assert os.environ["no_proxy"] == "example.org,127.0.0.1" and "127.0.0.1 was added to no_proxy" in caplog.text
+
+
+def test_mpirun_inside_of_an_allocation_is_what_counts():
+    inside = {name: value for name, value in SLURM.items() if "STEP" not in name} | {"SLURM_NTASKS": "1"}
+    mpi = {"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_LOCAL_SIZE": "8",
+           "OMPI_COMM_WORLD_LOCAL_RANK": "5", "OMPI_MCA_orte_hnp_uri": "7.0;tcp6://[fe80::b9b:1]:34911"}
+    launch = distributed.detect(inside | mpi)
+    assert (launch.kind, launch.processes, launch.index) == ("openmpi", 8, 5)
+    assert launch.coordinator.startswith("fe80::b9b:1:")
+
+
+def test_the_shell_of_an_allocation_is_no_step():
+    with pytest.raises(UserError, match="started without srun"):
+        distributed.detect(SLURM | {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0"})
+
+
+@pytest.mark.parametrize(("visible", "devices"), [("3", None), ("0,1,2,3,4,5,6,7", (2, 3)), ("", (1,))])
+def test_tasks_of_a_node_share_its_gpus(visible, devices):
+    launch = distributed.detect(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_LOCALID": "1",
+                                         "SLURM_NTASKS": "8", "CUDA_VISIBLE_DEVICES": visible})
+    assert launch.local_devices == devices
+
+
+def test_slices_of_tpus_are_counted():
+    launch = distributed.detect({"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "4",
+                                 "MEGASCALE_SLICE_ID": "2"})
+    assert (launch.processes, launch.index) == (8, 5)

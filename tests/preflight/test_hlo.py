@@ -129,3 +129,25 @@ def test_the_largest_arrays(mesh):
 def test_text_that_is_no_program():
     with pytest.raises(ValueError, match="no ENTRY"):
         Program("nothing")
+
+
+def test_what_goes_between_slices_is_a_send_that_says_so():
+    text = module('  ROOT %s = (f32[1024]{0}, u32[], token[]) send(%p, %t), channel_id=1, is_host_transfer=true, '
+                  'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE",'
+                  '_xla_megascale_target="{{0,4},{1,5}}"}')
+    found, = Program(text, per_slice=4).collectives()
+    assert (found.kind, found.payload, found.crosses, found.asynchronous) == ("all-reduce", 4096, True, True)
+
+
+def test_several_in_one_start_are_all_sent():
+    text = module("  %a = (f32[1024]{0}, f32[1024]{0}) all-reduce-start(%p, %p), channel_id=1, "
+                  "replica_groups={{0,1}}, to_apply=%add",
+                  "  ROOT %g = ((f32[8]{0}, f32[8]{0}), (f32[16]{0}, f32[16]{0})) all-gather-start(%p, %p), "
+                  "channel_id=2, replica_groups={{0,1}}, dimensions={0}")
+    assert sorted(each.payload for each in Program(text).collectives()) == [128, 8192]
+
+
+def test_no_group_is_all_devices():
+    text = module("  ROOT %r = f32[8]{0} all-reduce(%p), channel_id=1, replica_groups={}, to_apply=%add")
+    found, = Program(text.replace("HloModule m", "HloModule m, num_partitions=16")).collectives()
+    assert found.group == 16

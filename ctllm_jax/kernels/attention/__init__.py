@@ -19,11 +19,11 @@ __all__ = ["attention", "cached_attention", "chosen", "make_request"]
 
 def make_request(*, length: int, heads: int, kv_heads: int, head_dim: int, dtype: str = "bfloat16", causal: bool = True,
                  sliding_window: int | None = None, scale: float | None = None, segments: bool = True,
-                 positions: bool = False, mesh: Mesh | None = None) -> Request:
+                 positions: bool = False, lse: bool = False, mesh: Mesh | None = None) -> Request:
     """What `attention` would ask of an implementation, on the mesh's devices or the default one."""
     scale = head_dim**-0.5 if scale is None else float(scale)
     return Request(length, heads, kv_heads, head_dim, dtype, causal, sliding_window, scale, segments, positions,
-                   *find_device(mesh))
+                   *find_device(mesh), lse)
 
 
 def chosen(implementation: str = "auto", *, mesh: Mesh | None = None, request: Request | None = None) -> str:
@@ -97,8 +97,10 @@ def attention(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array,
     request = make_request(
         length=length, heads=heads // parts, kv_heads=kv_heads // parts, head_dim=head_dim, dtype=query_BSNH.dtype.name,
         causal=causal, sliding_window=sliding_window, scale=scale, segments=segment_ids is not None,
-        positions=positions is not None, mesh=mesh)
-    implementation = chosen(implementation, request=request)
+        positions=positions is not None, lse=return_lse, mesh=mesh)
+    named, implementation = implementation, chosen(implementation, request=request)
+    if named == "auto" and implementation == "pallas" and mesh is None and jax.device_count() > 1:
+        implementation = "xla"  # The arrays may be split, which only the partitioner knows, and it splits no kernel.
     if implementation == "xla":
         return attention_xla(query_BSNH, key_BSKH, value_BSKH, segment_ids=segment_ids, positions=positions,
                              causal=causal, sliding_window=sliding_window, scale=request.scale, return_lse=return_lse)
@@ -106,7 +108,7 @@ def attention(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array,
         return jax.nn.dot_product_attention(
             query_BSNH, key_BSKH, value_BSKH, scale=request.scale, is_causal=causal,
             local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
-            implementation="cudnn", return_residual=return_lse)
+            implementation="cudnn")
     y_BSNH, lse_BNS = fused_attention(
         _pallas_kernels(request.platform), query_BSNH, key_BSKH, value_BSKH, segment_ids=segment_ids,
         positions=positions, request=request, mesh=mesh, batch_axes=tuple(batch_axes), tensor_axis=tensor_axis)
@@ -153,6 +155,8 @@ def _cudnn_refusal(platform: str, request: Request | None) -> str | None:
         return "it compares places in the row, and no positions"
     if request.dtype not in ("bfloat16", "float16"):
         return f"it computes in bfloat16 and float16, and the query is {request.dtype}"
+    if request.lse:
+        return "its log-sum-exp has no gradient"
     if request.head_dim > 128 or request.head_dim % 8:
         return f"head dim {request.head_dim} is not a multiple of 8 up to 128"
     return None

@@ -32,6 +32,7 @@ class Request(NamedTuple):
       segments, positions: whether they are given.
       platform: "cpu", "gpu" or "tpu", on which it is to run (which need not be here: a compile ahead of time).
       device_kind: as `jax.Device.device_kind` says it.
+      lse: whether the log-sum-exp is wanted.
     """
 
     length: int
@@ -46,6 +47,7 @@ class Request(NamedTuple):
     positions: bool
     platform: str
     device_kind: str
+    lse: bool = False
 
 
 class Kernels(NamedTuple):

@@ -33,7 +33,8 @@ def chosen(implementation: str = "auto", *, device: jax.Device | None = None, dt
     Raises:
       ValueError: the named one cannot run there.
     """
-    kind = (device or jax.local_devices()[0]).device_kind
+    device = device or jax.local_devices()[0]
+    kind = device.device_kind
     chip, reason = find_chip(kind), None
     if is_hopper(kind):
         from ctllm_jax.kernels.swiglu import hopper
@@ -44,7 +45,8 @@ def chosen(implementation: str = "auto", *, device: jax.Device | None = None, dt
         reason = f"its kernels are for TPU {names} and Hopper GPUs, and this is a {kind}"
     elif dtype not in DTYPES:
         reason = f"its kernels take {' and '.join(DTYPES)}, and this is {dtype}"
-    name = choose("swiglu", implementation, reasons={"xla": None, "pallas": reason})
+    name = choose("swiglu", implementation, reasons={"xla": None, "pallas": reason},
+                  platform="gpu" if device.platform in ("cuda", "rocm") else device.platform)
     if implementation == "auto" and reason is None and shape is not None:
         faster = MEASURED.get((chip.name if chip else "hopper", dtype, shape_class(*shape), recompute), 0) > 1
         return "pallas" if faster else name
