@@ -143,12 +143,13 @@ def _slurm(environment: Mapping[str, str]) -> Launch:
 
 def _open_mpi(environment: Mapping[str, str]) -> Launch:
     uri = environment.get("OMPI_MCA_orte_hnp_uri", "") or environment.get("PMIX_SERVER_URI41", "")
-    found = re.search(r"tcp[46]?://\[?([^,\]]+?)(?:\]|,|:\d+)", uri)
+    found = re.search(r"tcp[46]?://(\[[^\],]+|[^,:]+)", uri)
     if found is None:
         raise UserError("started by mpirun, which does not say where process 0 is: set JAX_COORDINATOR_ADDRESS, "
                         "JAX_NUM_PROCESSES=$OMPI_COMM_WORLD_SIZE and JAX_PROCESS_ID=$OMPI_COMM_WORLD_RANK")
     job = re.match(r"(\d+)", uri)
-    return Launch("openmpi", f"{found[1]}:{_PORT + (int(job[1]) if job else 0) % 4096}",
+    host = f"{found[1]}]" if found[1].startswith("[") else found[1]
+    return Launch("openmpi", f"{host}:{_PORT + (int(job[1]) if job else 0) % 4096}",
                   _number(environment, "OMPI_COMM_WORLD_SIZE"), _number(environment, "OMPI_COMM_WORLD_RANK"),
                   _share(environment, _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE", default=1),
                          _number(environment, "OMPI_COMM_WORLD_LOCAL_RANK", default=0)))

@@ -145,7 +145,7 @@ def test_mpirun_inside_of_an_allocation_is_what_counts():
            "OMPI_COMM_WORLD_LOCAL_RANK": "5", "OMPI_MCA_orte_hnp_uri": "7.0;tcp6://[fe80::b9b:1]:34911"}
     launch = distributed.detect(inside | mpi)
     assert (launch.kind, launch.processes, launch.index) == ("openmpi", 8, 5)
-    assert launch.coordinator.startswith("fe80::b9b:1:")
+    assert launch.coordinator.startswith("[fe80::b9b:1]:")
 
 
 def test_the_shell_of_an_allocation_is_no_step():

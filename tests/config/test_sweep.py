@@ -64,7 +64,8 @@ def test_names_that_would_be_one_folder_are_told_apart(given, tmp_path):
     assert max(len(run.name.encode()) for run in long.runs) < 140
     for folder in (tmp_path / "a", tmp_path / "a" / "a"):
         folder.mkdir()
-        (folder / "x.yaml").write_text(f"extends: {REPOSITORY / 'configs' / RATIO}.yaml\n")
+        (folder / "x.yaml").write_text(f"extends: {REPOSITORY / 'configs' / RATIO}.yaml\n"
+                                       f"log: {{every: {len(folder.parts)}}}\n")
     two = plan_sweep("sft", [str(folder / "x.yaml") for folder in (tmp_path / "a", tmp_path / "a" / "a")],
                      [*given, "vary.seed=1,2"])
     assert len({run.name for run in two.runs}) == 4
