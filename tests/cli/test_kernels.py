@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from ctllm_jax.kernels import registry
+from ctllm_jax.kernels.dispatch import CannotRun
 from tests.cli.conftest import call
 
 
@@ -25,16 +26,39 @@ def test_a_wrong_number_fails_the_check(monkeypatch, error):
     cases = importlib.import_module("ctllm_jax.kernels.attention.cases")
     wrong = registry.Check("attention", "made wrong", lambda implementation: {"y": (error, 0.1)})
     monkeypatch.setattr(cases, "checks", lambda: [wrong])
-    printed = call("kernels", "check")
+    printed = call("kernels", "check", "op=attention")
     assert printed.status == 1 and "WRONG" in printed.out and "3 of 3 are wrong" in printed.out
 
 
+def test_a_kernel_that_breaks_fails_the_check_and_what_cannot_run_does_not(monkeypatch):
+    cases = importlib.import_module("ctllm_jax.kernels.attention.cases")
+
+    def compare(implementation):
+        if implementation == "cudnn":
+            raise CannotRun("no GPU here; what can: xla")
+        if implementation == "pallas":
+            raise ValueError("a block shape that the compiler does not take")
+        return {"y": (0.0, 0.1)}
+
+    monkeypatch.setattr(cases, "checks", lambda: [registry.Check("attention", "broken", compare)])
+    printed = call("kernels", "check", "op=attention")
+    assert printed.status == 1 and "1 of 2 are wrong" in printed.out and "no GPU here" in printed.out
+    assert "a block shape" in printed.out
+
+
+@pytest.mark.parametrize("op", registry.OPS)
+def test_every_op_has_a_check_that_xla_passes(op):
+    match = {"attention": "packed, head dim 64, float32", "swiglu": "one token, float32"}[op]
+    printed = call("kernels", "check", f"op={op}", f"match={match}")
+    assert printed.status == 0 and "good" in printed.out and "WRONG" not in printed.out
+
+
 def test_bench_times_what_runs(tmp_path):
-    printed = call("kernels", "bench", "lengths=[128]", "heads=2", "kv_heads=1", "head_dim=64", "repeats=1",
-                   f"output={tmp_path / 'bench.json'}")
+    printed = call("kernels", "bench", "lengths=[128]", "heads=2", "kv_heads=1", "head_dim=64", "hidden=64", "ffn=96",
+                   "repeats=1", f"output={tmp_path / 'bench.json'}")
     assert printed.status == 0, printed.err
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert len(rows) == 4 and all(row["implementation"] == "xla" and row["tflops"] > 0 for row in rows)
+    assert len(rows) == 7 and all(row["implementation"] == "xla" and row["tflops"] > 0 for row in rows)
 
 
 def test_a_dry_run_lists_and_a_typo_is_an_error():
