@@ -1,6 +1,6 @@
 """Memory of a DPO step of the 2B model on each device, compiled for chips that are not here, beside a two-model step.
 
-    python benchmarks/dpo_memory.py [--tpu v5p:2x2x1] [--no-gpu]
+    python benchmarks/dpo_memory.py [--tpu v5p:2x2x1] [--no-gpu | --gpu-target FILE]
 
 The step is that of configs/ct_llm_2b/dpo.yaml: a row of 4,096 tokens a device at a time, with both answers of a pair in
 it. Beside it are compiled, from the same parts: the step that holds the reference model too and runs it on every batch,
@@ -198,6 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tpu", default="v5p:2x2x1", help="a slice of TPUs; empty: none")
     parser.add_argument("--no-gpu", action="store_true", help="no table for one and for eight H100")
+    parser.add_argument("--gpu-target", type=Path, help="XLA's description of an H100 (.txtpb); none: ours")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "dpo_memory.json")
     arguments = parser.parse_args()
     from jax.experimental import topologies
@@ -207,9 +208,11 @@ def main() -> None:
         write(arguments.output, measure_all(f"TPU {arguments.tpu}", chips.devices))
     from ctllm_jax.cluster.gpu_target import find_gpus
 
+    description = arguments.gpu_target.read_text(encoding="utf-8") if arguments.gpu_target else None
     for count, meshes in ({} if arguments.no_gpu else GPUS).items():
         for overrides in meshes:
-            write(arguments.output, measure_all(f"{count} x H100", find_gpus("h100", count), overrides))
+            write(arguments.output, measure_all(f"{count} x H100", find_gpus("h100", count, description=description),
+                                                overrides))
 
 
 if __name__ == "__main__":

@@ -78,8 +78,11 @@ def missing_packages() -> list[str]:
     return missing
 
 
-def find_gpus(name: str, count: int = 1, *, nodes: int = 1) -> list[Any]:
+def find_gpus(name: str, count: int = 1, *, nodes: int = 1, description: str | None = None) -> list[Any]:
     """The `jax.Device`s of nodes with so many GPUs of GPUS each, which need not be here.
+
+    Args:
+      description: XLA's protobuf text of another card, in place of ours.
 
     Raises:
       RuntimeError: the plugin is not installed; its own errors where CUDA's compilers are not.
@@ -88,5 +91,6 @@ def find_gpus(name: str, count: int = 1, *, nodes: int = 1) -> list[Any]:
 
     if missing := missing_packages():
         raise RuntimeError(f"JAX's CUDA plugin is not installed: {', '.join(missing)}")
-    return list(topologies.get_topology_desc(platform="cuda", topology_name=name, target_config=target_config(name),
-                                             topology=f"1x{nodes}x{count}").devices)
+    return list(topologies.get_topology_desc(
+        platform="cuda", topology_name=name, topology=f"1x{nodes}x{count}",
+        target_config=description or target_config(name)).devices)
