@@ -138,7 +138,7 @@ def test_what_a_config_is_told_at_once(tmp_path):
 
 
 def test_a_fused_swiglu_cannot_take_adapters(monkeypatch):
-    monkeypatch.setattr("ctllm_jax.kernels.implementations", lambda **named: named)
+    monkeypatch.setattr("ctllm_jax.training.environment.chosen_swiglu", lambda named, **where: named)
     assert choose_implementations(make_config())["swiglu"] == "xla"
     with pytest.raises(ValueError, match="compute.swiglu=pallas takes gate and up as they are"):
         choose_implementations(make_config("compute.swiglu=pallas"))
