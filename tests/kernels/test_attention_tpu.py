@@ -191,8 +191,11 @@ def on_tpu(monkeypatch):
     monkeypatch.setattr(attention_room, "find_device", lambda mesh=None: ("tpu", "TPU v5 lite"))
 
 
-def test_auto_takes_pallas_on_a_tpu_and_names_what_remat_keeps(on_tpu):
+def test_auto_takes_pallas_on_a_tpu_and_names_what_remat_keeps(on_tpu, monkeypatch):
     inputs, ids = draw_inputs(128, 2, 1, 64, dtype="bfloat16", packed=True)
+    several = str(jax.make_jaxpr(partial(attention, **ids))(*inputs[:3]))
+    assert "attention_forward" not in several, "arrays may be split over several devices, and no kernel is"
+    monkeypatch.setattr(attention_room.jax, "device_count", lambda: 1)
     text = str(jax.make_jaxpr(jax.grad(lambda query: attention(query, *inputs[1:3], **ids).sum()))(inputs[0]))
     assert "attention_forward" in text and "attention_backward" in text
     assert "name=attention_output" in text and "name=attention_log_sums" in text
@@ -223,7 +226,8 @@ def test_on_a_gpu_cudnn_takes_what_it_can(monkeypatch):
     monkeypatch.setattr(attention_room.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(attention_room.importlib.util, "find_spec", lambda name: True)
     assert chosen(request=request) == "cudnn"
-    for changes, message in (({"segments": True}, "no segment ids"), ({"dtype": "float32"}, "bfloat16 and float16"),
+    for changes, message in (({"segments": True}, "no segment ids"), ({"lse": True}, "log-sum-exp has no gradient"),
+                             ({"dtype": "float32"}, "bfloat16 and float16"),
                              ({"positions": True}, "no positions"), ({"head_dim": 100}, "head dim 100")):
         with pytest.raises(ValueError, match=f"'cudnn' cannot run on gpu: .*{message}"):
             chosen("cudnn", request=request._replace(**changes))

@@ -6,7 +6,7 @@ import pytest
 
 from ctllm_jax.kernels.swiglu import MEASURED, chosen, shape_class
 
-H100 = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")
+H100 = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", platform="gpu")
 SHAPE = (8192, 2048, 5504)
 
 
