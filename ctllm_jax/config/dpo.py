@@ -33,7 +33,7 @@ class PairDataConfig(Section):
     pairs_per_row: int | None = key(None, "most pairs of a row; 1 makes a step of as many pairs as the batch has rows. null: as many as fit", ge=1)
     held_out: float = key(0.0, "share of each source's prompts, chosen by a hash of their tokens, whose pairs are only evaluated", ge=0, lt=1)
     epochs: int = key(2, "times that every pair is seen", ge=1, changeable=True)
-    reference: str | None = key(None, "file (.npz) of the reference log-probabilities, made where there is none; null: reference.npz in the run directory", changeable=True)
+    reference: str | None = key(None, "file (.npz) of the reference log-probabilities, made where there is none; null: in the folder NAME.reference beside the first source, a file for each reference, tokenizer, template and length", changeable=True)
 
     @classmethod
     def from_shorthand(cls, value: str) -> dict:

@@ -90,8 +90,6 @@ def plan_sweep(stage: str, targets: Sequence[str], overrides: Sequence[str]) -> 
     if problems:
         raise ConfigError([problem if len(of) == len(names) else f"{_some(of)}: {problem}"
                            for problem, of in problems.items()])
-    if stage == "dpo":
-        runs = _with_shared_reference(runs, directory)
     return Sweep(stage, directory, tuple(runs))
 
 
@@ -218,20 +216,6 @@ def _equal_runs(runs: Sequence[SweepRun]) -> dict[str, list[str]]:
         by_config.setdefault(plain.model_dump_json(), []).append(run.name)
     return {f"{names[1]} is the same run as {names[0]}, by all its keys": names[1:2]
             for names in by_config.values() if len(names) > 1}
-
-
-def _with_shared_reference(runs: Sequence[SweepRun], directory: Path) -> list[SweepRun]:
-    """Runs of one reference model and the same pairs share its log-probabilities, if no file is named for them."""
-    def depends(config: DPOConfig) -> str:
-        data = config.data.model_dump(mode="json", exclude={"epochs", "held_out", "pairs_per_row"})
-        return json.dumps([config.init, data, config.batch.sequence_length, config.compute.dtype])
-
-    if len({depends(run.config) for run in runs}) > 1 or any(run.config.data.reference for run in runs):
-        return list(runs)
-    path = str(directory / "reference.npz")
-    return [SweepRun(run.name, run.target, run.varied, (*run.overrides, f"data.reference={path}"),
-                     run.config.model_copy(update={"data": run.config.data.model_copy(update={"reference": path})}))
-            for run in runs]
 
 
 def to_yaml(sweep: Sweep) -> str:

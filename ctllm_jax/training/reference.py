@@ -5,6 +5,7 @@ The weights are on the devices for this pass alone, before the run's state is th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from ctllm_jax import sharding
 from ctllm_jax.config.dpo import DPOConfig
@@ -24,10 +26,18 @@ from ctllm_jax.data.batch import Batch, stack_rows
 from ctllm_jax.data.preference import PreferenceData
 from ctllm_jax.losses.preference import sequence_logps
 from ctllm_jax.model.decoder import Decoder, head_weights
-from ctllm_jax.training.checkpoint import Kept, find_checkpoint, identify_model, load_params
-from ctllm_jax.training.pretrain import Objective, make_decoder, place_batch, plan_step
+from ctllm_jax.training.checkpoint import (
+    Kept,
+    compare_fingerprints,
+    find_checkpoint,
+    identify_model,
+    list_checkpoints,
+    load_params,
+)
+from ctllm_jax.training.pretrain import Objective, make_decoder, make_fingerprint, place_batch, plan_step
 
-FILE = "reference.npz"
+FOLDER = ".reference"
+"""Ending of the folder beside the pairs that keeps a file for each reference, tokenizer, template and length."""
 TOLERANCE = 1e-4
 """Nats a token, in float32: other packings and meshes stay below a tenth of it."""
 _CHECKED = 8  # rows, computed anew at each start
@@ -51,7 +61,8 @@ def attach_reference(config: DPOConfig, data: PreferenceData, objective: Objecti
 
     Args:
       config: with its model; `config.init` is the reference.
-      directory: of the run, where they are kept unless `config.data.reference` says otherwise.
+      directory: of the run: a run of another reference is not gone on with, and they are kept there where nothing can
+        be written beside the pairs.
       stage: told what is being done.
 
     Returns:
@@ -60,14 +71,22 @@ def attach_reference(config: DPOConfig, data: PreferenceData, objective: Objecti
 
     Raises:
       UserError: the file is of another reference, tokenizer, template, length or data, which are named, is damaged, or
-        says other than the model does.
+        says other than the model does; or the run was begun with another reference.
     """
-    path = Path(config.data.reference) if config.data.reference else directory / FILE
     _, checkpoint = find_checkpoint(config.init)
     identity = identify(config, data, checkpoint)
+    data.reference_identity = identity["reference"]
+    begun = [kept for kept in list_checkpoints(directory) if kept.kind == "resumable"] if _is_run(directory) else []
+    if begun:  # before anything is computed
+        compare_fingerprints(begun[-1].meta["fingerprint"], make_fingerprint(config, data.fingerprint),
+                             run_dir=directory)
+    places = reference_files(config, identity, directory)
+    # All processes must do the same: a file counts if all of them see it.
+    seen = multihost_utils.process_allgather(np.array([path.exists() for path in places])).reshape(-1, len(places))
+    path = next((path for path, by_all in zip(places, seen.all(axis=0), strict=True) if by_all), None)
+    kept = read_reference(path, identity) if path else None
     mesh = sharding.make_mesh(config.mesh.model_dump())
     plan = plan_step(config, mesh, objective=objective)
-    kept = read_reference(path, identity) if path.exists() else None
     stage(f"taking the reference from {path}" if kept else f"computing the reference log-probabilities of {len(data)}"
           " pairs")
     params = load_params(checkpoint, plan.abstract_model)
@@ -88,13 +107,31 @@ def attach_reference(config: DPOConfig, data: PreferenceData, objective: Objecti
         difference = _largest_difference(data, compute, checked, logps, lengths)
         how = "kept"
     if not difference <= tolerance:
-        raise UserError(f"{path}: the reference log-probabilities differ by up to {difference:.2g} nats a token from"
-                        f" those that init={config.init} gives now, more than {tolerance:.2g}: other weights, or a"
-                        " damaged file; remove it, and they are computed anew")
-    if how == "computed" and jax.process_index() == 0:
-        _write(path, logps, identity, tolerance)
-    data.reference_logps, data.reference_identity = logps, identity["reference"]
+        where = f"{path}: the" if path else "the"
+        raise UserError(f"{where} reference log-probabilities differ by up to {difference:.2g} nats a token from those"
+                        f" that init={config.init} gives now, more than {tolerance:.2g}: other weights, or a damaged"
+                        " file; remove it, and they are computed anew")
+    if kept is None:
+        path = _write(places, logps, identity, tolerance) if jax.process_index() == 0 else places[0]
+    data.reference_logps = logps
     return {"file": str(path), "how": how, "answers": len(logps), "tolerance": tolerance, "difference": difference}
+
+
+def reference_files(config: DPOConfig, identity: dict[str, Any], directory: Path) -> list[Path]:
+    """Where the log-probabilities of this identity may lie, the best place first.
+
+    `config.data.reference` alone if it is given; else a file named by a hash of `identity` in the folder
+    NAME.reference beside the pairs (beside the first source), which all runs share, or of that name in `directory`.
+    """
+    if config.data.reference:
+        return [Path(config.data.reference)]
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16] + ".npz"
+    source = Path(next(iter(config.data.sources.values())).path)
+    return [source.with_name(source.name + FOLDER) / name, directory / f"reference-{name}"]
+
+
+def _is_run(directory: Path) -> bool:
+    return (directory / "config.yaml").is_file()
 
 
 def identify(config: DPOConfig, data: PreferenceData, checkpoint: Kept) -> dict[str, Any]:
@@ -123,12 +160,22 @@ def _flat(name: str) -> str:
     return {"reference": "reference model", "tokenizer_sha256": "tokenizer", "pairs_sha256": "pairs"}.get(name, name)
 
 
-def _write(path: Path, logps: np.ndarray, identity: dict[str, Any], tolerance: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        np.savez(file, logps=logps, identity=json.dumps(identity), tolerance=tolerance)
-    os.replace(temporary, path)
+def _write(places: Sequence[Path], logps: np.ndarray, identity: dict[str, Any], tolerance: float) -> Path:
+    """Keep them in the first of `places` that can be written; gives it."""
+    for path in places:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                np.savez(file, logps=logps, identity=json.dumps(identity), tolerance=tolerance)
+            os.replace(temporary, path)
+        except OSError as error:
+            if path == places[-1]:
+                raise UserError(f"{path}: the reference log-probabilities cannot be written ({error})") from None
+            logger.info("%s: the reference log-probabilities cannot be written there (%s)", path, error)
+        else:
+            return path
+    raise AssertionError("no place given")
 
 
 def _make_compute(config: DPOConfig, mesh: jax.sharding.Mesh, params: Any, *,

@@ -100,14 +100,6 @@ def test_a_link_to_nowhere_in_a_folder_of_data_is_no_data(given, tmp_path):
         *given[:1], f"data.sources.zh.path={folder}", *given[2:]]).runs]
 
 
-def test_runs_of_one_reference_share_its_file(given, tmp_path):
-    shared = plan_sweep("dpo", ["quickstart/dpo"], [*given, "vary.loss.beta=0.1,0.5"])
-    assert {run.config.data.reference for run in shared.runs} == {str(tmp_path / "runs" / "reference.npz")}
-    assert all(run.words[-2].startswith("data.reference=") for run in shared.runs)
-    own = plan_sweep("dpo", ["quickstart/dpo"], [*given, "vary.compute.dtype=float32,bfloat16"])
-    assert {run.config.data.reference for run in own.runs} == {None}
-
-
 @pytest.mark.parametrize(("overrides", "messages"), [
     (["vary.optimizer.lr=1e-4,x", "vary.optimiser.b1=0.5", "data.held_out=2"],
      ["optimizer.lr=x (command line): needs float", "did you mean optimizer.b1?", "data.held_out=2", "must be < 1"]),

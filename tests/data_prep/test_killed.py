@@ -42,14 +42,17 @@ def start(folder, **changes):
                             env={**os.environ, "JAX_PLATFORMS": "cpu"})
 
 
-def kill_at_random(folder, *, kills, seed, longest):
-    """Start the run again and again and kill it and its workers, then let it end; gives the kills that hit."""
+def kill_at_random(folder, *, kills, seed):
+    """Start the run again and again and kill it and its workers, each time soon after another of its commits, then
+    let it end; gives the kills that hit."""
     draw, hits = random.Random(seed), 0
-    for _ in range(kills):
+    commits = len(list(folder.glob("out/stages/*/commits/*")))
+    for awaited in sorted(draw.sample(range(commits * 3 // 4), kills)):  # places, not times: machines differ in speed
         process = start(folder, workers=2)
-        try:
-            process.wait(timeout=draw.uniform(0.5, longest))
-        except subprocess.TimeoutExpired:
+        while process.poll() is None and len(list(folder.glob("killed/stages/*/commits/*"))) < awaited:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.05))
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             hits += 1
         _, error = process.communicate()
@@ -64,7 +67,7 @@ def kill_at_random(folder, *, kills, seed, longest):
 
 @pytest.mark.prep
 def test_a_killed_run_ends_as_if_it_had_not_been(corpus):
-    assert kill_at_random(corpus, kills=4, seed=time.time_ns(), longest=5) >= 2
+    assert kill_at_random(corpus, kills=4, seed=time.time_ns()) >= 2
     assert tree(corpus / "killed", *RESULT) == tree(corpus / "out", *RESULT)
 
 

@@ -116,8 +116,12 @@ def test_packed_equals_unpacked(load_data, params, kind):
     assert_same_gradients(grads, alone_grads)
 
 
+def kept_in(folder):
+    return f"data.reference={folder / 'reference.npz'}"
+
+
 def test_the_first_loss_is_ln_2_and_what_is_preferred_is_learned(load_data, init, tmp_path):
-    config, data = make_config("loss.beta=0.5", "batch.rows_per_device=2"), load_data()
+    config, data = make_config("loss.beta=0.5", "batch.rows_per_device=2", kept_in(tmp_path)), load_data()
     found = attach_reference(config, data, make_objective(data), directory=tmp_path)
     assert found["how"] == "computed" and found["difference"] < 1e-5 and (data.reference_logps < 0).all()
     history = run(config, data, init["params"], steps=8).history
@@ -131,7 +135,7 @@ def test_the_first_loss_is_ln_2_and_what_is_preferred_is_learned(load_data, init
 
 
 def test_a_kept_reference_is_checked_and_used(load_data, init, tmp_path):
-    config, data = make_config(), load_data()
+    config, data = make_config(kept_in(tmp_path)), load_data()
     attach_reference(config, data, make_objective(data), directory=tmp_path)
     again = load_data()
     found = attach_reference(config, again, make_objective(again), directory=tmp_path)
@@ -147,18 +151,19 @@ def test_a_kept_reference_is_checked_and_used(load_data, init, tmp_path):
 ])
 def test_a_wrong_reference_is_refused(load_data, init, tmp_path, changes, message):
     data = load_data()
-    attach_reference(make_config(), data, make_objective(data), directory=tmp_path)
+    config = make_config(kept_in(tmp_path))
+    attach_reference(config, data, make_objective(data), directory=tmp_path)
     if "params" in changes:
         init["params"] = jax.tree.map(lambda x: x * changes["params"], init["params"])
     if "file" in changes:
         (tmp_path / "reference.npz").write_bytes(changes["file"])
     with pytest.raises(UserError) as error:
-        attach_reference(make_config(), data, make_objective(data), directory=tmp_path)
+        attach_reference(config, data, make_objective(data), directory=tmp_path)
     assert message in str(error.value) and "computed anew" in str(error.value)
 
 
 def test_bfloat16_stores_the_bound_that_it_measured(load_data, init, tmp_path):
-    config, data = make_config("compute.dtype=bfloat16"), load_data()
+    config, data = make_config("compute.dtype=bfloat16", kept_in(tmp_path)), load_data()
     found = attach_reference(config, data, make_objective(data), directory=tmp_path)
     assert found["tolerance"] >= max(1e-4, 2 * found["difference"])
     kept = attach_reference(config, data, make_objective(data), directory=tmp_path)

@@ -79,7 +79,7 @@ def both(tmp_path_factory):
         known = next(data.iterate(step, local_rows=range(ROWS))).preference
         chosen = known.reference_logps[(known.pair_ids > 0) & known.is_chosen]
         batches.append((chosen.astype(int) // 2).tolist())
-    data.reference_logps = np.load(folder / "run" / "reference.npz")["logps"]
+    data.reference_logps = np.load(reference_file(folder))["logps"]
     before = trl_peers.read_params(folder / "base", config.model)
     llamas = [make_llama(config.model, before) for _ in range(2)]
     tokenizer = make_tokenizer(load_tokenizer(data.tokenizer_path), data.template, eos_token="</s>", pad_token="<unk>")
@@ -88,6 +88,11 @@ def both(tmp_path_factory):
         args=TRLConfig(**trl_peers.settings(folder / "trl"), beta=BETA, num_train_epochs=1))
     trainer.train()
     return Both(folder / "run", config, data, objective, batches, before, trainer)
+
+
+def reference_file(folder):
+    [file] = (folder / "pairs.jsonl.reference").iterdir()
+    return file
 
 
 def test_the_tokens_are_the_same(both):
@@ -105,7 +110,7 @@ def test_the_reference_logps_are_the_same(both):
     rows = [both.trainer.train_dataset[pair] for pair in range(PAIRS)]
     inputs = both.trainer.data_collator(rows)
     sides = both.trainer.compute_ref_log_probs(both.trainer.ref_model, inputs)
-    kept = np.load(both.directory / "reference.npz")["logps"]
+    kept = np.load(reference_file(both.directory.parent))["logps"]
     for theirs, ours in zip(sides, (kept[::2], kept[1::2]), strict=True):
         np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
         assert ours.std() > 1

@@ -60,7 +60,8 @@ def checkpoint():
 def kept(load_data, checkpoint, tmp_path_factory):
     """The folder of a reference that has just been computed."""
     folder, data = tmp_path_factory.mktemp("run"), load_data()
-    assert attach_reference(make_config(), data, make_objective(data), directory=folder)["how"] == "computed"
+    config = make_config(f"data.reference={folder / 'reference.npz'}")
+    assert attach_reference(config, data, make_objective(data), directory=folder)["how"] == "computed"
     return folder
 
 
@@ -79,7 +80,8 @@ def test_what_makes_a_reference_stale_is_named(load_data, checkpoint, kept, chan
                                                                           "sequence_length"}})
     before = checkpoint["kept"]
     changed = Kept(changes.get("step", before.step), before.kind, None, changes.get("meta", before.meta), 0)
-    config = make_config(f"compute.dtype={changes.get('dtype', 'float32')}")
+    config = make_config(f"compute.dtype={changes.get('dtype', 'float32')}",
+                         f"data.reference={kept / 'reference.npz'}")
     content = (kept / "reference.npz").read_bytes()
     checkpoint["kept"] = changed
     try:
@@ -94,3 +96,23 @@ def test_what_makes_a_reference_stale_is_named(load_data, checkpoint, kept, chan
     assert named <= found and (found == named or changes.keys() == {"tokenizer"})
     assert all(" in the file, " in line and line.endswith(" now") for line in lines)
     assert (kept / "reference.npz").read_bytes() == content
+
+
+def test_every_identity_has_its_file_beside_the_pairs(load_data, checkpoint, tmp_path):
+    """Runs of the same share it, whatever their directory; where nothing can be written it lies in that."""
+    def attach(run, *overrides, pairs="pairs.jsonl", **changes):
+        (tmp_path / pairs).parent.mkdir(exist_ok=True)
+        data = load_data(**changes)
+        return attach_reference(make_config(f"data.sources.zh.path={tmp_path / pairs}", *overrides), data,
+                                make_objective(data), directory=tmp_path / run)
+
+    first, second = attach("a"), attach("b")
+    assert (first["how"], second["how"]) == ("computed", "kept") and first["file"] == second["file"]
+    other = attach("a", tokenizer="other")
+    assert other["how"] == "computed" and other["file"] != first["file"]
+    assert attach("b", "compute.dtype=bfloat16")["how"] == "computed" and attach("c")["how"] == "kept"
+    assert len(list((tmp_path / "pairs.jsonl.reference").iterdir())) == 3 and not (tmp_path / "a").exists()
+    (tmp_path / "full.reference").touch()  # no folder can be made there
+    for how in ("computed", "kept"):
+        found = attach("d", pairs="full")
+        assert found["how"] == how and found["file"].startswith(f"{tmp_path / 'd'}/reference-")
