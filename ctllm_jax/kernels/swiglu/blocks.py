@@ -14,6 +14,9 @@ LANES = 128
 WIDE_TILES = 3
 """Blocks of [tokens, ffn] that the largest of the kernels moves: the cotangent in and two out, or three out."""
 
+COMPILER_BYTES = 2**19
+"""What Mosaic takes besides, of registers that it spills. How much it spills depends on how much there is."""
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -47,8 +50,8 @@ class Blocks:
         parts = {"x": 2 * self.tokens * self.hidden * itemsize,
                  "gate and up": 4 * self.hidden * self.ffn * itemsize,
                  "wide blocks": 2 * WIDE_TILES * self.tokens * self.ffn * itemsize,
-                 # The two products, and about as much again for what the activation's gradient keeps at a time.
-                 "products": 4 * self.rows * self.ffn * 4}
+                 # The two products, and twice as much for what the activation's gradient keeps at a time.
+                 "products": 6 * self.rows * self.ffn * 4, "compiler": COMPILER_BYTES}
         if self.hidden < hidden:
             parts["sums over hidden"] = 2 * self.tokens * self.ffn * 4
         return parts
