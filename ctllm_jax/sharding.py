@@ -14,9 +14,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ctllm_jax import kernels
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.gathered import find_rings, gathered_matmul
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+AXES = ("replica", "data", "fsdp", "tensor")
+COPIES = ("replica", "data")
+BATCH_AXES = (*COPIES, "fsdp")
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
@@ -38,20 +40,24 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
     """A mesh over all devices.
 
     Args:
-      sizes: devices along `data`, `fsdp` and `tensor`; one of them may be -1, the devices that the others leave.
+      sizes: devices along each of AXES, 1 where it is absent; one may be -1, the devices that the others leave, and
+        `replica` None, the number of slices or nodes.
       devices: default `jax.devices()`, of all processes.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices; the message gives the numbers.
     """
     devices = list(jax.devices() if devices is None else devices)
-    given = math.prod(size for size in sizes.values() if size != -1)
-    shape = tuple(len(devices) // given if sizes[axis] == -1 else sizes[axis] for axis in AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    asked = {axis: sizes.get(axis, 1) for axis in AXES}
+    if asked["replica"] is None:
+        asked["replica"] = 1 if devices[0].platform == "cpu" else slices
+    given = math.prod(size for size in asked.values() if size != -1)
+    shape = tuple(len(devices) // given if size == -1 else size for size in asked.values())
     if math.prod(shape) != len(devices):
-        wanted = " x ".join(f"{axis} {sizes[axis]}" for axis in AXES)
+        wanted = " x ".join(f"{axis} {size}" for axis, size in asked.items() if axis != "replica" or size != 1)
         raise UserError(f"mesh {wanted} does not cover {len(devices)} devices exactly:"
                          f" the product must be {len(devices)}, or one axis -1 and the others divide it")
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform == "cpu":
         grid = np.asarray(devices).reshape(shape)
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -65,11 +71,11 @@ def _hybrid_mesh(shape: tuple[int, ...], devices: Sequence[jax.Device], slices: 
     from jax.experimental import mesh_utils
 
     # Copies of the model send least, then split parameters; heads and FFN of one matmul stay together.
-    axis = next((index for index, size in enumerate(shape[:2]) if size % slices == 0), None)
+    axis = next((index for index, size in enumerate(shape[:3]) if size % slices == 0), None)
     if axis is None:
         sizes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
-        raise UserError(f"mesh {sizes} over {slices} slices or nodes: mesh.data or mesh.fsdp must be a multiple of"
-                        f" {slices}, since the network between them lies along one of the two")
+        raise UserError(f"mesh {sizes} over {slices} slices or nodes: mesh.replica, mesh.data or mesh.fsdp must be a"
+                        f" multiple of {slices}, since the network between them lies along one of the three")
     between = tuple(slices if index == axis else 1 for index in range(len(shape)))
     within = tuple(size // outer for size, outer in zip(shape, between, strict=True))
     grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
@@ -157,6 +163,40 @@ def embed_tokens(embedding_VD: jax.Array, tokens_BS: jax.Array, *, mesh: Mesh, d
                          out_specs=PartitionSpec(BATCH_AXES))(embedding_VD, tokens_BS)
 
 
+def project(x: jax.Array, weights: Sequence[jax.Array], dims: Sequence[tuple[str | None, ...]], *,
+            mesh: Mesh, keep: bool = False) -> list[jax.Array]:
+    """As `model.decoder.project`, of weights that are split over the mesh as RULES say: x·W for each.
+
+    Each device gathers what others hold of a weight along fsdp, and gets its part of the gradient's sum; only that part
+    is then added up over copies of the model. `keep` is that of `gathered_matmul`.
+    """
+    inputs = x.ndim - 2
+    specs = [partition_spec(each) for each in dims]
+    rings = find_rings(mesh, "fsdp")
+
+    def outside(spec: PartitionSpec) -> list:
+        return [None if axis == "fsdp" else axis for axis in spec]
+
+    def local(x: jax.Array, *parts: jax.Array) -> list[jax.Array]:
+        found = []
+        for part, spec in zip(parts, specs, strict=True):
+            split = tuple(spec).index("fsdp") >= inputs  # in the outputs
+            shape = part.shape[inputs:-1] + (-1,) if split else part.shape[inputs:]
+            part = jax.lax.pcast(part.reshape(math.prod(part.shape[:inputs]), -1), COPIES, to="varying")
+            # Cast here, so that the gradients of all weights are added up over tensor as one.
+            x_TI = x.reshape(-1, part.shape[0] if split else x.shape[-1])
+            if "tensor" not in spec[:inputs]:
+                x_TI = jax.lax.pcast(x_TI, "tensor", to="varying")
+            y = gathered_matmul(x_TI, part, axis="fsdp", dim=int(split), rings=rings, keep=keep)
+            y = y.reshape(*x.shape[:2], *shape)
+            found.append(jax.lax.psum(y, "tensor") if "tensor" in spec[:inputs] else y)
+        return found
+
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(PartitionSpec(BATCH_AXES, None, *outside(specs[0])[:inputs]), *specs),
+        out_specs=[PartitionSpec(BATCH_AXES, None, *outside(spec)[inputs:]) for spec in specs])(x, *weights)
+
+
 def attention_on(mesh: Mesh | None, *, implementation: str) -> Callable[..., jax.Array]:
     """Attention for a decoder on this mesh, or for one without, whose arrays lie anywhere."""
     if mesh is None:
@@ -177,5 +217,8 @@ def swiglu_on(mesh: Mesh | None, *, implementation: str, recompute: bool) -> Cal
         # Of arrays that several devices may hold the partitioner takes care, and it cannot split a kernel.
         return partial(kernels.swiglu, recompute=recompute,
                        implementation=implementation if jax.device_count() == 1 else "xla")
+    def both(x_BSD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array) -> list[jax.Array]:
+        return project(x_BSD, [gate_DF, up_DF], [("embed", "ffn")] * 2, mesh=mesh, keep=not recompute)
+
     return partial(kernels.sharded_swiglu, mesh=mesh, batch_axes=BATCH_AXES, weight_axis="fsdp", tensor_axis="tensor",
-                   implementation=implementation, recompute=recompute)
+                   implementation=implementation, recompute=recompute, project=both)

@@ -12,7 +12,6 @@ from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.model.parameters import Parameter, decoder_parameters, paths
 from ctllm_jax.sharding import (
-    AXES,
     RULES,
     axis_size,
     batch_sharding,
@@ -25,6 +24,9 @@ from ctllm_jax.sharding import (
 )
 
 MESHES = [(2, 2, 2), (1, 8, 1), (1, 1, 8), (8, 1, 1)]
+
+
+AXES = ("data", "fsdp", "tensor")
 
 
 def mesh_of(*sizes):
@@ -50,7 +52,7 @@ def test_a_mesh_that_does_not_fit_gives_the_numbers(sizes):
 def test_specs_of_dims():
     assert partition_spec(("vocab", "embed")) == PartitionSpec("tensor", "fsdp")
     assert partition_spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(None, "fsdp", "tensor", None)
-    assert partition_spec(("batch", None)) == PartitionSpec(("data", "fsdp"), None)
+    assert partition_spec(("batch", None)) == PartitionSpec(("replica", "data", "fsdp"), None)
 
 
 @pytest.mark.parametrize("dims", [("vocab", "heads"), ("batch", "embed"), ("embed", "embed"), ("heads", None, "ffn")])

@@ -92,7 +92,7 @@ def find(config: CompileConfig, topology: Any, *, tell: Callable[[str], None]) -
         from ctllm_jax import sharding
 
         mesh = {axis: int(size) for axis, size in sharding.make_mesh(config.mesh.model_dump(), devices).shape.items()}
-        rows = config.batch.rows // (mesh["data"] * mesh["fsdp"]) or 1
+        rows = config.batch.rows * mesh["tensor"] // topology.devices or 1
         ladder = sorted(((name, each) for name, each in aot.candidates(config, rows)
                          if each.batch.rows_per_device <= rows),
                         key=lambda pair: roofline(pair[1], topology, mesh=mesh, collectives=None).step)

@@ -59,15 +59,19 @@ class ComputeConfig(Section):
 class MeshConfig(Section):
     """Devices along each mesh axis; one of them may be -1: all devices that the others leave."""
 
-    data: int = key(-1, "copies of the model, each with its own part of the batch", ge=-1, changeable=True)
+    replica: int | None = key(None, "copies of the model over slices or nodes, whose gradients go over the network between these; null: one a slice or node", ge=-1, changeable=True)
+    data: int = key(-1, "copies of the model within a slice or node, each with its own part of the batch", ge=-1, changeable=True)
     fsdp: int = key(1, "parameters, gradients and optimizer state are split over this many, and so is the batch", ge=-1, changeable=True)
     tensor: int = key(1, "heads, FFN and vocabulary are split over this many", ge=-1, changeable=True)
+    context: int = key(1, "reserved: sequences are not split over devices yet", ge=-1, changeable=True)
 
     @model_validator(mode="after")
     def _check(self):
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        sizes = {"replica": self.replica, "data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        if self.context != 1:
+            raise ValueError(f"context={self.context}: sequences cannot be split over devices yet; raise fsdp, or tensor, or lower batch.rows_per_device")
         if sum(size == -1 for size in sizes.values()) > 1:
-            raise ValueError("at most one of data, fsdp and tensor may be -1 (all remaining devices)")
+            raise ValueError("at most one of replica, data, fsdp and tensor may be -1 (all remaining devices)")
         if 0 in sizes.values():
             raise ValueError("an axis has at least one device; 0 given")
         return self

@@ -10,6 +10,7 @@ Legend: B batch, S sequence, T tokens, C tokens of a chunk, D hidden, V vocabula
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+
+from ctllm_jax.gathered import find_rings, scatter_sum
 
 MASKED = -1e30
 
@@ -31,6 +34,7 @@ class _Setting(NamedTuple):
     batch_axes: tuple[str, ...]
     fsdp_axis: str | None
     tensor_axis: str | None
+    rings: tuple[int, ...]
 
 
 def chunked_cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, weights_BS: jax.Array, *,
@@ -95,8 +99,9 @@ def _make_setting(hidden_BSD, head_DV, targets_BS, weights_BS, *, z_loss, chunk_
                              f" and no {', '.join(missing)}")
         if fsdp_axis and fsdp_axis not in batch_axes:
             raise ValueError(f"cross-entropy: fsdp_axis={fsdp_axis!r} must be one of batch_axes={tuple(batch_axes)}")
-    return _Setting(float(z_loss), chunk_size, vocab_size or head_DV.shape[1],
-                    None if mesh is None or mesh.size == 1 else mesh, tuple(batch_axes), fsdp_axis, tensor_axis)
+    mesh = None if mesh is None or mesh.size == 1 else mesh
+    return _Setting(float(z_loss), chunk_size, vocab_size or head_DV.shape[1], mesh, tuple(batch_axes), fsdp_axis,
+                    tensor_axis, find_rings(mesh, fsdp_axis) if mesh and fsdp_axis else ())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -172,16 +177,18 @@ def _local(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, wa
 
     per_chunk = (split(hidden_BSD, hidden_dim), split(targets_BS), split(weights_BS.astype(jnp.float32)))
     first = jax.lax.axis_index(tensor_axis) * head_DV.shape[1] if tensor_axis else 0
+    rings = setting.rings if sharded else ()
+    rows = hidden_dim // math.prod(rings)  # of the head's gradient that a device holds while it adds up chunks
 
     def step(carry, chunk):
         sums, head_grad_DV = carry
         new_sums, logps_C, hidden_grad_CD, chunk_head_grad_DV = _chunk(
-            setting, *chunk, head_DV, first=first, tensor_axis=tensor_axis, with_grads=with_grads)
+            setting, *chunk, head_DV, first=first, tensor_axis=tensor_axis, with_grads=with_grads, rings=rings)
         if with_grads:
             head_grad_DV = head_grad_DV + chunk_head_grad_DV
         return (sums + new_sums, head_grad_DV), logps_C if want == "logps" else hidden_grad_CD
 
-    start = (jnp.zeros(3, jnp.float32), jnp.zeros(head_DV.shape, jnp.float32) if with_grads else None)
+    start = (jnp.zeros(3, jnp.float32), jnp.zeros((rows, head_DV.shape[1]), jnp.float32) if with_grads else None)
     if chunks == 1:
         (sums, head_grad_DV), per_token = step(start, jax.tree.map(lambda x: x[0], per_chunk))
     else:
@@ -195,7 +202,7 @@ def _local(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, wa
     hidden_grad_BSD = per_token.reshape(chunks * size, hidden_dim)[:tokens].reshape(hidden_BSD.shape)
     if sharded:
         others = tuple(axis for axis in setting.batch_axes if axis != fsdp_axis)
-        if fsdp_axis:
+        if fsdp_axis and not rings:
             # Before the sum over the other axes, which then carries this device's part alone.
             head_grad_DV = jax.lax.psum_scatter(head_grad_DV, fsdp_axis, scatter_dimension=0, tiled=True)
         if others:
@@ -203,10 +210,12 @@ def _local(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, wa
     return sums[0], sums[1], sums[2], hidden_grad_BSD, head_grad_DV.astype(head_dtype)
 
 
-def _chunk(setting: _Setting, hidden_CD, targets_C, weights_C, head_DV, *, first, tensor_axis, with_grads: bool):
+def _chunk(setting: _Setting, hidden_CD, targets_C, weights_C, head_DV, *, first, tensor_axis, with_grads: bool,
+           rings: tuple[int, ...]):
     """One chunk: its [loss, weight, z part], its tokens' log p, the gradients of its loss (None where not wanted).
 
-    `first` is the id of this device's first column; sums over the vocabulary go over `tensor_axis`.
+    `first` is the id of this device's first column; sums over the vocabulary go over `tensor_axis`. With `rings` the
+    head's gradient is this device's part of the sum over fsdp, which goes around while it is computed.
     """
     def over_vocab(reduce, x):
         return reduce(x, tensor_axis) if tensor_axis else x
@@ -231,5 +240,12 @@ def _chunk(setting: _Setting, hidden_CD, targets_C, weights_C, head_DV, *, first
     slope_C1 = (weights_C * (1 + 2 * setting.z_loss * log_normalizer_C))[:, None] / sums_C1
     logits_grad_CV = (exps_CV * slope_C1 - jnp.where(is_target_CV, weights_C[:, None], 0)).astype(hidden_CD.dtype)
     hidden_grad_CD = jnp.dot(logits_grad_CV, head_DV.T, preferred_element_type=jnp.float32)
-    head_grad_DV = jnp.dot(hidden_CD.T, logits_grad_CV, preferred_element_type=jnp.float32)
+    if rings:
+        def block(start, size, half):
+            rows_CD = jax.lax.dynamic_slice_in_dim(hidden_CD, start, size, 1)
+            return jnp.dot(rows_CD.T, logits_grad_CV[:, half], preferred_element_type=jnp.float32)
+        head_grad_DV = scatter_sum(block, size=hidden_CD.shape[1], other=head_DV.shape[1], axis=setting.fsdp_axis,
+                                   dim=0, rings=rings)
+    else:
+        head_grad_DV = jnp.dot(hidden_CD.T, logits_grad_CV, preferred_element_type=jnp.float32)
     return sums, logps_C, over_vocab(jax.lax.psum, hidden_grad_CD).astype(hidden_CD.dtype), head_grad_DV

@@ -11,7 +11,7 @@ L layers.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -74,10 +74,9 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, *, eps: float) -> jax.Array:
     return (normed * jnp.expand_dims(scale_D, tuple(range(x.ndim - 1)))).astype(x.dtype)
 
 
-def _project(weights: dict[str, jax.Array], adapters: dict[str, Any], equation: str, x: jax.Array, name: str):
-    """x·W, and what the projection's adapter adds where it has one."""
-    y = jnp.einsum(equation, x, weights[name])
-    return y + adapter_output(x, adapters[name]) if name in adapters else y
+def project(x: jax.Array, weights: Sequence[jax.Array], dims: Sequence[tuple[str | None, ...]]) -> list[jax.Array]:
+    """x·W for each W [in …, out …], whose `dims` are the names of `model.parameters`; x is [B, S, in …]."""
+    return [jnp.tensordot(x, weight, x.ndim - 2) for weight in weights]
 
 
 class Block(nn.Module):
@@ -87,6 +86,7 @@ class Block(nn.Module):
       config: the fields of ModelConfig.
       attention: `(q_BSNH, k_BSKH, v_BSKH, *, segment_ids, sliding_window) -> [B, S, N, H]`, causal.
       swiglu: `(x_BSD, gate_DF, up_DF) -> [B, S, F]`.
+      project: as `project`, for weights that are split over a mesh.
       remat_ffn: compute the FFN's wide activations again in the backward pass.
       prevent_cse: as of `jax.checkpoint`; False inside a scan.
     """
@@ -94,6 +94,7 @@ class Block(nn.Module):
     config: Any
     attention: Callable = kernels.attention
     swiglu: Callable = kernels.swiglu
+    project: Callable = project
     remat_ffn: bool = False
     prevent_cse: bool = True
 
@@ -101,16 +102,19 @@ class Block(nn.Module):
     def __call__(self, x_BSD, angles, segment_ids_BS=None, cache=None):
         """Returns (x_BSD, the block's (key_BTKH, value_BTKH) with the new tokens written, or None without a cache)."""
         config, dtype = self.config, x_BSD.dtype
+        table = block_parameters(config)
         weights = {name: self.param(name, initializer(name, parameter)).astype(dtype)
-                   for name, parameter in block_parameters(config).items()}
+                   for name, parameter in table.items()}
         adapters = self.get_variable("params", "lora", {})
         norm = partial(rms_norm, eps=config.norm_eps)
-        project = partial(_project, weights, adapters)
+
+        def project(x, *names, weights=weights, adapters=adapters):
+            found = self.project(x, [weights[name] for name in names], [table[name].dims for name in names])
+            return [y + adapter_output(x, adapters[name]) if name in adapters else y
+                    for name, y in zip(names, found, strict=True)]
 
         normed_BSD = norm(x_BSD, weights["attention_norm"])
-        q_BSNH = project("BSD,DNH->BSNH", normed_BSD, "query")
-        k_BSKH = project("BSD,DKH->BSKH", normed_BSD, "key")
-        v_BSKH = project("BSD,DKH->BSKH", normed_BSD, "value")
+        q_BSNH, k_BSKH, v_BSKH = project(normed_BSD, "query", "key", "value")
         if config.qkv_bias:
             q_BSNH += weights["query_bias"][None, None]
             k_BSKH += weights["key_bias"][None, None]
@@ -123,17 +127,16 @@ class Block(nn.Module):
                                     sliding_window=config.sliding_window)
         else:
             y_BSNH, cache = self._attend_to_cache(q_BSNH, k_BSKH, v_BSKH, cache)
-        x_BSD = x_BSD + project("BSNH,NHD->BSD", y_BSNH, "out")
+        x_BSD = x_BSD + project(y_BSNH, "out")[0]
 
         def ffn(x_BSD, weights, adapters):
-            project, normed_BSD = partial(_project, weights, adapters), norm(x_BSD, weights["ffn_norm"])
+            normed_BSD = norm(x_BSD, weights["ffn_norm"])
             if "gate" in adapters or "up" in adapters:
                 # What adapters add comes before the activation: inside of what a fused kernel does in one go.
-                wide_BSF = activate(project("BSD,DF->BSF", normed_BSD, "gate"),
-                                    project("BSD,DF->BSF", normed_BSD, "up"))
+                wide_BSF = activate(*project(normed_BSD, "gate", "up", weights=weights, adapters=adapters))
             else:
                 wide_BSF = self.swiglu(normed_BSD, weights["gate"], weights["up"])
-            return project("BSF,FD->BSD", wide_BSF, "down")
+            return project(wide_BSF, "down", weights=weights, adapters=adapters)[0]
 
         if self.remat_ffn:
             ffn = jax.checkpoint(ffn, prevent_cse=self.prevent_cse)
@@ -157,7 +160,7 @@ class Decoder(nn.Module):
     Attributes:
       config: the fields of ModelConfig.
       dtype: of activations and matmul inputs; norms and softmax are float32 inside.
-      attention, swiglu: as of `Block`.
+      attention, swiglu, project: as of `Block`.
       scan_layers: scan one compiled block over the layers, else unroll.
       remat: "none", "ffn", "attention" or "block": what the backward pass computes again, least to most.
       constrain: `(x_BSD) -> x_BSD`, puts the hidden states where the mesh wants them.
@@ -168,6 +171,7 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     attention: Callable = kernels.attention
     swiglu: Callable = kernels.swiglu
+    project: Callable = project
     scan_layers: bool = False
     remat: str = "none"
     constrain: Callable = lambda x_BSD: x_BSD
@@ -234,7 +238,7 @@ class Decoder(nn.Module):
         return rms_norm(x_BSD, final_norm_D, eps=config.norm_eps), cache
 
     def _block(self) -> Block:
-        return Block(self.config, self.attention, self.swiglu, remat_ffn=self.remat == "ffn",
+        return Block(self.config, self.attention, self.swiglu, self.project, remat_ffn=self.remat == "ffn",
                      prevent_cse=not self.scan_layers, parent=None)
 
     def _rematerialised(self, function: Callable) -> Callable:

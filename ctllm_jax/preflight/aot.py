@@ -104,7 +104,7 @@ def compile_step(config: PretrainConfig, topology: Topology, devices: list[Any])
               "batch": _per_device(plan.abstract_batch)}
     capacity = topology.chip.memory_gib * 2**30
     capacity = int(capacity - RESERVED if topology.is_tpu else capacity * GPU_FRACTION)
-    estimate = memory_bytes(config, devices=len(devices), rows=plan.micro_rows)
+    estimate = memory_bytes(config, devices=len(devices), rows=plan.micro_rows, slices=topology.slices)
     estimate = {kind: estimate[kind] for kind in ("gradients", "activations", "logits")}
     began = time.perf_counter()
     collectives, largest, reason, fits = None, [], "", True
@@ -156,7 +156,8 @@ def candidates(config: PretrainConfig, rows: int) -> list[tuple[str, PretrainCon
 
 def may_fit(config: PretrainConfig, topology: Topology) -> bool:
     """Whether arithmetic, which is rough, leaves hope."""
-    needed = sum(memory_bytes(config, devices=topology.devices, rows=config.batch.rows_per_device).values())
+    needed = sum(memory_bytes(config, devices=topology.devices, rows=config.batch.rows_per_device,
+                              slices=topology.slices).values())
     return needed < 1.5 * topology.chip.memory_gib * 2**30
 
 

@@ -48,13 +48,13 @@ def checkpoints_kept(config: PretrainConfig) -> dict[str, int]:
     return {"resumable": len(kept) + (len(saved) > len(kept)), "milestone": milestones}
 
 
-def memory_bytes(config: PretrainConfig, *, devices: int, rows: int) -> dict[str, int]:
+def memory_bytes(config: PretrainConfig, *, devices: int, rows: int, slices: int = 1) -> dict[str, int]:
     """Bytes on each device, estimated: `rows` rows computed at once, parameters split over mesh.fsdp and mesh.tensor.
 
     Activations are counted by the remat rung, logits by loss_chunk; a compile for the device tells the real figure.
     """
     model, mesh = config.model, config.mesh
-    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    sizes = {"replica": mesh.replica or slices, "data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
     given = 1
     for size in sizes.values():
         given *= max(size, 1)

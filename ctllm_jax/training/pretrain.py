@@ -55,6 +55,8 @@ def make_decoder(config: PretrainConfig, mesh: jax.sharding.Mesh | None = None) 
     constrain = partial(jax.lax.with_sharding_constraint,
                         shardings=NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES)))
     return decoder.clone(constrain=constrain,
+                         project=partial(sharding.project, mesh=mesh,
+                                         keep=config.compute.remat in ("attention", "block")),
                          embed=partial(sharding.embed_tokens, mesh=mesh, dtype=jnp.dtype(config.compute.dtype)))
 
 

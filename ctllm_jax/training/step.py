@@ -81,8 +81,8 @@ def plan_accumulation(rows: int, *, devices: int, rows_per_device: int | None) -
       UserError: the rows cannot be split over the devices; the message gives the numbers.
     """
     if rows % devices:
-        raise UserError(f"a batch of {rows} rows cannot be split over {devices} devices (mesh.data x mesh.fsdp):"
-                         f" batch.tokens / batch.sequence_length must be a multiple of {devices}")
+        raise UserError(f"a batch of {rows} rows cannot be split over {devices} devices (mesh.replica x mesh.data x"
+                         f" mesh.fsdp): batch.tokens / batch.sequence_length must be a multiple of {devices}")
     per_device = rows // devices
     most = min(rows_per_device or per_device, per_device)
     micro = next(size for size in range(most, 0, -1) if per_device % size == 0)

@@ -125,7 +125,7 @@ def test_a_run_on_text_goes_on_with_the_same_bits(text_run, tmp_path):
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    (["batch.tokens=640", "mesh.data=8"], "a batch of 10 rows cannot be split over 8 devices (mesh.data x mesh.fsdp)"),
+    (["batch.tokens=640", "mesh.data=8"], "a batch of 10 rows cannot be split over 8 devices (mesh.replica x"),
     (["mesh.data=3"], "mesh data 3 x fsdp 1 x tensor 1 does not cover 8 devices exactly"),
     (["mesh.tensor=4"], "parameter blocks/key: its kv_heads of 2 cannot be split over mesh axis tensor of 4"),
     (["data=nowhere"], "data.sources.data.path=nowhere does not exist"),

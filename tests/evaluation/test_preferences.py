@@ -29,7 +29,8 @@ def test_every_figure_is_that_of_the_pairs_one_by_one(load_data, params, sizes):
     draw = np.random.default_rng(0)
     data.reference_logps = draw.normal(-20, 3, 2 * len(data)).astype(np.float32)
     sources = data.held_out(rows=ROWS, split="", max_tokens=10**9)
-    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), jax.devices()[:int(np.prod(sizes))])
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES[-len(sizes):], sizes, strict=True)),
+                              jax.devices()[:int(np.prod(sizes))])
     step = make_evaluation_step(make_objective(data).make_loss_fn(config, make_decoder(config, mesh), mesh),
                                 out_sharding=sharding.replicated(mesh))
     found = evaluate_pairs(step, params, sources, describe=describe, place=lambda batch: place_batch(

@@ -139,7 +139,7 @@ def mesh_of(**sizes):
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2)], ids=str)
 def test_on_a_mesh(sizes, interpreted, pretended):
     """Rows over data and fsdp, D of the weights gathered over fsdp, F over tensor; gradients come back split alike."""
-    mesh = mesh_of(**dict(zip(sharding.AXES, sizes, strict=True)))
+    mesh = mesh_of(**dict(zip(sharding.AXES[-len(sizes):], sizes, strict=True)))
     inputs = draw((4, 6), 32, 80, seed=6)
     rows, weight = (sharding.partition_spec(dims) for dims in (("batch", None, None), ("embed", "ffn")))
     inputs = [jax.device_put(array, jax.NamedSharding(mesh, spec))

@@ -51,7 +51,7 @@ def take_steps(config, data, params, make_loss_fn, *, mesh_sizes=ONE, accumulati
 
 def on_mesh(sizes):
     """The sizes of a mesh by axis."""
-    return dict(zip(sharding.AXES, sizes, strict=True))
+    return dict(zip(sharding.AXES[-len(sizes):], sizes, strict=True))
 
 
 def assert_same(ours, other):

@@ -26,7 +26,8 @@ def make_config(*overrides):
 
 
 def make_plan(config, sizes=(1, 1, 1)):
-    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), jax.devices()[:int(np.prod(sizes))])
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES[-len(sizes):], sizes, strict=True)),
+                              jax.devices()[:int(np.prod(sizes))])
     return plan_step(config, mesh), mesh
 
 

@@ -1,5 +1,6 @@
 """The train step: what adds up, on any mesh and any split; and a curve that PyTorch draws too."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -12,6 +13,7 @@ from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.data.batch import Batch
 from ctllm_jax.data.synthetic import SyntheticData
+from ctllm_jax.losses import cross_entropy
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.model.parameters import decoder_parameters
 from ctllm_jax.training.optimizer import make_optimizer, make_schedule
@@ -60,9 +62,24 @@ def assert_same(ours, other):
         np.testing.assert_allclose(mine, theirs, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2), (1, 2, 4), (4, 2, 1)], ids=str)
+COMMON = [(1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 4), (1, 2, 2, 2), (2, 1, 2, 2), (1, 4, 2, 1)]
+ALL = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8 and sizes[3] <= 4]
+
+
+@pytest.mark.parametrize("sizes", [*COMMON, *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ALL
+                                              if sizes not in COMMON)], ids=str)
 def test_every_mesh_gives_the_same(one_device, sizes):
-    assert_same(take_steps(make_config(), mesh_sizes=dict(zip(sharding.AXES, sizes, strict=True))), one_device)
+    mesh_sizes = dict(zip(sharding.AXES, sizes, strict=True))
+    assert_same(take_steps(make_config(), mesh_sizes=mesh_sizes), one_device)
+
+
+@pytest.mark.parametrize(("sizes", "rings"), [((1, 1, 8, 1), (2, 4)), ((1, 2, 2, 2), (2,))], ids=str)
+def test_gradients_that_go_around_rings_are_the_same(one_device, monkeypatch, sizes, rings):
+    """As on a torus of TPUs: no reduce-scatter then, but blocks from neighbor to neighbor, both ways."""
+    for module in (sharding, cross_entropy):
+        monkeypatch.setattr(module, "find_rings", lambda mesh, axis: rings)
+    mesh_sizes = dict(zip(sharding.AXES, sizes, strict=True))
+    assert_same(take_steps(make_config(), mesh_sizes=mesh_sizes), one_device)
 
 
 @pytest.mark.parametrize(("devices", "accumulation"), [(1, 8), (1, 2), (2, 4), (4, 2)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -86,14 +87,16 @@ def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, implementation
 
 def sharded_swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, mesh: Mesh, batch_axes: tuple[str, ...],
                    weight_axis: str, tensor_axis: str, implementation: str = "auto",
-                   recompute: bool = True) -> jax.Array:
+                   recompute: bool = True, project: Callable | None = None) -> jax.Array:
     """`swiglu` of arrays on a mesh: B over `batch_axes`, D of the weights over `weight_axis`, F over `tensor_axis`.
 
-    XLA's is left to the partitioner; the others run in a `shard_map`, with D gathered. For use under `jax.jit`.
+    XLA's is left to the partitioner, or to `project`; the others run in a `shard_map`, with D gathered. For use under
+    `jax.jit`.
 
     Args:
       x: [B, ..., D]; B is a multiple of the devices along `batch_axes`.
       mesh: of the devices that it is compiled for, which need not be here.
+      project: `(x, gate, up) -> (x · gate, x · up)` of XLA's; None: two dots.
 
     Raises:
       ValueError: as `swiglu`, or sizes that the mesh does not divide.
@@ -103,6 +106,8 @@ def sharded_swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, mesh: 
     device = mesh.devices.flat[0]
     name = _choose_for(x, gate_DF, up_DF, implementation, device=device, recompute=recompute, split=(rows, columns))
     function = partial(_run, device=device, recompute=recompute, name=name)
+    if name == "xla" and project is not None and mesh.size > 1:
+        return activate(*project(x, gate_DF, up_DF))
     if name == "xla" or mesh.size == 1:
         return function(x, gate_DF, up_DF)
     depth = mesh.shape[weight_axis]

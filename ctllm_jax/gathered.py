@@ -1,0 +1,131 @@
+"""Matmuls with weights that are split over devices: gathered before, their gradients summed and scattered behind.
+
+Left to itself, XLA's partitioner gathers some weights by all-reduces, and TPU's compiler sums a gradient over a whole
+slice by an all-reduce of the full array, during which nothing is computed. Here the gradient goes around the rings of
+the torus, a block at a time, while the matmul computes the next block of it (Wang et al., ASPLOS 2023, "Overlap
+communication with dependent computation via decomposition"). All of this runs inside of a `shard_map`.
+
+Legend: T tokens of a device, I inputs, O outputs of a weight.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+
+def find_rings(mesh: Mesh, axis: str) -> tuple[int, ...]:
+    """Lengths of the torus directions that a mesh axis of TPUs runs along, slowest first; () where it does not."""
+    place = mesh.axis_names.index(axis)
+    devices = np.moveaxis(mesh.devices, place, 0).reshape(mesh.shape[axis], -1)[:, 0]
+    if devices[0].platform != "tpu" or len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        return ()
+    coordinates = np.array([(*device.coords, device.core_on_chip) for device in devices])
+    if np.abs(coordinates - np.roll(coordinates, 1, 0)).sum(1).max() == 1:  # neighbors, the last and the first too
+        return (len(devices),) if len(devices) > 2 else ()
+    directions = [(len(set(column)), column) for column in coordinates.T if len(set(column)) > 1]
+    for order in itertools.permutations(directions):
+        sizes = tuple(size for size, _ in order)
+        if math.prod(sizes) != len(devices):
+            continue
+        grids = [column.reshape(sizes) for _, column in order]
+        if all((grid == np.moveaxis(grid, place, 0)[:, *[0] * (len(sizes) - 1)].reshape(
+                [-1 if each == place else 1 for each in range(len(sizes))])).all() for place, grid in enumerate(grids)):
+            return sizes
+    return ()
+
+
+def gathered_matmul(x_TI: jax.Array, part: jax.Array, *, axis: str, dim: int, rings: tuple[int, ...],
+                    keep: bool) -> jax.Array:
+    """x · W, where each device along `axis` has a part of W [I, O] in its dim 0 or 1: [T, O] in x's dtype.
+
+    Args:
+      rings: from `find_rings`; empty: the gradient takes one reduce-scatter.
+      keep: the whole weight for the backward pass: right inside of a `jax.checkpoint`, which gathers it again already.
+        False gathers it again, where all layers' together would be the model.
+    """
+    return _matmul(x_TI, part, (axis, dim, rings, keep))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x_TI, part, setting):
+    axis, dim, *_ = setting
+    return jnp.dot(x_TI, jax.lax.all_gather(part, axis, axis=dim, tiled=True))
+
+
+def _forward(x_TI, part, setting):
+    axis, dim, _, keep = setting
+    weight_IO = jax.lax.all_gather(part, axis, axis=dim, tiled=True)
+    return jnp.dot(x_TI, weight_IO), (x_TI, weight_IO if keep else part)
+
+
+def _backward(setting, residuals, dy_TO):
+    axis, dim, rings, keep = setting
+    x_TI, weight_IO = residuals
+    if not keep:
+        weight_IO = jax.lax.all_gather(weight_IO, axis, axis=dim, tiled=True)
+    first = (((0,), (0,)), ((), ()))
+
+    def block(start: jax.Array | int, size: int, half: slice) -> jax.Array:
+        """Rows, or columns, of this device's own sum; of the other dim a half."""
+        along = jax.lax.dynamic_slice_in_dim(x_TI if dim == 0 else dy_TO, start, size, 1)
+        left, right = (along, dy_TO[:, half]) if dim == 0 else (x_TI[:, half], along)
+        return jax.lax.dot_general(left, right, first)
+
+    if rings:
+        grad = scatter_sum(block, size=weight_IO.shape[dim], other=weight_IO.shape[1 - dim], axis=axis, dim=dim,
+                           rings=rings)
+    else:
+        grad = jax.lax.psum_scatter(jax.lax.dot_general(x_TI, dy_TO, first), axis, scatter_dimension=dim, tiled=True)
+    return jnp.dot(dy_TO, weight_IO.T), grad
+
+
+_matmul.defvjp(_forward, _backward)
+
+
+def scatter_sum(block: Callable, *, size: int, other: int, axis: str, dim: int, rings: tuple[int, ...]) -> jax.Array:
+    """This device's part, along `dim`, of the sum over `axis` of an array [size, other] (or [other, size]).
+
+    Args:
+      block: `(start, size, half) -> block` of this device's own array: `size` along `dim` from `start`, `half` of the
+        other dim. It is computed while the blocks before it are on their way.
+    """
+    middle = other // 2
+    halves = [(slice(0, middle), 1), (slice(middle, other), -1)]  # the two ways around a ring
+    index, left = jax.lax.axis_index(axis), math.prod(rings)
+    for ring in rings:
+        size, left = size // ring, left // ring
+        digit = index // left % ring
+        ways = [_hops(rings, ring=ring, left=left, way=way) for _, way in halves]
+
+        def mine(step, size=size, ring=ring, digit=digit, block=block):
+            return [block((digit - way * (1 + step)) % ring * size, size, half) for half, way in halves]
+
+        def hop(step, sums, mine=mine, ways=ways):
+            moved = [jax.lax.ppermute(each, axis, hops) for each, hops in zip(sums, ways, strict=True)]
+            return [each + own for each, own in zip(moved, mine(step), strict=True)]
+
+        sums = jax.lax.fori_loop(1, ring, hop, mine(0))
+        whole = jnp.concatenate(sums, 1 - dim)
+        block = partial(_part_of, whole, dim=dim)
+    return whole
+
+
+def _part_of(array: jax.Array, start: jax.Array, size: int, half: slice, *, dim: int) -> jax.Array:
+    along = jax.lax.dynamic_slice_in_dim(array, start, size, dim)
+    return along[:, half] if dim == 0 else along[half]
+
+
+def _hops(rings: tuple[int, ...], *, ring: int, left: int, way: int) -> list[tuple[int, int]]:
+    """Who sends to whom, a step along a ring: `left` devices lie between neighbors."""
+    def neighbor(index: int) -> int:
+        digit = index // left % ring
+        return index + ((digit + way) % ring - digit) * left
+    return [(index, neighbor(index)) for index in range(math.prod(rings))]
