@@ -12,6 +12,7 @@ from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.config.sft import SFTConfig
 from ctllm_jax.model.flops import flops_per_token
 from ctllm_jax.model.parameters import count_parameters
+from ctllm_jax.training.pretrain import make_fingerprint
 
 STATED = {"ct_llm_2b/pretrain": 2_134_509_568, "small/150m": 148_264_704, "small/400m": 399_561_728,
           "small/1b": 1_003_554_816, "debug/pretrain": 41_120}
@@ -47,6 +48,14 @@ def test_ct_llm_is_the_papers():
     assert sum(source.weight for source in config.data.sources.values()) == pytest.approx(100)
     tied = model.model_copy(update={"tie_embeddings": True})
     assert count_parameters(tied) == 1_876_822_016
+
+
+@pytest.mark.parametrize("name", ["v5e_256", "v6e_256", "v5p_64", "v5p_256", "h100", "h100_8", "h100_8x8"])
+def test_hardware_changes_nothing_of_the_run(name):
+    """A run begun on one of them goes on on another."""
+    config, plain = (load(PretrainConfig, target=f"ct_llm_2b/{each}") for each in (name, "pretrain"))
+    assert make_fingerprint(config, {}) == make_fingerprint(plain, {}) and config.batch == plain.batch.model_copy(
+        update={"rows_per_device": config.batch.rows_per_device})
 
 
 def test_flops_of_ct_llm():
