@@ -29,6 +29,7 @@ COMMANDS = {
     "sweep": "several runs of a stage in turn, and what they come to beside each other",
     "lora": "trained adapters: merge them into their base, or export them to PEFT",
     "generate": "text from a trained model",
+    "serve": "a model behind OpenAI's interface, and a page to chat with it",
     "chat": "talk to a model that was taught to answer",
     "plan": "the run that a budget of hours or tokens buys",
     "compile": "compile a run's step for hardware that is not here: does it fit, how fast at most",

@@ -29,7 +29,7 @@ def run(context: Context) -> int:
         raise UserError("chat needs one MODEL: a run directory, or RUN@STEP")
     from ctllm_jax.inference.model import load_model, with_template
 
-    model = load_model(context.targets[0])
+    model = load_model(context.targets[0], dtype=context.config.dtype)
     if context.config.template is not None:
         model = with_template(model, context.config.template, name=context.targets[0])
     if model.template is None:
@@ -44,6 +44,8 @@ class Dialogue:
 
     def __init__(self, model, config: ChatConfig, console):
         self._model, self._config, self._console = model, config, console
+        # One slot: what was said before stays in the cache, and only the new question is read.
+        self._engine = model.engine(slots=1, steps=4)
         self._system = config.system
         self._messages: list = []
         self._answers = 0
@@ -87,26 +89,31 @@ class Dialogue:
 
     def _answer(self, question: str) -> None:
         from ctllm_jax.data.chat import Message
-        from ctllm_jax.inference.stream import stream, stream_text
+        from ctllm_jax.inference.request import Request
 
-        config, model = self._config, self._model
+        config, engine = self._config, self._engine
         system = [] if self._system is None else [Message("system", self._system)]
         messages = [*self._messages, Message("user", question)]
-        prompt = model.template.prompt_ids([*system, *messages])
-        room = model.decoder.config.context_length - len(prompt)
+        prompt = self._model.template.prompt_ids([*system, *messages])
+        room = engine.max_length - len(prompt)
         if room < 1:
             self._console.print("[yellow]warning:[/] the dialogue fills the model's context; /reset begins a new one")
             return
-        tokens = stream(model.decoder, model.params, prompt, max_tokens=min(config.max_tokens, room),
-                        seed=config.seed + self._answers, temperature=config.temperature, top_k=config.top_k,
-                        top_p=config.top_p, stop_ids=model.stop_ids)
+        number = engine.submit(Request(
+            prompt=tuple(prompt), max_tokens=min(config.max_tokens, room), seed=config.seed + self._answers,
+            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty, stop=tuple(config.stop),
+            stop_ids=tuple(dict.fromkeys(self._model.stop_ids))))
         said = ""
         try:
-            for piece in stream_text(model.tokenizer, tokens):
-                said += piece
-                self._console.out(piece, end="", highlight=False)
-                self._console.file.flush()
+            while engine.busy:
+                for event in engine.step():
+                    said += event.text
+                    self._console.out(event.text, end="", highlight=False)
+                    self._console.file.flush()
         except KeyboardInterrupt:
+            engine.cancel(number)
+            engine.step()
             self._console.out(" …", end="", highlight=False)
         self._console.out("")
         self._answers += 1

@@ -256,7 +256,8 @@ def make_sampler(run: Run) -> Any:
 
     def sample(params: Any, step: int) -> list[tuple[str, str]]:
         new = generate(decoder, params, prompts, max_tokens=config.max_tokens, seed=run.config.seed + step,
-                       temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, stop_ids=stop_ids)
+                       temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, stop_ids=stop_ids,
+                       mesh=run.mesh, split=False)
         texts = [decode_completion(tokenizer, prompt, ids) for prompt, ids in zip(prompts, new, strict=True)]
         return list(zip(config.prompts, texts, strict=True))
 

@@ -21,6 +21,16 @@ _ROLES = {  # a tokenizer.json does not say which of its special tokens plays wh
 }
 
 
+def _byte_level_alphabet() -> dict[str, int]:
+    """The characters that stand for bytes in GPT-2's vocabularies: those that can be seen, and 256 and up for others."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_LEVEL = _byte_level_alphabet()
+
+
 class Tokenizer(ABC):
     """What all tokenizers share. `vocab_size` counts ids; a role that the tokenizer lacks has the id None."""
 
@@ -52,6 +62,14 @@ class Tokenizer(ABC):
         Over the ids of a text they sum to the length of the text in UTF-8, if the tokenizer loses nothing and, as
         SentencePiece's dummy prefix does, adds nothing.
         """
+
+    @abstractmethod
+    def id_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes that an id stands for, part of a character perhaps; none for control and unknown ids."""
+
+    @abstractmethod
+    def id_name(self, token: int) -> str:
+        """What an id is called in the vocabulary: its piece."""
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -104,6 +122,18 @@ class SentencePieceTokenizer(Tokenizer):
 
         return np.asarray([length(token) for token in range(self.vocab_size)], np.int32)
 
+    def id_bytes(self, token: int) -> bytes:
+        """See `Tokenizer`."""
+        processor = self._processor
+        if not 0 <= token < self.vocab_size or processor.is_control(token) or processor.is_unknown(token):
+            return b""
+        piece = processor.id_to_piece(token)
+        return bytes([int(piece[3:5], 16)]) if processor.is_byte(token) else piece.replace(_SPACE, " ").encode()
+
+    def id_name(self, token: int) -> str:
+        """See `Tokenizer`."""
+        return self._processor.id_to_piece(token) if 0 <= token < self.vocab_size else f"<id {token}>"
+
 
 class JsonTokenizer(Tokenizer):
     """A tokenizer.json, read by Hugging Face's `tokenizers`."""
@@ -126,6 +156,9 @@ class JsonTokenizer(Tokenizer):
         ids = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values()) + 1
 
+        self._added = {token["content"]: token["special"] for token in self._spec.get("added_tokens", ())}
+        self._byte_level = '"ByteLevel"' in json.dumps([self._spec.get("pre_tokenizer"), self._spec.get("decoder")])
+
         def role(name: str) -> int | None:
             return next((ids[token] for token in _ROLES[name] if token in ids), None)
 
@@ -141,21 +174,24 @@ class JsonTokenizer(Tokenizer):
 
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes of each id, int32 [vocab_size]."""
-        model = self._spec["model"]
-        added = {token["content"]: token["special"] for token in self._spec.get("added_tokens", ())}
-        # In the byte-level alphabet every character of a piece is one byte.
-        byte_level = '"ByteLevel"' in json.dumps([self._spec.get("pre_tokenizer"), self._spec.get("decoder")])
-        lengths = np.zeros(self.vocab_size, np.int32)
-        for piece, token in self._backend.get_vocab(with_added_tokens=True).items():
-            if piece in added:
-                lengths[token] = 0 if added[piece] else len(piece.encode())
-            elif byte_level:
-                lengths[token] = len(piece)
-            elif model.get("byte_fallback") and len(piece) == 6 and piece.startswith("<0x"):
-                lengths[token] = 1
-            else:
-                lengths[token] = len(piece.replace(_SPACE, " ").encode())
-        return lengths
+        return np.asarray([len(self.id_bytes(token)) for token in range(self.vocab_size)], np.int32)
+
+    def id_bytes(self, token: int) -> bytes:
+        """See `Tokenizer`."""
+        piece = self._backend.id_to_token(token)
+        if piece is None:
+            return b""
+        if piece in self._added:
+            return b"" if self._added[piece] else piece.encode()
+        if self._byte_level:
+            return bytes(_BYTE_LEVEL[character] for character in piece)
+        if self._spec["model"].get("byte_fallback") and len(piece) == 6 and piece.startswith("<0x"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(_SPACE, " ").encode()
+
+    def id_name(self, token: int) -> str:
+        """See `Tokenizer`."""
+        return self._backend.id_to_token(token) or f"<id {token}>"
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:

@@ -8,7 +8,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ctllm_jax.config.endpoint import EndpointConfig
 from ctllm_jax.config.errors import UserError
@@ -16,6 +16,10 @@ from ctllm_jax.config.pairs import RejectedConfig
 from ctllm_jax.data.prompts import Prompt
 from ctllm_jax.inference.endpoint import Endpoint, EndpointError, Request
 
+if TYPE_CHECKING:
+    from ctllm_jax.inference.engine import Engine
+
+_MOST_SLOTS = 256
 _SENT = ("max_tokens", "temperature", "top_p", "body", "send_seed")
 logger = logging.getLogger(__name__)
 
@@ -50,14 +54,6 @@ def make_tasks(prompts: Iterable[Prompt]) -> tuple[list[Task], int]:
         copies += key in tasks
         tasks.setdefault(key, Task(prompt, key))
     return list(tasks.values()), copies
-
-
-class _Batch(NamedTuple):
-    """Tasks that are generated together: `rows` of prompts padded to `size` tokens, filled up where there are fewer."""
-
-    tasks: list[Task]
-    rows: int
-    size: int
 
 
 class Answers(ABC):
@@ -118,9 +114,7 @@ class EndpointAnswers(Answers):
 
 
 class ModelAnswers(Answers):
-    """The answers of a MODEL of ours, generated in batches of prompts of about one length.
-
-    A batch is the same whatever of it is there already, so that a row has the same bits wherever the work was stopped.
+    """The answers of a MODEL of ours, many at once: the next prompt enters where an answer ends.
 
     Args:
       config: of a MODEL, without `base_url`.
@@ -131,23 +125,23 @@ class ModelAnswers(Answers):
     """
 
     def __init__(self, config: RejectedConfig, *, seed: int):
-        from ctllm_jax.inference.model import load_model
+        from ctllm_jax.inference.model import fingerprint, load_model
 
         self._config, self._seed = config, seed
         self._model = model = load_model(config.model)
         if model.template is None:
             raise UserError(f"rejected.model={config.model} was not taught to answer: it has no chat template. `sft` "
                             "teaches it")
-        self._batches: list[_Batch] = []
+        self._engine: Engine | None = None
         self._prompts: dict[str, list[int]] = {}
         self._context = model.decoder.config.context_length
         self.name = f"{config.model}, step {model.step:,}"
         options = config.model_dump(mode="json", include={"max_tokens", "temperature", "top_k", "top_p"})
-        self.identity = {"kind": "model", "step": model.step, "fingerprint": _fingerprint(model), **options}
+        self.identity = {"kind": "model", "step": model.step, "fingerprint": fingerprint(model), **options}
 
     def plan(self, tasks: Sequence[Task]) -> tuple[list[Task], dict[str, int]]:
-        """See `Answers`: by padded length, then as they came. The template or the context may refuse a prompt."""
-        by_size: dict[int, list[Task]] = {size: [] for size in _padded_sizes(self._context)}
+        """See `Answers`: as they came. The template or the context may refuse a prompt."""
+        planned: list[Task] = []
         dropped: Counter[str] = Counter()
         for task in tasks:
             try:
@@ -160,68 +154,28 @@ class ModelAnswers(Answers):
                 dropped["prompt leaves no room"] += 1
                 continue
             self._prompts[task.key] = ids
-            by_size[next(size for size in by_size if size >= len(ids))].append(task)
-        self._batches = []
-        for size, same in by_size.items():
-            rows = min(max(1, self._config.batch_tokens // (size + self._most_new(size))), len(same))
-            self._batches += [_Batch(same[start:start + rows], rows, size) for start in range(0, len(same), rows or 1)]
-        self.at_once = max((batch.rows for batch in self._batches), default=1)
-        return [task for batch in self._batches for task in batch.tasks], dict(dropped)
+            planned.append(task)
+        longest = max((len(ids) + self._room(ids) for ids in self._prompts.values()), default=1)
+        slots = min(max(1, self._config.batch_tokens // longest), _MOST_SLOTS, max(1, len(planned)))
+        if planned:
+            self._engine = self._model.engine(slots=slots, max_length=longest)
+        self.at_once = 2 * slots
+        return planned, dict(dropped)
 
     def answer(self, tasks: Sequence[Task], *, ahead: int = 1) -> Iterator[Answer]:
         """See `Answers`."""
-        wanted = {task.key for task in tasks}
-        for batch in self._batches:
-            if not wanted.isdisjoint(task.key for task in batch.tasks):
-                for task, answer in zip(batch.tasks, self._generate(batch), strict=True):
-                    if task.key in wanted:
-                        yield answer
-
-    def _most_new(self, size: int) -> int:
-        """Most new tokens behind a prompt that is padded to `size`."""
-        sizes = [0, *_padded_sizes(self._context)]
-        return min(self._config.max_tokens, self._context - sizes[sizes.index(size) - 1] - 1)
-
-    def _generate(self, batch: _Batch) -> list[Answer]:
-        from ctllm_jax.inference.generate import generate
+        from ctllm_jax.inference.request import Request
 
         config, model = self._config, self._model
-        # The last batch of a length is filled up with its first row: one compiled program a length.
-        filled = [*batch.tasks, *[batch.tasks[0]] * (batch.rows - len(batch.tasks))]
-        new = generate(model.decoder, model.params, [self._prompts[task.key] for task in filled],
-                       max_tokens=self._most_new(batch.size), seed=self._seed, temperature=config.temperature,
-                       top_k=config.top_k, top_p=1.0 if config.top_p is None else config.top_p,
-                       stop_ids=model.stop_ids, row_ids=[task.row_id for task in filled], pad_to=batch.size)
-        answers = []
-        for task, ids in zip(batch.tasks, new, strict=False):
-            room = min(config.max_tokens, self._context - len(self._prompts[task.key]))
-            text = model.tokenizer.decode(ids[:room])
-            is_cut = len(ids) >= room
+        requests = (Request(prompt=tuple(ids), max_tokens=self._room(ids), temperature=config.temperature,
+                            top_k=config.top_k, top_p=1.0 if config.top_p is None else config.top_p,
+                            stop_ids=tuple(dict.fromkeys(model.stop_ids)), seed=self._seed, row=task.row_id)
+                    for task in tasks for ids in [self._prompts[task.key]])
+        for _, text, finish in self._engine.run(requests, ahead=max(ahead, self.at_once)):
+            is_cut = finish == "length"
             # A character of which only the first bytes were reached.
-            answers.append(Answer(text.rstrip("\ufffd") if is_cut else text, is_cut,
-                                  {**self.identity, "model": config.model}))
-        return answers
+            yield Answer(text.rstrip("\ufffd") if is_cut else text, is_cut, {**self.identity, "model": config.model})
 
-
-def _padded_sizes(context: int) -> list[int]:
-    """Lengths that prompts are padded to: powers of two, and the context, each a multiple of `PROMPT_BUCKET`."""
-    from ctllm_jax.inference.generate import PROMPT_BUCKET
-
-    sizes = [PROMPT_BUCKET]
-    while sizes[-1] * 2 < context:
-        sizes.append(sizes[-1] * 2)
-    return [*sizes, -(-context // PROMPT_BUCKET) * PROMPT_BUCKET] if sizes[-1] < context else sizes
-
-
-def _fingerprint(model: Any) -> str:
-    """Hash of weights, architecture, tokenizer and template, 16 hexadecimal digits."""
-    import jax
-    import numpy as np
-
-    digest = hashlib.sha256(json.dumps([model.decoder.config.model_dump(mode="json"), model.tokenizer.sha256,
-                                        model.template.fingerprint()], sort_keys=True).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8))
-    return digest.hexdigest()[:16]
+    def _room(self, ids: Sequence[int]) -> int:
+        """Most new tokens behind a prompt."""
+        return min(self._config.max_tokens, self._context - len(ids))

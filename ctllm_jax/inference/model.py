@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
+from ctllm_jax import sharding
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.model import MeshConfig
 from ctllm_jax.config.sft import TemplateConfig
 from ctllm_jax.data.chat import ChatTemplate, Message, open_template
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from ctllm_jax.inference.generate import generate
-from ctllm_jax.model.decoder import Decoder
-from ctllm_jax.training.checkpoint import find_checkpoint, load_whole, read_model_config
+from ctllm_jax.inference.engine import Engine
+from ctllm_jax.inference.request import Request
+from ctllm_jax.inference.schedule import rounded
+from ctllm_jax.model.decoder import Decoder, init_params
+from ctllm_jax.model.parameters import decoder_parameters
+from ctllm_jax.training.checkpoint import find_checkpoint, load_params, load_whole, read_model_config
 from ctllm_jax.training.sft import check_template
 
 
@@ -27,6 +38,7 @@ class Model:
       prefix_id: id that preceded documents in training; None where none did.
       stop_id: id that ends a document.
       template: how it was taught to talk; None for a model that was not.
+      mesh: what `params` are split over; None: one device.
     """
 
     decoder: Decoder
@@ -37,17 +49,24 @@ class Model:
     run_dir: Path
     step: int
     template: ChatTemplate | None = None
+    mesh: Mesh | None = None
 
     @property
     def stop_ids(self) -> list[int]:
         """Ids that end what the model writes."""
         return [*(self.template.stop_ids if self.template else ()), *([] if self.stop_id is None else [self.stop_id])]
 
-    def complete(self, prompts: Sequence[str], **options: Any) -> list[str]:
-        """What the model writes behind each prompt; options as of `inference.generate.generate`."""
+    def engine(self, **options: Any) -> Engine:
+        """An engine of this model; options as of `Engine`."""
+        return Engine(self.decoder, self.params, tokenizer=self.tokenizer, mesh=self.mesh, **options)
+
+    def complete(self, prompts: Sequence[str], *, max_tokens: int, seed: int = 0, **drawing: Any) -> list[str]:
+        """What the model writes behind each prompt; `drawing`: further fields of `Request`, the same for all."""
         ids = encode_prompts(self.tokenizer, prompts, prefix_id=self.prefix_id, stop_id=self.stop_id)
-        new = generate(self.decoder, self.params, ids, stop_ids=self.stop_ids, **options)
-        return [decode_completion(self.tokenizer, prompt, tokens) for prompt, tokens in zip(ids, new, strict=True)]
+        requests = [Request(prompt=tuple(prompt), max_tokens=max_tokens, seed=seed, row=row,
+                            stop_ids=tuple(dict.fromkeys(self.stop_ids)), **drawing) for row, prompt in enumerate(ids)]
+        engine = self.engine(**rounded(len(ids), max(map(len, ids)) + max_tokens))
+        return [text for _, text, _ in engine.run(requests)]
 
 
 def with_template(model: Model, config: TemplateConfig, *, name: str) -> Model:
@@ -90,8 +109,12 @@ def decode_completion(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence
     return text[len(before):] if text.startswith(before) else tokenizer.decode(list(new))
 
 
-def load_model(model: str) -> Model:
-    """The MODEL of a run directory or RUN@STEP, in float32 on the first device; a LoRA run's with its adapters merged.
+def load_model(model: str, *, dtype: str = "float32", mesh: MeshConfig | None = None) -> Model:
+    """The MODEL of a run directory or RUN@STEP, parameters in float32; a LoRA run's with its adapters merged.
+
+    Args:
+      dtype: what it computes in.
+      mesh: devices that it is split over; None: it lies on the first one.
 
     Raises:
       UserError: no such run, step or tokenizer.
@@ -107,5 +130,24 @@ def load_model(model: str) -> Model:
     if known and template.fingerprint() != known["fingerprint"]:
         raise UserError(f"{run_dir}: its template is not the one that it was tuned with: its tokenizer or its template "
                         "file was changed")
-    return Model(Decoder(config, dtype=jnp.float32), load_whole(kept), tokenizer, kept.meta.get("prefix_id"),
-                 kept.meta.get("eod_id"), run_dir, kept.step, template)
+    decoder = Decoder(config, dtype=jnp.dtype(dtype))
+    rest = (tokenizer, kept.meta.get("prefix_id"), kept.meta.get("eod_id"), run_dir, kept.step, template)
+    if mesh is None:
+        return Model(decoder, load_whole(kept), *rest)
+    devices = sharding.make_mesh(mesh.model_dump())
+    shapes = jax.eval_shape(partial(init_params, config), jax.random.key(0))
+    placed = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes,
+                          sharding.param_shardings(decoder_parameters(config), devices))
+    decoder = decoder.clone(swiglu=sharding.swiglu_on(None, implementation="auto", recompute=False))
+    return Model(decoder, load_params(kept, placed), *rest, mesh=devices)
+
+
+def fingerprint(model: Model) -> str:
+    """Hash of weights, architecture, tokenizer and template, 16 hexadecimal digits."""
+    digest = hashlib.sha256(json.dumps([model.decoder.config.model_dump(mode="json"), model.tokenizer.sha256,
+                                        model.template and model.template.fingerprint()], sort_keys=True).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8))
+    return digest.hexdigest()[:16]

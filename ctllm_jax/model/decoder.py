@@ -89,6 +89,7 @@ class Block(nn.Module):
       project: as `project`, for weights that are split over a mesh.
       remat_ffn: compute the FFN's wide activations again in the backward pass.
       prevent_cse: as of `jax.checkpoint`; False inside a scan.
+      cache_span: of a cache, attention looks at so many slots only; None: at all. No row may be longer.
     """
 
     config: Any
@@ -97,6 +98,7 @@ class Block(nn.Module):
     project: Callable = project
     remat_ffn: bool = False
     prevent_cse: bool = True
+    cache_span: int | None = None
 
     @nn.compact
     def __call__(self, x_BSD, angles, segment_ids_BS=None, cache=None):
@@ -149,8 +151,8 @@ class Block(nn.Module):
         key_BTKH = write(key_BTKH, k_BSKH.astype(key_BTKH.dtype), length_B)
         value_BTKH = write(value_BTKH, v_BSKH.astype(value_BTKH.dtype), length_B)
         slots_BS = length_B[:, None] + jnp.arange(q_BSNH.shape[1], dtype=jnp.int32)[None]
-        y_BSNH = cached_attention(q_BSNH, key_BTKH, value_BTKH, query_positions=slots_BS,
-                                  sliding_window=self.config.sliding_window)
+        y_BSNH = cached_attention(q_BSNH, key_BTKH[:, :self.cache_span], value_BTKH[:, :self.cache_span],
+                                  query_positions=slots_BS, sliding_window=self.config.sliding_window)
         return y_BSNH, (key_BTKH, value_BTKH)
 
 

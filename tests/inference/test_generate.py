@@ -7,7 +7,8 @@ import pytest
 
 from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import PretrainConfig
-from ctllm_jax.inference.generate import PROMPT_BUCKET, generate
+from ctllm_jax.inference.generate import generate
+from ctllm_jax.inference.schedule import SMALLEST
 from ctllm_jax.model.decoder import Decoder, head_weights, init_params
 
 PROMPTS = [[5, 9, 3], list(range(1, 41)), [7]]
@@ -104,7 +105,7 @@ def test_a_document_that_ends_at_once_is_empty(model):
     assert greedy(model, PROMPTS[:1], stop_ids=[-1, stop_id]) == [[]]
 
 
-@pytest.mark.parametrize("length", [PROMPT_BUCKET - 1, PROMPT_BUCKET, PROMPT_BUCKET + 1])
+@pytest.mark.parametrize("length", [SMALLEST - 1, SMALLEST, SMALLEST + 1])
 def test_lengths_around_a_bucket(model, length):
     prompt = [(7 * index) % 250 for index in range(length)]
     assert greedy(model, [prompt])[0][0] == int(np.argmax(forward_logits(model, prompt)))
@@ -115,7 +116,7 @@ def test_one_token(model):
 
 
 def test_an_empty_prompt_is_refused(model):
-    with pytest.raises(ValueError, match="each needs at least one token"):
+    with pytest.raises(ValueError, match="needs at least one token"):
         generate(*model, [[1], []], max_tokens=1)
 
 
@@ -128,11 +129,11 @@ def test_bfloat16_keeps_its_cache_in_bfloat16(model):
 
 
 def test_row_ids_carry_the_draws_to_any_place(model):
-    """A row with its id draws the same elsewhere in another list, with more padding; another id draws otherwise."""
+    """A row with its id draws the same elsewhere in another list; another id draws otherwise."""
     options = {"max_tokens": NEW, "temperature": 1.0, "top_p": 1.0, "seed": 3}
     ids = [2**32 - 1, 7, 123_456_789]
     here = generate(*model, PROMPTS, row_ids=ids, **options)
-    there = generate(*model, [[1, 2], *PROMPTS[::-1]], row_ids=[5, *ids[::-1]], pad_to=100, **options)
+    there = generate(*model, [[1, 2], *PROMPTS[::-1]], row_ids=[5, *ids[::-1]], **options)
     assert there[1:] == here[::-1]
     other = generate(*model, PROMPTS, row_ids=[1, 2, 3], **options)
     assert all(ours != theirs for ours, theirs in zip(here, other, strict=True))

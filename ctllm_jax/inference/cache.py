@@ -1,0 +1,219 @@
+"""The compiled half of the engine: keys and values in slots, prompts written into them, tokens drawn from them.
+
+Two programs. `prefill` writes tokens of some requests into their slots, behind a prefix that may be another slot's, and
+draws a first token; `decode` draws several tokens for all slots. Layers lie apart, so that a step writes in place.
+
+Legend: B slots, R requests, S new tokens, T tokens of a slot, K kv heads, H head dim, D hidden, V vocabulary, L layers,
+Z stop ids, N likeliest tokens that are told.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from ctllm_jax import sharding
+from ctllm_jax.inference.sampling import TOLD, Drawn, Sampling, draw, score
+from ctllm_jax.model.decoder import Block, Decoder, head_weights, rms_norm
+from ctllm_jax.model.rope import rope_angles
+
+
+class Slots(NamedTuple):
+    """What is kept of each slot's tokens: L arrays [B, T, K, H] of keys and of values; bool [B, V], what was seen."""
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    seen_BV: jax.Array
+
+
+class Part(NamedTuple):
+    """Tokens to be written, of R requests.
+
+    Attributes:
+      tokens: int32 [R, S], padded on the right.
+      slot, source: int32 [R]; where they go, and whose tokens stand before them; a slot out of range writes nothing.
+      start, count: int32 [R]; tokens that stand before them, and how many they are.
+      targets: int32 [R, S]; the token behind each, whose log-probability is wanted.
+    """
+
+    tokens: Any
+    slot: Any
+    source: Any
+    start: Any
+    count: Any
+    targets: Any
+
+
+class Rows(NamedTuple):
+    """Where each slot stands: its last token (not in the cache yet), tokens in the cache, tokens that it may still draw
+    (0: none is drawn), int32 [B]; ids that end it, int32 [B, Z], -1 for none."""
+
+    token: Any
+    length: Any
+    left: Any
+    stop: Any
+
+
+class Scores(NamedTuple):
+    """Log-probabilities of `Part.targets` [R, S], and of the likeliest tokens [R, S, N] with their ids."""
+
+    logp: jax.Array
+    told_ids: jax.Array
+    told_logps: jax.Array
+
+
+def split_layers(params: Any, *, dtype: Any) -> Any:
+    """The parameters with `blocks` as a tuple of one tree a layer, in `dtype`: no step slices a stack then."""
+    @partial(jax.jit, static_argnums=1)
+    def take(stacks, layer):
+        return jax.tree.map(lambda stack: stack[layer].astype(dtype), stacks)
+
+    stacks = {**params["blocks"], "lora": params.get("lora", {})}
+    layers = tuple(take(stacks, layer) for layer in range(len(params["blocks"]["query"])))
+    rest = {name: leaf.astype(dtype) for name, leaf in params.items() if name not in ("blocks", "lora")}
+    return {**rest, "blocks": layers}
+
+
+def cache_sharding(config: Any, mesh: Mesh | None, *, slots: int) -> NamedSharding | None:
+    """Heads as the model's; slots over the batch axes, where these divide them."""
+    if mesh is None:
+        return None
+    batch = sharding.BATCH_AXES if slots % sharding.axis_size(mesh, sharding.BATCH_AXES) == 0 else None
+    return NamedSharding(mesh, PartitionSpec(batch, None, sharding.RULES["kv_heads"]))
+
+
+def make_slots(config: Any, *, slots: int, length: int, dtype: Any, device: Any, mesh: Mesh | None = None) -> Slots:
+    """Empty slots, on the device or over the mesh."""
+    shape = (slots, length, config.num_kv_heads, config.head_dim)
+    # Placed from the start, as what a step gives back is: programs are compiled once.
+    out = cache_sharding(config, mesh, slots=slots) or SingleDeviceSharding(device)
+    whole = sharding.replicated(mesh) if mesh is not None else out
+
+    def make():
+        empty = [tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)) for _ in range(2)]
+        return Slots(*empty, jnp.zeros((slots, config.padded_vocab_size), bool))
+
+    layers = (out,) * config.num_layers
+    return jax.jit(make, out_shardings=Slots(layers, layers, whole))()
+
+
+@partial(jax.jit, donate_argnums=0)
+def mark_seen(slots: Slots, slot: Any, seen_V: Any) -> Slots:
+    """What a slot's repetition penalty counts."""
+    return slots._replace(seen_BV=slots.seen_BV.at[slot].set(seen_V))
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("span", "scores", "mesh"), donate_argnames="slots")
+def prefill(decoder: Decoder, params: Any, slots: Slots, part: Part, sampling: Sampling, *, span: int, scores: bool,
+            mesh: Mesh | None = None) -> tuple[Drawn, Scores | None, Slots]:
+    """Write a part of some prompts; the token drawn behind each (of use where the part ends the prompt).
+
+    Args:
+      sampling: arrays [R].
+      span: tokens of a slot that are looked at: at least start + S.
+      scores: whether the log-probabilities of `part.targets` are computed.
+    """
+    # Requests that stand for none read slot 0, and write to a slot that there is not.
+    def gather(stack_BTKH):
+        return stack_BTKH.at[part.source, :span].get(mode="clip")
+
+    def scatter(stack_BTKH, rows_RTKH):
+        return stack_BTKH.at[part.slot, :span].set(rows_RTKH, mode="drop")
+
+    keys, values = jax.tree.map(gather, slots[:2])
+    hidden_RSD, keys, values = _forward(decoder, params, part.tokens, keys, values, part.start, span)
+    keys, values = jax.tree.map(scatter, slots[:2], (keys, values))
+    last_RD = jnp.take_along_axis(hidden_RSD, (part.count - 1)[:, None, None], axis=1)[:, 0]
+    seen_RV = slots.seen_BV.at[part.slot].get(mode="clip")
+    drawn = draw(_logits(decoder, params, last_RD), sampling, seen_BV=seen_RV)
+    seen_BV = slots.seen_BV.at[part.slot, drawn.token].set(True, mode="drop")
+    scored = None
+    if scores:
+        requests, length, hidden = hidden_RSD.shape
+        flat = score(_logits(decoder, params, hidden_RSD.reshape(-1, hidden)), part.targets.reshape(-1),
+                     told=jnp.any(sampling.told > 0))
+        scored = Scores(*(x.reshape(requests, length, *x.shape[1:]) for x in flat))
+    return *_replicated((drawn, scored), mesh), _placed(decoder, Slots(keys, values, seen_BV), mesh)
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("span", "steps", "mesh"), donate_argnames="slots")
+def decode(decoder: Decoder, params: Any, slots: Slots, rows: Rows, sampling: Sampling, *, span: int, steps: int,
+           mesh: Mesh | None = None) -> tuple[Drawn, Slots]:
+    """Up to `steps` tokens for each slot: `Drawn` with arrays [steps, B, …].
+
+    A row draws until one of its stop ids, or until it has none left; what stands behind that is of no meaning.
+
+    Args:
+      sampling: arrays [B].
+      span: tokens of a slot that are looked at: at least the longest row's length + steps, or T.
+    """
+    slots_count, length = slots.keys[0].shape[:2]
+    told = min(TOLD, decoder.config.padded_vocab_size)
+    out = Drawn(jnp.zeros((steps, slots_count), jnp.int32), jnp.zeros((steps, slots_count), jnp.float32),
+                jnp.zeros((steps, slots_count, told), jnp.int32), jnp.zeros((steps, slots_count, told), jnp.float32))
+
+    def unfinished(carry):
+        step, _, rows, _, _ = carry
+        return (step < steps) & jnp.any(rows.left > 0)
+
+    def advance(carry):
+        step, slots, rows, index_B, out = carry
+        active_B = rows.left > 0
+        # A row that draws nothing writes behind its tokens, where the next to come overwrites it.
+        hidden_B1D, keys, values = _forward(decoder, params, rows.token[:, None], slots.keys, slots.values,
+                                            jnp.minimum(rows.length, length - 1), span)
+        drawn = draw(_logits(decoder, params, hidden_B1D[:, 0]), sampling._replace(index=index_B),
+                     seen_BV=slots.seen_BV)
+        seen_BV = slots.seen_BV.at[jnp.arange(slots_count), drawn.token].max(active_B)
+        out = jax.tree.map(lambda whole, new: whole.at[step].set(new), out, drawn)
+        stopped_B = jnp.any(drawn.token[:, None] == rows.stop, axis=1)
+        rows = Rows(jnp.where(active_B, drawn.token, rows.token), rows.length + active_B,
+                    jnp.where(active_B & ~stopped_B, rows.left - 1, 0), rows.stop)
+        return step + 1, Slots(keys, values, seen_BV), rows, index_B + active_B, out
+
+    start = (jnp.int32(0), slots, Rows(*map(jnp.asarray, rows)), jnp.asarray(sampling.index), out)
+    _, slots, _, _, out = jax.lax.while_loop(unfinished, advance, start)
+    return _replicated(out, mesh), _placed(decoder, slots, mesh)
+
+
+def _forward(decoder: Decoder, params: Any, tokens_BS, keys, values, start_B, span: int):
+    """Hidden states [B, S, D], and keys and values with the new tokens written behind `start_B` others."""
+    config = decoder.config
+    positions_BS = start_B[:, None] + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
+    angles = rope_angles(positions_BS, head_dim=config.head_dim, theta=config.rope_theta)
+    x_BSD = jnp.take(params["embedding"], tokens_BS, axis=0).astype(decoder.dtype)
+    block = Block(config, decoder.attention, decoder.swiglu, cache_span=span, parent=None)
+    written = []
+    for layer, cached in zip(_layers(params, config.num_layers), zip(keys, values, strict=True), strict=True):
+        x_BSD, new = block.apply({"params": layer}, x_BSD, angles, None, (*cached, start_B))
+        written.append(new)
+    return rms_norm(x_BSD, params["final_norm"], eps=config.norm_eps), *map(tuple, zip(*written, strict=True))
+
+
+def _layers(params: Any, num_layers: int):
+    if isinstance(params["blocks"], tuple):
+        return params["blocks"]
+    stacks = {**params["blocks"], "lora": params.get("lora", {})}
+    return [jax.tree.map(lambda stack, layer=layer: stack[layer], stacks) for layer in range(num_layers)]
+
+
+def _logits(decoder: Decoder, params: Any, hidden_BD: jax.Array) -> jax.Array:
+    """Float32 [B, V], -inf for ids that pad the vocabulary."""
+    head_DV = head_weights(params)
+    logits_BV = jnp.einsum("BD,DV->BV", hidden_BD.astype(head_DV.dtype), head_DV, preferred_element_type=jnp.float32)
+    return jnp.where(jnp.arange(logits_BV.shape[1])[None] < decoder.config.vocab_size, logits_BV, -jnp.inf)
+
+
+def _replicated(tree: Any, mesh: Mesh | None) -> Any:
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, sharding.replicated(mesh))
+
+
+def _placed(decoder: Decoder, slots: Slots, mesh: Mesh | None) -> Slots:
+    if mesh is None:
+        return slots
+    place = cache_sharding(decoder.config, mesh, slots=slots.keys[0].shape[0])
+    return Slots(*jax.lax.with_sharding_constraint(slots[:2], place), _replicated(slots.seen_BV, mesh))

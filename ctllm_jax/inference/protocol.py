@@ -1,0 +1,342 @@
+"""OpenAI's completions and chat completions: bodies of requests to `Request`s, events to bodies of answers. No jax here.
+
+A field that would change the answer and that nothing here does is refused, not passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.data.chat import ChatTemplate, Message
+from ctllm_jax.data.tokenizer import Tokenizer
+from ctllm_jax.inference.request import MOST_TOLD, Event, Request, Token
+
+MOST_CHOICES = 128
+"""Texts that one request may ask for."""
+MOST_STOPS = 16
+_DEFAULT_TOKENS = 16
+"""Of completions, where no max_tokens is given; OpenAI's own."""
+
+
+class ProtocolError(Exception):
+    """An answer that is an error: HTTP status, message, and the field that it is about."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def body(self) -> dict[str, Any]:
+        """As OpenAI writes it."""
+        kind = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+        return {"error": {"message": str(self), "type": kind.get(self.status, "invalid_request_error"),
+                          "param": self.param, "code": self.code}}
+
+
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    include_usage: bool = False
+
+
+class _Common(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    max_tokens: int | None = Field(None, ge=0)
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    # Beyond OpenAI's, named as vLLM names them.
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, lt=1)
+    repetition_penalty: float | None = Field(None, gt=0)
+    # What changes no text.
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    # What would: only as if it were not there.
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+
+    def stops(self) -> tuple[str, ...]:
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stops) > MOST_STOPS:
+            raise ProtocolError(400, f"stop: at most {MOST_STOPS} texts", param="stop")
+        return tuple(filter(None, stops))
+
+
+class _Completions(_Common):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=MOST_TOLD)
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: None = None
+
+
+class _Content(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: str = Field(pattern="^text$")
+    text: str
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+    role: str
+    content: str | list[_Content]
+
+
+class _ResponseFormat(BaseModel):
+    type: str = Field(pattern="^text$")
+
+
+class _Chat(_Common):
+    messages: list[_Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOLD)
+    response_format: _ResponseFormat | None = None
+    tools: list[Any] | None = Field(None, max_length=0)
+    parallel_tool_calls: Any = None
+
+
+@dataclass(frozen=True)
+class Served:
+    """What requests are read for: a model by its name, its tokenizer and template, and what it may be asked."""
+
+    name: str
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    prefix_id: int | None
+    eod_id: int | None
+    stop_ids: tuple[int, ...]
+    max_length: int
+    max_tokens: int | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+@dataclass
+class Answer:
+    """One request of a client: what the engine is asked for it, and how what comes is written down.
+
+    Attributes:
+      requests: one a choice.
+      stream: as events come, or whole.
+    """
+
+    served: Served
+    is_chat: bool
+    requests: list[Request]
+    prompts: list[str]
+    hidden: int
+    n: int
+    stream: bool
+    include_usage: bool
+    echo: bool
+    logprobs: bool
+
+    def __post_init__(self):
+        self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self._begun: set[int] = set()
+        self._offsets = [0] * len(self.requests)
+        self.generated = 0
+
+    def whole(self, events: Sequence[Sequence[Event]]) -> dict[str, Any]:
+        """The body, from all events of each choice."""
+        choices = []
+        for index, each in enumerate(events):
+            text = "".join(event.text for event in each)
+            tokens = [token for event in each for token in event.tokens]
+            self.generated += len(tokens)
+            prompt = next((event.prompt for event in each if event.prompt is not None), None)
+            choice = {"index": index, "finish_reason": each[-1].finish,
+                      "logprobs": self._logprobs(index, tokens, prompt)}
+            if self.is_chat:
+                choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            else:
+                choice["text"] = (self.prompts[index // self.n] if self.echo else "") + text
+            choices.append(choice)
+        return {**self._head(), "choices": choices, "usage": self.usage()}
+
+    def chunks(self, index: int, event: Event) -> Iterator[dict[str, Any]]:
+        """What is streamed of an event."""
+        self.generated += len(event.tokens)
+        first = index not in self._begun
+        self._begun.add(index)
+        text = event.text
+        if self.echo and first:
+            text = self.prompts[index // self.n] + text
+        logprobs = self._logprobs(index, event.tokens, event.prompt)
+        if not (text or logprobs or event.finish or self.is_chat and first):
+            return
+        choice: dict[str, Any] = {"index": index, "finish_reason": event.finish, "logprobs": logprobs}
+        if self.is_chat:
+            choice["delta"] = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
+        else:
+            choice["text"] = text
+        yield {**self._head(chunk=True), "choices": [choice]} | ({"usage": None} if self.include_usage else {})
+
+    def last_chunk(self) -> dict[str, Any] | None:
+        """What a stream ends with, where it was asked for."""
+        return {**self._head(chunk=True), "choices": [], "usage": self.usage()} if self.include_usage else None
+
+    def usage(self) -> dict[str, int]:
+        """Tokens read and written."""
+        read = sum(len(request.prompt) for request in self.requests[::self.n])
+        return {"prompt_tokens": read, "completion_tokens": self.generated, "total_tokens": read + self.generated}
+
+    def _head(self, *, chunk: bool = False) -> dict[str, Any]:
+        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.is_chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.served.name}
+
+    def _logprobs(self, index: int, tokens: Sequence[Token], prompt: Sequence[Token] | None) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        told = self.requests[index].told
+        if self.is_chat:
+            return {"content": [self._entry(token.id, token.logp, token.told) for token in tokens], "refusal": None} \
+                if tokens else None
+        tokens = [*(prompt[self.hidden:] if prompt and self.echo else ()), *tokens]
+        if not tokens:
+            return None
+        names, offsets = [name_of(self.served.tokenizer, token.id) for token in tokens], []
+        for token in tokens:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(self.served.tokenizer.id_bytes(token.id).decode(errors="ignore"))
+        # As OpenAI has it, the drawn token is there though it be none of the likeliest.
+        likeliest = [token.logp is not None and {name_of(self.served.tokenizer, each): logp for each, logp in
+                                                 (*token.told[:told], (token.id, token.logp))} or None
+                     for token in tokens]
+        return {"tokens": names, "token_logprobs": [token.logp for token in tokens],
+                "top_logprobs": likeliest if told else None, "text_offset": offsets}
+
+    def _entry(self, token: int, logp: float, told: Sequence[tuple[int, float]] | None = None) -> dict[str, Any]:
+        entry = {"token": name_of(self.served.tokenizer, token), "logprob": logp,
+                 "bytes": list(self.served.tokenizer.id_bytes(token))}
+        return entry if told is None else entry | {"top_logprobs": [self._entry(*each) for each in told]}
+
+
+def name_of(tokenizer: Tokenizer, token: int) -> str:
+    """A token as text: its bytes where they are no whole characters, its piece where it has none."""
+    content = tokenizer.id_bytes(token)
+    try:
+        return content.decode() or tokenizer.id_name(token)
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+
+def read_completions(served: Served, body: bytes) -> Answer:
+    """A body of /v1/completions. ProtocolError where it is malformed, or asks for what there is not."""
+    asked = _parse(_Completions, served, body)
+    n = asked.n or 1
+    if asked.best_of not in (None, n):
+        raise ProtocolError(400, "best_of: only as many as n", param="best_of")
+    given = asked.prompt
+    given = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+    if not given or len(given) * n > MOST_CHOICES:
+        raise ProtocolError(400, f"prompt: from 1 to {MOST_CHOICES} texts in all, n of each", param="prompt")
+    # What precedes a document in training is put before a text, and not told of; ids are taken as they are.
+    hidden = int(served.prefix_id is not None and isinstance(given[0], str) and given[0] != "")
+    rows, texts = [], []
+    for prompt in given:
+        if isinstance(prompt, str):
+            ids = served.tokenizer.encode(prompt)
+            prefix = served.prefix_id if ids or served.prefix_id is not None else served.eod_id
+            rows.append([*([] if prefix is None else [prefix]), *ids])
+            texts.append(prompt)
+        else:
+            rows.append(prompt)
+            texts.append(served.tokenizer.decode(prompt) if prompt else "")
+    if not all(rows):
+        raise ProtocolError(400, "prompt is empty, and this model has no id that begins a document", param="prompt")
+    most = _DEFAULT_TOKENS if asked.max_tokens is None else asked.max_tokens
+    echo = bool(asked.echo)
+    if most == 0 and not echo:
+        raise ProtocolError(400, "max_tokens=0 only with echo", param="max_tokens")
+    if most == 0 and asked.logprobs is None:
+        raise ProtocolError(400, "max_tokens=0 only with logprobs: nothing else would be told", param="max_tokens")
+    requests = _requests(served, asked, rows, most=most, told=asked.logprobs or 0, n=n,
+                         score_prompt=echo and asked.logprobs is not None)
+    return Answer(served, False, requests, texts, hidden, n, bool(asked.stream), _wants_usage(asked), echo,
+                  asked.logprobs is not None)
+
+
+def read_chat(served: Served, body: bytes) -> Answer:
+    """A body of /v1/chat/completions. ProtocolError where it is malformed, or asks for what there is not."""
+    asked = _parse(_Chat, served, body)
+    if served.template is None:
+        raise ProtocolError(400, f"{served.name} was not taught to answer: it has no chat template. Ask "
+                                 "/v1/completions", param="model")
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise ProtocolError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
+    messages = [Message("system" if each.role == "developer" else each.role, each.content if isinstance(
+        each.content, str) else "".join(part.text for part in each.content)) for each in asked.messages]
+    try:
+        ids = served.template.prompt_ids(messages)
+    except UserError as error:
+        raise ProtocolError(400, str(error), param="messages") from None
+    room = served.max_length - len(ids)
+    if room < 1:
+        raise _too_long(served, len(ids), 1)
+    given = asked.max_completion_tokens or asked.max_tokens
+    most = given or min(room, served.max_tokens or room)
+    n = asked.n or 1
+    requests = _requests(served, asked, [ids], most=most, told=asked.top_logprobs or 0, n=n)
+    return Answer(served, True, requests, [""], 0, n, bool(asked.stream), _wants_usage(asked), False,
+                  bool(asked.logprobs))
+
+
+def _parse(schema: type[_Common], served: Served, body: bytes) -> Any:
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(400, f"the body is not JSON: {error}") from None
+    try:
+        asked = schema.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = [str(part) for part in first["loc"]]
+        words = {"extra_forbidden": "is not supported"}.get(first["type"], first["msg"])
+        raise ProtocolError(400, f"{'.'.join(place) or 'body'}: {words}", param=place[0] if place else None) from None
+    if asked.model != served.name:
+        raise ProtocolError(404, f"no model {asked.model!r}: there is {served.name!r}", param="model",
+                            code="model_not_found")
+    return asked
+
+
+def _requests(served: Served, asked: _Common, rows: Sequence[Sequence[int]], *, most: int, n: int,
+              **more: Any) -> list[Request]:
+    for ids in rows:
+        if len(ids) + most > served.max_length:
+            raise _too_long(served, len(ids), most)
+    if served.max_tokens is not None and most > served.max_tokens:
+        raise ProtocolError(400, f"max_tokens={most}: at most {served.max_tokens} here", param="max_tokens")
+    seed = int.from_bytes(os.urandom(4), "little") if asked.seed is None else asked.seed & 0xFFFFFFFF
+    return [Request(prompt=tuple(ids), max_tokens=most, seed=seed, row=row, stop=asked.stops(),
+                    temperature=1.0 if asked.temperature is None else asked.temperature, top_p=asked.top_p or 1.0,
+                    top_k=None if (asked.top_k or 0) < 1 else asked.top_k, min_p=asked.min_p or 0.0,
+                    repetition_penalty=asked.repetition_penalty or 1.0, stop_ids=served.stop_ids, **more)
+            for ids in rows for row in range(n)]
+
+
+def _wants_usage(asked: _Common) -> bool:
+    return bool(asked.stream and asked.stream_options and asked.stream_options.include_usage)
+
+
+def _too_long(served: Served, prompt: int, most: int) -> ProtocolError:
+    return ProtocolError(400, f"the model's context is {served.max_length} tokens: a prompt of {prompt} and "
+                              f"{most} new ones are more", param="messages", code="context_length_exceeded")

@@ -1,0 +1,83 @@
+"""What an engine is asked, and what it says. No jax here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+MOST_STOP_IDS = 8
+MOST_TOLD = 20
+"""As many log-probabilities beside the drawn token's as OpenAI's interface has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt, and how to go on from it.
+
+    Attributes:
+      prompt: token ids, at least one; a document starts behind the model's prefix id.
+      max_tokens: most new tokens; 0 only scores the prompt.
+      temperature: 0 takes the likeliest token.
+      top_k: draw from this many likeliest tokens; None: from all.
+      top_p: draw from the likeliest tokens that together have this probability.
+      min_p: draw no token that is less likely than this times the likeliest.
+      repetition_penalty: above 1 makes what stands in prompt and text less likely.
+      seed, row: 32 bits each; the random numbers depend on them and on the token's place alone.
+      stop: texts that end it, and are not given; needs a tokenizer.
+      stop_ids: ids that end it, at most `MOST_STOP_IDS`; not given either.
+      told: how many of the likeliest tokens are told beside each one, at most `MOST_TOLD`.
+      score_prompt: tell the log-probabilities of the prompt's tokens too.
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    row: int = 0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    told: int = 0
+    score_prompt: bool = False
+
+    def __post_init__(self):
+        ranges = {"max_tokens": self.max_tokens >= 0, "temperature": self.temperature >= 0,
+                  "top_k": self.top_k is None or self.top_k >= 1, "top_p": 0 < self.top_p <= 1,
+                  "min_p": 0 <= self.min_p < 1, "repetition_penalty": self.repetition_penalty > 0,
+                  "stop_ids": len(self.stop_ids) <= MOST_STOP_IDS, "told": 0 <= self.told <= MOST_TOLD}
+        if wrong := [name for name, is_right in ranges.items() if not is_right]:
+            raise ValueError(f"{wrong[0]}={getattr(self, wrong[0])} is out of range")
+        if not self.prompt:
+            raise ValueError("prompt: needs at least one token; a document starts behind the model's prefix id")
+        if not self.max_tokens and not self.score_prompt:
+            raise ValueError("max_tokens=0 only makes sense with score_prompt")
+
+
+class Token(NamedTuple):
+    """A token, its log-probability as the model has it (before temperature and truncation; None for the first of a
+    prompt), and the likeliest tokens of its place with theirs."""
+
+    id: int
+    logp: float | None
+    told: tuple[tuple[int, float], ...] = ()
+
+
+class Event(NamedTuple):
+    """What became of a request in a step.
+
+    Attributes:
+      request: what `submit` gave.
+      tokens: drawn in this step; the one that ended it is not among them.
+      text: what became certain of the text; with a tokenizer.
+      finish: None while it goes on; "stop" (a stop id or text), "length" (max_tokens), or "cancelled".
+      prompt: the prompt's tokens, once, with `score_prompt`.
+    """
+
+    request: int
+    tokens: tuple[Token, ...] = ()
+    text: str = ""
+    finish: str | None = None
+    prompt: tuple[Token, ...] | None = None
