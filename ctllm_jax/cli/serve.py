@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,12 @@ def run(context: Context) -> int:
     listener = uvicorn.Server(uvicorn.Config(
         server.app(), host=config.host, port=config.port, http=patient_for(config.read_timeout), ws="none",
         lifespan="off", log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=3))
-    sock = listener.config.bind_socket()
+    try:
+        sock = socket.create_server((config.host, config.port), backlog=512,
+                                    family=socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+    except OSError as error:
+        worker.close()
+        raise UserError(f"host={config.host} port={config.port} cannot be listened at: {error.strerror}") from None
     address = f"[{config.host}]" if ":" in config.host else config.host
     context.console.print(f"{served.name} ({model.run_dir}, step {model.step:,}): http://{address}:"
                           f"{sock.getsockname()[1]}/v1, a page to chat at /; {engine.slots} at once, "

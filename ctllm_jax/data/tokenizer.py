@@ -22,7 +22,7 @@ _ROLES = {  # a tokenizer.json does not say which of its special tokens plays wh
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The characters that stand for bytes in GPT-2's vocabularies: those that can be seen, and 256 and up for others."""
+    """The characters that stand for bytes in GPT-2's vocabularies: themselves where seen, else 256 and up."""
     seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in seen]
     return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(others)}

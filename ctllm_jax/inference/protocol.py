@@ -1,4 +1,4 @@
-"""OpenAI's completions and chat completions: bodies of requests to `Request`s, events to bodies of answers. No jax here.
+"""OpenAI's completions and chat completions: bodies of requests to `Request`s, events to answers. No jax here.
 
 A field that would change the answer and that nothing here does is refused, not passed over.
 """

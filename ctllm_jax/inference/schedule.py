@@ -95,7 +95,8 @@ def smallest(sizes: Sequence[int], needed: int) -> int:
 
 def rounded(slots: int, length: int) -> dict[str, int]:
     """Slots and length for a list of requests, as of `Engine`: few sizes, so that lists share their programs."""
-    return {"slots": smallest((1, 4, 16, MOST_SLOTS), slots), "max_length": max(SPANS[0], 1 << (length - 1).bit_length())}
+    return {"slots": smallest((1, 4, 16, MOST_SLOTS), slots),
+            "max_length": max(SPANS[0], 1 << (length - 1).bit_length())}
 
 
 def common(ours: Sequence[int], other: Sequence[int]) -> int:

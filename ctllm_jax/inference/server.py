@@ -18,6 +18,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -34,8 +35,8 @@ _PAGE = Path(__file__).with_name("chat_page.html")
 _OPEN = ("/", "/health")
 """Paths that need no key: they tell nothing of the model, and start nothing."""
 # No page but ours may be shown or run here, and ours asks nobody else.
-_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
-           "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+_POLICY = ("default-src 'none'; img-src data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+           "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 _CLIENT_GONE = 499
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Server:
                     Route("/v1/models", self._models), Route("/v1/models/{name:path}", self._models),
                     Route("/v1/completions", self._completions, methods=["POST"]),
                     Route("/v1/chat/completions", self._chat, methods=["POST"])],
-            middleware=[(_Guard, (self,), {})],
+            middleware=[Middleware(_Guard, self)],
             exception_handlers={HTTPException: _http_error})
 
     def allows(self, request: Request) -> None:
