@@ -29,6 +29,7 @@ class TextStream:
         self._stops = sorted(filter(None, stop), key=len)
         # Ids whose text stands before what comes, and those that came since.
         self._before, self._new = list(prompt[-_CONTEXT:]), []
+        self._given = 0  # characters of the new ids' text that were given
         self._held = ""
         self.text = ""
         self.stopped = False
@@ -37,15 +38,18 @@ class TextStream:
         """The text that became certain with this token."""
         self._new.append(token)
         text = self._read()
-        if text.endswith(_UNFINISHED):
-            return ""
+        certain = text.rstrip(_UNFINISHED)
+        new, self._given = certain[self._given:], max(self._given, len(certain))
+        if certain != text:
+            return self._give(new, last=False)
+        self._given = 0
         # Behind ids without a text, such as markers, a tokenizer may take a blank for the first of all.
         self._before, self._new = self._new if text else [*self._before, *self._new], []
-        return self._give(text, last=False)
+        return self._give(new, last=False)
 
     def finish(self) -> str:
         """What was held back."""
-        return self._give(self._read() if self._new else "", last=True)
+        return self._give(self._read()[self._given:] if self._new else "", last=True)
 
     def _read(self) -> str:
         """The text of the new ids, read behind those before."""

@@ -150,7 +150,7 @@ def test_cancelled_anywhere_it_is_gone_and_the_others_are_not(engine):
     assert ended == {numbers[0]: "cancelled", numbers[5]: "cancelled"}
     said = drain(engine)
     assert sorted(said) == numbers[1:5] and all(finish == "length" for _, finish, _ in said.values())
-    assert [token.id for token in said[numbers[3]][0]] == tokens_of(engine, ask(ids(40, 3), 30))[0]
+    assert [token.id for token in said[numbers[4]][0]] == tokens_of(engine, ask(ids(40, 4), 30))[0]
     engine.cancel(numbers[1])
     assert not engine.busy and engine.step() == [] and engine.counts["cancelled"] == 2
 
