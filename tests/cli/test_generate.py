@@ -1,6 +1,7 @@
 """`generate`: what is printed is what the model would say by a full forward, and nothing but its own words decides."""
 
 import io
+import json
 import shutil
 import sys
 from types import SimpleNamespace
@@ -101,3 +102,75 @@ def test_what_cannot_be_asked(text_run, tmp_path):
     shutil.rmtree(bare / "checkpoints")
     printed = call("generate", bare)
     assert printed.status == 2 and "has no checkpoint yet" in printed.err
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """Twelve rows, one of them twice, with fields of their own."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [{"prompt": "今天" * (1 + n % 5) + "the " * (n % 3), "name": n} for n in range(12)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*rows, rows[0]]))
+    return path
+
+
+FILE = ["max_tokens=10", "temperature=1", "seed=3", "num_samples=2", "slots=4", "logprobs=2"]
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_file_of_prompts_to_a_file_of_texts(text_run, prompts, tmp_path):
+    output = tmp_path / "texts.jsonl"
+    words = [text_run.directory, f"prompts={prompts}", f"output={output}", *FILE]
+    printed = generate(*words)
+    assert "26 texts, 26 of them new" in printed
+    rows, given = rows_of(output), rows_of(prompts)
+    assert [row["name"] for row in rows] == [row["name"] for row in given for _ in range(2)]
+    assert all(row["prompt"] == given[row["name"]]["prompt"] for row in rows)
+    assert [row["provenance"]["sample"] for row in rows] == [0, 1] * 13
+    assert len({row["text"] for row in rows}) > 20, "samples, and a prompt that comes twice, have draws of their own"
+    assert all(len(row["logprobs"]) == row["tokens"] and len(row["logprobs"][0]["top"]) == 2 for row in rows)
+    before = output.read_bytes()
+    assert "0 of them new" in generate(*words) and output.read_bytes() == before
+    assert call("generate", *words, "temperature=0.5").status == 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.95])
+def test_torn_anywhere_it_goes_on_to_the_same_bytes(text_run, prompts, tmp_path, share):
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    words = [text_run.directory, f"prompts={prompts}", *FILE]
+    generate(*words, f"output={whole}")
+    part.write_bytes(whole.read_bytes()[:int(whole.stat().st_size * share)])
+    shutil.copy(f"{whole}.state", f"{part}.state")
+    generate(*words, f"output={part}", "slots=4")
+    assert part.read_bytes() == whole.read_bytes()
+
+
+def test_a_text_ends_before_its_stop(text_run):
+    free = generate(text_run.directory, "prompt=the", "max_tokens=20", "temperature=0").removesuffix("\n")
+    stop = free[6:8]
+    printed = generate(text_run.directory, "prompt=the", "max_tokens=20", "temperature=0", f"stop=['{stop}']")
+    assert printed == free[:free.index(stop, 3)] + "\n"
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ("{", ":2: malformed JSON"), ("[]", ":2: a row needs either prompt"), ("{}", ":2: a row needs either prompt"),
+    ('{"prompt": 3}', ":2: prompt must be a text"), ('{"prompt": "x", "text": "y"}', ":2: the field text is written"),
+    ('{"messages": []}', ":2: messages need a model that was taught"),
+    (json.dumps({"prompt": "the " * 100}), "leaves no room behind it")])
+def test_a_row_that_cannot_be_read_is_named(text_run, tmp_path, row, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "the"}\n' + row + "\n")
+    printed = call("generate", text_run.directory, f"prompts={path}", f"output={tmp_path / 'out.jsonl'}")
+    assert printed.status == 2 and message in printed.err and not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["prompts=x.jsonl"], "prompts and output go together"), (["output=x.jsonl"], "prompts and output go together"),
+    (["logprobs=3"], "give prompts and output"), (["prompts=x.jsonl", "output=y.json"], "ends in .jsonl"),
+    (["prompts=x.jsonl", "output=y.jsonl", "prompt=z"], "give one of them"),
+    (["prompts=missing.jsonl", "output=y.jsonl"], "prompts=missing.jsonl is no file")])
+def test_keys_that_do_not_go_together(overrides, message):
+    printed = call("generate", "nowhere", *overrides)
+    assert printed.status == 2 and message in printed.err

@@ -36,7 +36,8 @@ def pieces_of(tokenizer, ids, prompt=(), stop=()):
     return pieces, stream.stopped
 
 
-texts = st.text(st.sampled_from("今天气不错龘😀e\u0301 noabyt\n\u200d👩👦") | st.characters(exclude_categories=["Cs"]), max_size=12)
+texts = st.text(st.sampled_from("今天气不错龘😀e\u0301 noabyt\n\u200d👩👦") | st.characters(exclude_categories=["Cs"]),
+                max_size=12)
 
 
 @settings(deadline=None, max_examples=150)
