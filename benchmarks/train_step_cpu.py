@@ -81,8 +81,8 @@ def make_ours(dtype: str, batches: list) -> tuple[Callable[[], float], dict[str,
     return step, weights, config
 
 
-def make_theirs(dtype: str, batches: list, weights: dict, config) -> Callable[[], float]:
-    """A function that takes the next step and gives its loss."""
+def to_transformers(config, weights: dict):
+    """A LlamaForCausalLM with these weights of ours (numpy). `config.model`: the fields of ModelConfig."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -98,16 +98,15 @@ def make_theirs(dtype: str, batches: list, weights: dict, config) -> Callable[[]
             head_dim=model.head_dim,
             rms_norm_eps=model.norm_eps,
             rope_theta=model.rope_theta,
-            tie_word_embeddings=False,
+            tie_word_embeddings=model.tie_embeddings,
             max_position_embeddings=model.context_length,
-            use_cache=False,
             attn_implementation="sdpa",
         )
-    ).train()
+    )
     tensors = {
         "model.embed_tokens.weight": weights["embedding"],
         "model.norm.weight": weights["final_norm"],
-        "lm_head.weight": weights["head"].T,
+        "lm_head.weight": weights["embedding"] if model.tie_embeddings else weights["head"].T,
     }
     names = {
         "query": "self_attn.q_proj",
@@ -126,6 +125,15 @@ def make_theirs(dtype: str, batches: list, weights: dict, config) -> Callable[[]
                 weight = weight.reshape(-1, model.hidden_size) if name == "out" else weight.reshape(weight.shape[0], -1)
             tensors[f"model.layers.{layer}.{theirs}.weight"] = weight.T
     llama.load_state_dict({name: torch.tensor(np.ascontiguousarray(value)) for name, value in tensors.items()})
+    return llama
+
+
+def make_theirs(dtype: str, batches: list, weights: dict, config) -> Callable[[], float]:
+    """A function that takes the next step and gives its loss."""
+    import torch
+
+    llama = to_transformers(config, weights).train()
+    llama.config.use_cache = False
     decayed = [p for p in llama.parameters() if p.ndim > 1]
     others = [p for p in llama.parameters() if p.ndim == 1]
     settings = config.optimizer
