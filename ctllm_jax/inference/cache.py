@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from ctllm_jax import sharding
-from ctllm_jax.inference.sampling import TOLD, Drawn, Sampling, draw, score
+from ctllm_jax.inference.request import MOST_TOLD
+from ctllm_jax.inference.sampling import Drawn, Sampling, draw, score
 from ctllm_jax.model.decoder import Block, Decoder, head_weights, rms_norm
 from ctllm_jax.model.rope import rope_angles
 
@@ -152,7 +153,7 @@ def decode(decoder: Decoder, params: Any, slots: Slots, rows: Rows, sampling: Sa
       span: tokens of a slot that are looked at: at least the longest row's length + steps, or T.
     """
     slots_count, length = slots.keys[0].shape[:2]
-    told = min(TOLD, decoder.config.padded_vocab_size)
+    told = min(MOST_TOLD, decoder.config.padded_vocab_size)
     out = Drawn(jnp.zeros((steps, slots_count), jnp.int32), jnp.zeros((steps, slots_count), jnp.float32),
                 jnp.zeros((steps, slots_count, told), jnp.int32), jnp.zeros((steps, slots_count, told), jnp.float32))
 

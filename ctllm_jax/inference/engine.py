@@ -23,13 +23,12 @@ from jax.sharding import Mesh
 
 from ctllm_jax.data.tokenizer import Tokenizer
 from ctllm_jax.inference import cache, schedule
-from ctllm_jax.inference.request import MOST_STOP_IDS, MOST_TOLD, Event, Request, Token
-from ctllm_jax.inference.sampling import TOLD, Sampling
+from ctllm_jax.inference.request import MOST_STOP_IDS, Event, Request, Token
+from ctllm_jax.inference.sampling import Sampling
 from ctllm_jax.inference.schedule import Job, Slot
 from ctllm_jax.inference.text import TextStream
 from ctllm_jax.model.decoder import Decoder
 
-assert MOST_TOLD == TOLD
 TOGETHER = 4
 """Prompts that are written at a time, where so many wait; else one: two programs a length."""
 logger = logging.getLogger(__name__)

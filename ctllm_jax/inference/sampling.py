@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-TOLD = 20
-"""Most of the likeliest tokens that are told beside a drawn one; as many as OpenAI's interface has."""
+from ctllm_jax.inference.request import MOST_TOLD
+
 _BLOCK = 128
 
 
@@ -45,8 +45,8 @@ class Sampling(NamedTuple):
 class Drawn(NamedTuple):
     """Tokens int32 [B] and their log-probabilities float32 [B]; the likeliest ids and theirs [B, N].
 
-    Log-probabilities are the model's own, before temperature, penalty and truncation. N is at most `TOLD`; zeros where
-    no row asked for any.
+    Log-probabilities are the model's own, before temperature, penalty and truncation. N is at most `MOST_TOLD`; zeros
+    where no row asked for any.
     """
 
     token: jax.Array
@@ -78,7 +78,7 @@ def score(logits_BV: jax.Array, token_B: jax.Array, *, told: jax.Array) -> tuple
     """Log-probabilities of tokens [B], and ids and log-probabilities of the likeliest [B, N]; zeros unless `told`."""
     lse_B = jax.nn.logsumexp(logits_BV, axis=-1)
     logp_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0] - lse_B
-    count = min(TOLD, logits_BV.shape[1])
+    count = min(MOST_TOLD, logits_BV.shape[1])
 
     def likeliest(x_BV):
         values_BN, ids_BN = jax.lax.top_k(x_BV, count)

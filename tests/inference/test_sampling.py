@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctllm_jax.inference.sampling import TOLD, Sampling, draw, truncate
+from ctllm_jax.inference.request import MOST_TOLD
+from ctllm_jax.inference.sampling import Sampling, draw, truncate
 
 VOCABULARY = 12
 
@@ -148,5 +149,5 @@ def test_log_probabilities_are_those_of_the_whole_vocabulary():
     drawn = take(logits_BV, temperature=[0, 0.5, 2], top_k=2, told=[0, 3, 0])
     logps_BV = logits_BV - np.log(np.exp(logits_BV).sum(axis=1, keepdims=True))
     np.testing.assert_allclose(drawn.logp, logps_BV[np.arange(3), drawn.token], atol=1e-5)
-    np.testing.assert_array_equal(drawn.told_ids, np.argsort(-logits_BV, axis=1)[:, :TOLD])
-    np.testing.assert_allclose(drawn.told_logps, -np.sort(-logps_BV, axis=1)[:, :TOLD], atol=1e-5)
+    np.testing.assert_array_equal(drawn.told_ids, np.argsort(-logits_BV, axis=1)[:, :MOST_TOLD])
+    np.testing.assert_allclose(drawn.told_logps, -np.sort(-logps_BV, axis=1)[:, :MOST_TOLD], atol=1e-5)
