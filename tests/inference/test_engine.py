@@ -73,8 +73,9 @@ MIXED = [  # more than slots: each is used again; prompts in one part and in sev
 
 
 @pytest.mark.parametrize("overrides", [
-    [], ["model.sliding_window=24", "model.num_kv_heads=1", "model.qkv_bias=true", "model.tie_embeddings=true"]],
-    ids=["plain", "window"])
+    pytest.param([], id="plain"),
+    pytest.param(["model.sliding_window=24", "model.num_kv_heads=1", "model.qkv_bias=true",
+                  "model.tie_embeddings=true"], id="window", marks=pytest.mark.slow)])
 def test_every_position_is_that_of_a_full_forward_pass(overrides):
     """In a mixed batch, after slots were used again, behind prefixes that were taken over."""
     model = make_model(*overrides)
@@ -186,7 +187,7 @@ def test_programs_are_few(model):
     assert 0 < prefills <= 2 * 4 and decodes == len(schedule.spans(LENGTH)) == 2
 
 
-@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("split", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_on_a_mesh_it_says_the_same(model, split):
     """Weights and cache split over 8 devices: heads over one axis, slots over the two others."""
     decoder, params = model
