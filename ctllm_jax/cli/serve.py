@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -71,7 +72,8 @@ def run(context: Context) -> int:
     if served.template is None:
         context.console.print("[yellow]warning:[/] the model was not taught to answer: /v1/completions only")
     try:
-        listener.run(sockets=[sock])
+        with contextlib.suppress(KeyboardInterrupt):  # the way in which it ends
+            listener.run(sockets=[sock])
     finally:
         worker.close()
         sock.close()

@@ -22,6 +22,7 @@ def test_it_listens_answers_and_ends(text_run):
             line = process.stdout.readline()
         url = re.search(r"http://127\.0\.0\.1:\d+", line).group()
         assert "text (" in line and "2 at once, 64 tokens each" in line
+        assert "was not taught to answer: /v1/completions only" in process.stdout.readline()
         asked = urllib.request.Request(f"{url}/v1/completions", json.dumps(
             {"model": "text", "prompt": "the", "max_tokens": 5, "temperature": 0}).encode(),
             {"Content-Type": "application/json"})
@@ -32,8 +33,7 @@ def test_it_listens_answers_and_ends(text_run):
     finally:
         process.send_signal(signal.SIGINT)
         ended = process.wait_for_text()
-    assert ended.returncode in (0, 130) and "Traceback" not in ended.stdout
-    assert "was not taught to answer: /v1/completions only" in ended.stdout
+    assert ended.returncode == 0 and ended.stdout == ""
 
 
 @pytest.mark.parametrize(("words", "message"), [
