@@ -29,7 +29,7 @@ def test_lm_eval_reads_our_log_probabilities(tmp_path):
         likeliest = full_logps(small.model, context)[-1, :300].argmax()
         asked = [(context, answer), (context, [int(likeliest)]), ([7] * 60, [9])]
         said = client.loglikelihood([
-            Instance("loglikelihood", {}, tuple(" ".join(f"w{n}" for n in ids) for ids in pair), index) for
+            Instance("loglikelihood", {}, tuple("".join(f" w{n}" for n in ids) for ids in pair), index) for
             index, pair in enumerate(asked)])
     for (before, after), (total, is_greedy) in zip(asked, said, strict=True):
         logps_SV = full_logps(small.model, [*before, *after])
