@@ -264,11 +264,13 @@ class Engine:
             if fed:
                 slot.cached.append(job.last)
             job.last, job.drawn = int(token), job.drawn + 1
+            told = zip(told_ids[:job.request.told].tolist(), told_logps[:job.request.told].tolist(), strict=True)
+            token = Token(job.last, float(logp), tuple(told))
             if job.last in job.request.stop_ids:
                 finish = "stop"
+                tokens += [token] * job.request.score_prompt
                 break
-            told = zip(told_ids[:job.request.told].tolist(), told_logps[:job.request.told].tolist(), strict=True)
-            tokens.append(Token(job.last, float(logp), tuple(told)))
+            tokens.append(token)
             if job.text is not None:
                 texts.append(job.text.push(job.last))
                 if job.text.stopped:

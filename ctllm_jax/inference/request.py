@@ -26,7 +26,8 @@ class Request:
       stop: texts that end it, and are not given; needs a tokenizer.
       stop_ids: ids that end it, at most `MOST_STOP_IDS`; not given either.
       told: how many of the likeliest tokens are told beside each one, at most `MOST_TOLD`.
-      score_prompt: tell the log-probabilities of the prompt's tokens too.
+      score_prompt: tell the log-probabilities of the prompt's tokens too, and of the id that ended the text: whoever asks
+        for one new token to have a prompt scored, as lm-eval does, counts on it to be there.
     """
 
     prompt: tuple[int, ...]
@@ -70,7 +71,7 @@ class Event(NamedTuple):
 
     Attributes:
       request: what `submit` gave.
-      tokens: drawn in this step; the one that ended it is not among them.
+      tokens: drawn in this step; the id that ended it is not among them, unless the prompt is scored.
       text: what became certain of the text; with a tokenizer.
       finish: None while it goes on; "stop" (a stop id or text), "length" (max_tokens), or "cancelled".
       prompt: the prompt's tokens, once, with `score_prompt`.
