@@ -26,8 +26,8 @@ class Request:
       stop: texts that end it, and are not given; needs a tokenizer.
       stop_ids: ids that end it, at most `MOST_STOP_IDS`; not given either.
       told: how many of the likeliest tokens are told beside each one, at most `MOST_TOLD`.
-      score_prompt: tell the log-probabilities of the prompt's tokens too, and of the id that ended the text: whoever asks
-        for one new token to have a prompt scored, as lm-eval does, counts on it to be there.
+      score_prompt: tell the log-probabilities of the prompt's tokens too, and of the id that ended the text: whoever
+        asks for one new token to have a prompt scored, as lm-eval does, counts on it to be there.
     """
 
     prompt: tuple[int, ...]
