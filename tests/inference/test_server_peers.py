@@ -22,7 +22,8 @@ def test_lm_eval_reads_our_log_probabilities(tmp_path):
     vocabulary = {"<unk>": 0, "<end>": 2} | {f"w{n}": n for n in range(300) if n not in (0, 2)}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="<unk>").save_pretrained(tmp_path / "words")
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<end>", unk_token="<unk>").save_pretrained(tmp_path / "words")
     with serving(small, slots=4) as running:
         client = LocalCompletionsAPI(base_url=f"{running.url}/v1/completions", model="small", max_length=512,
                                      tokenizer_backend="huggingface", tokenizer=str(tmp_path / "words"), batch_size=2)
