@@ -33,6 +33,7 @@ COMMANDS = {
     "chat": "talk to a model that was taught to answer",
     "plan": "the run that a budget of hours or tokens buys",
     "compile": "compile a run's step for hardware that is not here: does it fit, how fast at most",
+    "job": "a training run as a job of a cluster (slurm), to read before it is submitted",
     "checkpoint": "list the checkpoints of a run (ls)",
     "kernels": "attention and SwiGLU alone: numerics (check), speed (bench), compiles for chips not here (compile)",
     "report": "one HTML page of one run, or of several compared",

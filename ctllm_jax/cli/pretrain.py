@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctllm_jax.config.pretrain import PretrainConfig, RunConfig
+from ctllm_jax.config.pretrain import PretrainConfig, RunConfig, default_run_dir
 
 if TYPE_CHECKING:
     from ctllm_jax.cli import Context
@@ -42,8 +42,7 @@ def with_run_dir(config: PretrainConfig, target: str) -> PretrainConfig:
     """The config with a run directory: its own, or runs/ and the config's name."""
     if config.run.dir:
         return config
-    name = target.removesuffix(".yaml").removeprefix("./").removeprefix("configs/").replace("/", "-").strip("-.")
-    return config.model_copy(update={"run": RunConfig(dir=f"runs/{name}")})
+    return config.model_copy(update={"run": RunConfig(dir=default_run_dir(target))})
 
 
 def dry_run(config: PretrainConfig, console: Any) -> int:

@@ -20,6 +20,12 @@ class RunConfig(Section):
     dir: str = key("", "run directory; an existing run there is resumed. Empty: runs/ and the config's name", changeable=True)
 
 
+def default_run_dir(target: str) -> str:
+    """The run directory of a config that names none: runs/ and the config's name."""
+    name = target.removesuffix(".yaml").removeprefix("./").removeprefix("configs/").replace("/", "-").strip("-.")
+    return f"runs/{name}"
+
+
 class BatchConfig(Section):
     """The global batch, which no change of devices alters."""
 

@@ -1,0 +1,106 @@
+"""`launch.py job …`: the training command that a job runs, checked as the stage itself would check it. No jax here.
+
+The keys of the job stand below `job.` and come from the command line, or from a file for all jobs of a cluster
+(`job.site=FILE`); every other key is the run's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import create_model
+
+from ctllm_jax.config.base import Section, key, section
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.load import ConfigError, find_config, load
+from ctllm_jax.config.pretrain import PretrainConfig, RunConfig, default_run_dir
+from ctllm_jax.config.sweep import STAGES
+
+PREFIX = "job."
+_SITE = f"{PREFIX}site="
+_STAGE = f"{PREFIX}stage="
+
+
+class JobConfig(Section):
+    """What jobs of every kind of cluster have in common."""
+
+    stage: Literal["pretrain", "sft", "dpo"] = key("pretrain", "the command that the job runs")
+    site: str | None = key(None, "YAML file with keys of `job:` that are the same for all jobs of a cluster; the command line wins")
+    output: str | None = key(None, "file that the job is written to; null: it is printed")
+
+
+@dataclass(frozen=True)
+class TrainingCommand:
+    """The command that every process of a job runs.
+
+    Attributes:
+      stage: pretrain, sft or dpo.
+      target: its CONFIG, as typed.
+      overrides: its `key=value`, as typed.
+      config: what they come to; `config.run.dir` is set.
+    """
+
+    stage: str
+    target: str
+    overrides: tuple[str, ...]
+    config: PretrainConfig
+
+    @property
+    def words(self) -> list[str]:
+        """What follows `launch.py`."""
+        return [self.stage, self.target, *self.overrides]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job: where it runs (`job`, of the schema of its cluster), and what."""
+
+    job: JobConfig
+    command: TrainingCommand
+
+
+def schema_of(job: type[JobConfig]) -> type[Section]:
+    """The keys of a job as they are typed: below `job.`."""
+    return create_model(job.__name__, __base__=Section, job=(job, section(job, "where and how the job runs")))
+
+
+def plan_job(schema: type[Section], words: Sequence[str], overrides: Sequence[str]) -> Job:
+    """A job and its training command, both checked.
+
+    Args:
+      schema: from `schema_of`.
+      words: the CONFIG of the run.
+      overrides: `job.KEY=value` of the job, `key=value` of the run.
+
+    Raises:
+      UserError: all that is wrong with either.
+    """
+    ours = [override for override in overrides if override.startswith(PREFIX)]
+    theirs = tuple(override for override in overrides if not override.startswith(PREFIX))
+    stage = next((override.removeprefix(_STAGE) for override in reversed(ours) if override.startswith(_STAGE)), None)
+    site = next((override.removeprefix(_SITE) for override in reversed(ours) if override.startswith(_SITE)), None)
+    job, problems = _load(schema, target=site, overrides=ours)
+    stage = stage if job is None else job.job.stage
+    if not words:
+        raise UserError(f"a job needs the config of its run, such as configs/small/150m.yaml (the stage is {_STAGE}…)")
+    if len(words) > 1:
+        hint = f"; the stage is {_STAGE}{words[0]}" if words[0] in STAGES else " (a key is written key=value)"
+        raise UserError(f"a job runs one config; {' and '.join(words[1:])} is left over{hint}")
+    target = words[0]
+    find_config(target)
+    config, more = _load(STAGES.get(stage or "pretrain", PretrainConfig), target=target, overrides=theirs)
+    if problems or more:
+        raise ConfigError([*problems, *more])
+    if not config.run.dir:
+        config = config.model_copy(update={"run": RunConfig(dir=default_run_dir(target))})
+    return Job(job.job, TrainingCommand(stage, target, theirs, config))
+
+
+def _load(schema: type[Section], **what: Any) -> tuple[Any, list[str]]:
+    """(the config or None, what is wrong with it)."""
+    try:
+        return load(schema, **what), []
+    except ConfigError as error:
+        return None, error.problems

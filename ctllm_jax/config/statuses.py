@@ -1,0 +1,12 @@
+"""Exit statuses of every command: what a shell, SLURM or Kubernetes does next is decided by them."""
+
+DONE = 0
+"""Finished, or ended on request by a file STOP in the run directory."""
+FAILED = 1
+"""An error; the same command may get further."""
+WRONG_INPUT = 2
+"""Config, data or command line are wrong: the same command fails again, and must not be started again by a machine."""
+REQUEUE = 75
+"""Told to make way (SIGTERM, SIGUSR1) before the end, and kept: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+INTERRUPTED = 130
+"""Ctrl-C; a training run is kept at the step it reached."""
