@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ctllm_jax.config.statuses import DONE, INTERRUPTED, WRONG_INPUT
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -64,11 +66,11 @@ class Context:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    """Run a command; the exit status is one of `ctllm_jax.config.statuses`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
-        return 0
+        return DONE
     command = arguments.pop(0)
     if command == "--version":
         from ctllm_jax import __version__
@@ -87,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    except SystemExit as stopped:  # a run that was told to end
+        return stopped.code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -96,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> NoReturn:
     """What `launch.py` and the console script call: `main`, and out."""
     status = main()
-    if status == 130 and "daft" in sys.modules:
+    if status == INTERRUPTED and "daft" in sys.modules:
         # Daft's threads, interrupted, abort the process when the interpreter ends; nothing of ours is left to do.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -161,7 +165,7 @@ def _context(command: str, action: str | None, targets: list[str], overrides: li
 def _complain(message: str) -> int:
     red, plain = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
     print(f"{red}error:{plain} {message}", file=sys.stderr)
-    return 2
+    return WRONG_INPUT
 
 
 def _nearest(word: str, known) -> str:

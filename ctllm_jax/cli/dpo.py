@@ -38,21 +38,23 @@ def run(context: Context) -> int:
     from ctllm_jax.cli.sft import print_plan
     from ctllm_jax.training.dpo import needs_reference, open_preferences
     from ctllm_jax.training.reference import attach_reference
+    from ctllm_jax.training.signals import Signals
 
     console, first = context.console, jax.process_index() == 0
-    config, data, objective, meta = opened = open_preferences(with_run_dir(context.config, context.targets[0]))
-    if first:
-        show_data(data.report, console)
-    if context.dry_run:
-        print_plan(opened, console)
-        return 0
-    if needs_reference(config):
-        stage = (lambda text: console.print(f"[dim]{escape(text)} …[/]")) if first else (lambda text: None)
-        found = attach_reference(config, data, objective, directory=Path(config.run.dir), stage=stage)
+    with Signals() as signals:
+        config, data, objective, meta = opened = open_preferences(with_run_dir(context.config, context.targets[0]))
         if first:
-            console.print(f"reference: {found['answers']:,} answers, {found['how']}; checked to "
-                          f"{found['difference']:.1e} nats a token (at most {found['tolerance']:.1e})")
-    train(config, console, name="dpo", data=data, meta=meta, objective=objective)
+            show_data(data.report, console)
+        if context.dry_run:
+            print_plan(opened, console)
+            return 0
+        if needs_reference(config):
+            stage = (lambda text: console.print(f"[dim]{escape(text)} …[/]")) if first else (lambda text: None)
+            found = attach_reference(config, data, objective, directory=Path(config.run.dir), stage=stage)
+            if first:
+                console.print(f"reference: {found['answers']:,} answers, {found['how']}; checked to "
+                              f"{found['difference']:.1e} nats a token (at most {found['tolerance']:.1e})")
+        train(config, console, name="dpo", data=data, meta=meta, objective=objective, signals=signals)
     return 0
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,21 +71,32 @@ def dry_run(config: PretrainConfig, console: Any) -> int:
 
 
 def train(config: PretrainConfig, console: Any, *, next_command: bool = True, name: str = "pretrain", data: Any = None,
-          meta: dict[str, Any] | None = None, objective: Any = None) -> dict[str, Any]:
+          meta: dict[str, Any] | None = None, objective: Any = None, signals: Any = None) -> dict[str, Any]:
     """A whole run; returns its last evaluation per source (empty without one).
 
     `name`, `data`, `meta` and `objective` are another stage's: its name, its batches, what its checkpoints say of
-    themselves, and its loss.
+    themselves, and its loss. `signals` are those of a stage that had to be told of them before.
+
+    Raises:
+      Stopped: the run was ended before its last step, and is kept; its code is the exit status.
     """
     from ctllm_jax.cluster import distributed
 
     distributed.initialize()
+    from ctllm_jax.training.signals import Signals
+
+    if signals is None:
+        with Signals() as signals:
+            return train(config, console, next_command=next_command, name=name, data=data, meta=meta,
+                         objective=objective, signals=signals)
     import jax
     from rich.markup import escape
 
     from ctllm_jax.training.console import TrainingConsole, print_rows
     from ctllm_jax.training.metrics import MetricsWriter
     from ctllm_jax.training.pretrain import describe_run, make_record, prepare_run
+    from ctllm_jax.training.requests import Requests
+    from ctllm_jax.training.signals import Stopped
 
     directory = Path(config.run.dir)
     first = jax.process_index() == 0
@@ -102,8 +110,7 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
     results: dict[str, Any] = {}
     with (MetricsWriter(directory, tensorboard=config.log.tensorboard, wandb_project=config.log.wandb_project,
                         config=start["config"], steps=config.steps) as writer,
-          TrainingConsole(console if first else None, total_steps=config.steps) as shown,
-          Interrupt(shown.message) as interrupt):
+          TrainingConsole(console if first else None, total_steps=config.steps) as shown):
         writer.event("start", **start)
         reached = run.start
 
@@ -114,58 +121,36 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
             writer.event("train", **values)
             shown.train(values)
 
+        def tell(step: int, what: str) -> None:
+            writer.event("request", step=step, what=what)
+            shown.message(what)
+
+        requests = Requests(directory, signals, tell=tell)
+        signals.begin(shown.message)
         try:
-            reached = run.train(record=record, hooks=make_hooks(run, writer, shown, results),
-                                interrupted=interrupt.asked)
-        except KeyboardInterrupt:
-            writer.event("end", step=reached, reason="interrupted")
+            reached = run.train(record=record, hooks=make_hooks(run, writer, shown, results, requests),
+                                stop_due=requests.stop_due)
+        except (KeyboardInterrupt, Stopped):
+            writer.event("end", step=reached, reason=signals.reason or "interrupted")
             raise
         except BaseException:
             writer.event("end", step=reached, reason="failed")
             raise
-        writer.event("end", step=reached, reason="done" if reached == config.steps else "interrupted")
+        finally:
+            requests.end_trace(reached)
+        writer.event("end", step=reached, reason="done" if reached == config.steps else requests.reason)
     if reached < config.steps:
         if first:
             console.print(f"stopped at step {reached:,} of {config.steps:,}, which is kept: the same command goes on")
-        raise KeyboardInterrupt
+        raise Stopped(requests.reason)
     if first:
         finish(run, console, next_command=next_command)
     return results
 
 
-class Interrupt:
-    """Ctrl-C once: stop behind this step, and keep it. Twice: stop at once.
-
-    Of one process alone: several would stop at different steps.
-    """
-
-    def __init__(self, message: Callable[[str], None]):
-        self._message, self._asked, self._before = message, False, None
-
-    def asked(self) -> bool:
-        """Whether Ctrl-C was pressed."""
-        return self._asked
-
-    def __enter__(self) -> Interrupt:
-        import jax
-
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            self._before = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-        self._message("stopping behind this step, and keeping it; Ctrl-C once more stops at once")
-
-
-def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any]) -> list[Any]:
-    """Checkpoints, held-out evaluation and samples, each at its own interval and at the last step."""
+def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any], requests: Any) -> list[Any]:
+    """Checkpoints, held-out evaluation and samples, each at its own interval and at the last step, and what is asked
+    for while the run goes."""
     import time
 
     from ctllm_jax.training.loop import Hook, every
@@ -174,10 +159,14 @@ def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any]) -> li
 
     def save(step: int, state: Any) -> None:
         began = time.perf_counter()
-        run.checkpointer.save(state, step=step, last=step == last)
+        run.checkpointer.save(state, step=step, last=is_wanted(step))
         writer.event("checkpoint", step=step, seconds=time.perf_counter() - began)
 
-    hooks = [Hook(save, lambda step: run.checkpointer.is_due(step, last=step == last))]
+    def is_wanted(step: int) -> bool:
+        return step == last or requests.save_due(step)
+
+    begin_trace, end_trace = requests.trace_hooks()
+    hooks = [end_trace, Hook(save, lambda step: run.checkpointer.is_due(step, last=is_wanted(step)))]
     evaluate = make_evaluation(run) if config.evaluation.every else None
     if evaluate is not None:
         def evaluation_hook(step: int, state: Any) -> None:
@@ -197,7 +186,7 @@ def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any]) -> li
                 shown.sample(values)
 
         hooks.append(Hook(sample_hook, every(config.sample.every, last=last)))
-    return hooks
+    return [*hooks, begin_trace]
 
 
 def make_evaluation(run: Run) -> Any:

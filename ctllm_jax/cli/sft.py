@@ -30,14 +30,16 @@ def run(context: Context) -> int:
 
     distributed.initialize()
     from ctllm_jax.training.sft import open_tuning
+    from ctllm_jax.training.signals import Signals
 
     config = with_run_dir(context.config, context.targets[0])
-    tuning = open_tuning(config)
-    show_data(tuning.data.report, context.console)
-    if context.dry_run:
-        print_plan(tuning, context.console)
-        return 0
-    train(tuning.config, context.console, name="sft", data=tuning.data, meta=tuning.meta)
+    with Signals() as signals:
+        tuning = open_tuning(config)
+        show_data(tuning.data.report, context.console)
+        if context.dry_run:
+            print_plan(tuning, context.console)
+            return 0
+        train(tuning.config, context.console, name="sft", data=tuning.data, meta=tuning.meta, signals=signals)
     return 0
 
 

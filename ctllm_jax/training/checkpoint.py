@@ -80,7 +80,8 @@ class Checkpointer:
         return last or step % self.config.every == 0 or self.is_milestone(step)
 
     def save(self, state: State, *, step: int, last: bool = False) -> None:
-        """Begin to save what the config wants kept at this step, if it is not kept already.
+        """Begin to save what the config wants kept at this step, and with `last` a resumable step in any case, if it is
+        not kept already.
 
         Raises:
           UserError: no room for it, or the save before did not get onto the disk; what is already kept stays whole.

@@ -54,8 +54,8 @@ class Clock:
 
 def run_loop(state: State, train_step: Callable, batches: Iterator[Any], *, start: int, stop: int, log_every: int,
              record: Callable[[int, dict[str, Any], dict[str, float]], None], hooks: Sequence[Hook] = (),
-             frozen: Any = None, interrupted: Callable[[], bool] = lambda: False) -> State:
-    """Train from step `start` to step `stop`, or to the step at which `interrupted` says so.
+             frozen: Any = None, stop_due: Callable[[int], bool] = lambda step: False) -> State:
+    """Train from step `start` to step `stop`, or to the one behind which `stop_due` ends it.
 
     Args:
       state: at step `start`; donated.
@@ -65,6 +65,7 @@ def run_loop(state: State, train_step: Callable, batches: Iterator[Any], *, star
       record: `(step, metrics as floats, {step_seconds, data_wait})`, called when the next step is on its way, or before
         a hook of the same step.
       hooks: called in order, outside of the transfer guard; their time counts for no step.
+      stop_due: asked once for each step, when it is on its way and before its hooks; they are called all the same.
 
     Returns:
       The state behind the last step made.
@@ -90,6 +91,7 @@ def run_loop(state: State, train_step: Callable, batches: Iterator[Any], *, star
         clock.steps += 1
         if step % log_every == 0 or step == stop:
             pending = step, metrics
+        stopping = stop_due(step)
         due = [hook for hook in hooks if hook.due(step)]
         if due:
             jax.block_until_ready(metrics)
@@ -98,7 +100,7 @@ def run_loop(state: State, train_step: Callable, batches: Iterator[Any], *, star
             for hook in due:
                 hook.call(step, state)
             clock.hooks += time.perf_counter() - began
-        if interrupted():
+        if stopping:
             break
     flush()
     return state

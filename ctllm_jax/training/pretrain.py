@@ -142,13 +142,14 @@ class Run:
         for batch in self.data.iterate(int(self.state.data_step), local_rows=rows):
             yield place(batch)
 
-    def train(self, *, record: Callable, hooks: Sequence[Hook], interrupted: Callable[[], bool] = lambda: False) -> int:
-        """Go on to the last step, or until `interrupted`; returns the step reached, which is kept either way."""
+    def train(self, *, record: Callable, hooks: Sequence[Hook],
+              stop_due: Callable[[int], bool] = lambda step: False) -> int:
+        """Go on to the last step, or until `stop_due`; returns the step reached, which is kept either way."""
         batches = self.batches()
         try:
             self.state = run_loop(self.state, self.train_step, batches, start=self.start, stop=self.config.steps,
                                   log_every=self.config.log.every, record=record, hooks=hooks, frozen=self.frozen,
-                                  interrupted=interrupted)
+                                  stop_due=stop_due)
             step = int(self.state.step)
             self.checkpointer.save(self.state, step=step, last=True)
         finally:

@@ -34,10 +34,10 @@ class Metric:
 class Loop:
     """Runs the loop with everything faked, and keeps the order of the calls."""
 
-    def __init__(self, *, start=0, stop, log_every=1, hooks=(), interrupted=lambda: False):
+    def __init__(self, *, start=0, stop, log_every=1, hooks=(), stop_due=lambda step: False):
         self.log, self.records = [], []
         self.state = run_loop(start, self.train_step, self.batches(start), start=start, stop=stop, log_every=log_every,
-                              record=self.record, interrupted=interrupted,
+                              record=self.record, stop_due=stop_due,
                               hooks=[Hook(partial(self.hook, name), due) for name, due in hooks])
 
     def batches(self, start):
@@ -102,7 +102,7 @@ def test_a_run_that_is_over_draws_no_batch():
 
 def test_an_interrupted_loop_ends_behind_its_step_with_its_hooks():
     calls = iter([False, True])
-    made = Loop(stop=9, hooks=[("save", lambda step: True)], interrupted=lambda: next(calls))
+    made = Loop(stop=9, hooks=[("save", lambda step: True)], stop_due=lambda step: next(calls))
     assert made.state == 2 and made.log[-1] == "save 2" and made.records == [1, 2]
 
 
@@ -224,7 +224,7 @@ def test_a_run_ends_kept_and_closed(make_run):
 
 def test_an_interrupted_run_keeps_the_step_it_reached(make_run):
     run, saved = make_run(advance)
-    assert run.train(record=lambda *record: None, hooks=[], interrupted=lambda: True) == 4
+    assert run.train(record=lambda *record: None, hooks=[], stop_due=lambda step: True) == 4
     assert saved == [(4, True), "closed"] and run.data.closed
 
 

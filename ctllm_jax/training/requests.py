@@ -1,0 +1,173 @@
+"""What is asked of a run while it goes: signals, and files in its directory. Every process decides the same.
+
+| file | what happens |
+|---|---|
+| STOP | the run is kept at this step, and ends with status 0 |
+| SAVE | a resumable checkpoint of this step, and the run goes on |
+| PROFILE | a trace of the next five steps of the first process, in RUN/profile |
+
+A file is removed when it is obeyed. Signals reach any of the processes, files are seen by the first one; about once a
+second they tell each other, by a collective of three numbers that is read one step later, so that no device waits for
+a host.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ctllm_jax.training.loop import Hook
+from ctllm_jax.training.signals import REASONS, Signals
+
+log = logging.getLogger(__name__)
+STOP, SAVE, PROFILE = "STOP", "SAVE", "PROFILE"
+TRACES = "profile"
+PROFILED_STEPS = 5
+_NUMBERS = {None: 0, **{reason: number for number, reason in enumerate(REASONS, 1)}}
+_NAMES = {number: reason for reason, number in _NUMBERS.items()}
+_SECONDS = 1.0
+"""About so often the files are looked for, and the processes tell each other."""
+_MOST_STEPS = 1000
+
+
+class Requests:
+    """Asked at every step what to do behind it.
+
+    Args:
+      directory: the run directory.
+      signals: of this process.
+      tell: `(step, what)`, told once of everything that is obeyed, on every process.
+    """
+
+    def __init__(self, directory: Path, signals: Signals, *, tell: Callable[[int, str], None]):
+        self.reason: str | None = None
+        self._directory, self._signals, self._tell = directory, signals, tell
+        self._first = jax.process_index() == 0
+        self._agreement = Agreement() if jax.process_count() > 1 else None
+        self._looked, self._looked_at, self._look_at = time.monotonic(), 0, 0
+        self._save_at: int | None = None
+        self._trace_until: int | None = None
+        self._tracing = False
+        self._stuck: set[str] = set()
+
+    def stop_due(self, step: int) -> bool:
+        """Whether the run ends behind this step; called once for each, when it is on its way to the devices."""
+        if self._agreement is None:
+            reason, save = _NUMBERS[self._signals.reason], False
+            if time.monotonic() - self._looked >= _SECONDS:
+                self._looked = time.monotonic()
+                reason, save = max(reason, self._stop_asked()), self._is_there(SAVE)
+                self._begin_trace(step)
+            self._obey(step, reason, save)
+            return self.reason is not None
+        told = self._agreement.read()
+        if told is not None:
+            reason, save, wait = told
+            self._look_at = step - 1 + wait
+            self._obey(step, reason, bool(save))
+        if self.reason is None and step >= self._look_at:
+            self._agreement.ask(max(_NUMBERS[self._signals.reason], self._stop_asked()), self._is_there(SAVE),
+                                self._steps_to_wait(step))
+            self._begin_trace(step)
+        return self.reason is not None
+
+    def save_due(self, step: int) -> bool:
+        """Whether a checkpoint of this step was asked for."""
+        return self._save_at == step
+
+    def trace_hooks(self) -> tuple[Hook, Hook]:
+        """The hooks that begin and end a trace; the one that ends it comes before all others, the other behind them."""
+        return (Hook(lambda step, state: self._start(step),
+                     lambda step: self._trace_until == step + PROFILED_STEPS and not self._tracing),
+                Hook(lambda step, state: self.end_trace(step), lambda step: self._trace_until == step))
+
+    def end_trace(self, step: int) -> None:
+        """End a trace that was begun."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
+            self._tell(step, f"the trace is in {self._directory / TRACES} (tensorboard, xprof or ui.perfetto.dev)")
+
+    def _obey(self, step: int, reason: int, save: bool) -> None:
+        if save:
+            self._save_at = step
+            self._remove(SAVE)
+            self._tell(step, f"{SAVE}: keeping step {step:,}")
+        if reason:
+            self.reason = _NAMES[reason]
+            self._remove(STOP)
+            why = {"stopped": STOP, "interrupted": "Ctrl-C", "preempted": "told to make way"}[self.reason]
+            self._tell(step, f"{why}: stopping behind step {step:,}, and keeping it")
+
+    def _start(self, step: int) -> None:
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # every Python call: ten times the file, and slower steps
+        jax.profiler.start_trace(str(self._directory / TRACES), profiler_options=options)
+        self._tracing = True
+        self._tell(step, f"{PROFILE}: tracing {PROFILED_STEPS} steps from step {step + 1:,} on")
+
+    def _begin_trace(self, step: int) -> None:
+        if not self._tracing and self._is_there(PROFILE):
+            self._remove(PROFILE)
+            self._trace_until = step + PROFILED_STEPS
+
+    def _stop_asked(self) -> int:
+        return _NUMBERS["stopped"] * self._is_there(STOP)
+
+    def _is_there(self, name: str) -> bool:
+        return self._first and name not in self._stuck and (self._directory / name).exists()
+
+    def _remove(self, name: str) -> None:
+        if not self._is_there(name):
+            return
+        try:
+            (self._directory / name).unlink()
+        except OSError as error:
+            self._stuck.add(name)
+            log.warning("%s was obeyed, cannot be removed (%s), and is not looked for again", self._directory / name,
+                        error.strerror)
+
+    def _steps_to_wait(self, step: int) -> int:
+        """How many steps a second takes here."""
+        now = time.monotonic()
+        rate = (step - self._looked_at) / max(now - self._looked, 1e-6) if self._looked_at else 0.0
+        self._looked, self._looked_at = now, step
+        return int(min(max(rate * _SECONDS, 1), _MOST_STEPS))
+
+
+class Agreement:
+    """A few numbers of each process, of which all learn the same: asked at a step, read at the next one.
+
+    All processes ask and read at the same steps. One device of each takes part.
+    """
+
+    def __init__(self) -> None:
+        firsts: dict[int, jax.Device] = {}
+        for device in jax.devices():
+            firsts.setdefault(device.process_index, device)
+        mesh = Mesh(np.array([firsts[index] for index in sorted(firsts)]), ("process",))
+        self._shape = (len(firsts), 3)
+        self._in = NamedSharding(mesh, PartitionSpec("process"))
+        self._largest = jax.jit(lambda x: x.max(0), out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._asked: jax.Array | None = None
+        self.ask(0, False, 1)  # compiles it, before the first step
+        self.read()
+
+    def ask(self, reason: int, save: bool, wait: int) -> None:
+        """Tell this process's numbers; returns at once."""
+        mine = np.array([[reason, save, -wait]], np.int32)
+        self._asked = self._largest(jax.make_array_from_process_local_data(self._in, mine, self._shape))
+
+    def read(self) -> tuple[int, int, int] | None:
+        """The largest reason, whether any wants to save, the shortest wait; None where nothing was asked."""
+        if self._asked is None:
+            return None
+        reason, save, wait = np.asarray(self._asked).tolist()
+        self._asked = None
+        return reason, save, -wait

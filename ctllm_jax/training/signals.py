@@ -1,0 +1,102 @@
+"""Signals to a run: the first one stops it behind a step, which is kept; a second one ends the process at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ctllm_jax.config.statuses import DONE, INTERRUPTED, REQUEUE
+
+log = logging.getLogger(__name__)
+REASONS = {"stopped": DONE, "interrupted": INTERRUPTED, "preempted": REQUEUE}
+"""Why a run ended before its last step, and its exit status; of several reasons the last counts."""
+_NUMBERS = {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted", signal.SIGUSR1: "preempted"}
+_ONE_NOTICE = 2.0
+"""Seconds within which a second SIGTERM or SIGUSR1 is the first one again: a scheduler tells a job and its steps."""
+_AT_ONCE = 3.0
+"""Seconds until a process that is to end at once does, whatever it waits for."""
+
+
+class Stopped(SystemExit):
+    """A run ended before its last step, for one of REASONS; `code` is the exit status."""
+
+    def __init__(self, reason: str):
+        super().__init__(REASONS[reason])
+        self.reason = reason
+
+
+class Signals:
+    """Ctrl-C, SIGTERM and SIGUSR1, as a context manager; entered after `jax.distributed.initialize`.
+
+    Until `begin` there is nothing to keep, and a signal ends the process at once: it raises `Stopped` (Ctrl-C:
+    KeyboardInterrupt) in the main thread, and where that is waiting (for a compiler, or for a peer that is gone),
+    another thread ends the process. From `begin` on the first signal is only noted.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._message: Callable[[str], None] = log.warning
+        self._kept, self._first = False, 0.0
+        self._before: dict[int, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._fd_before = -1
+
+    def begin(self, message: Callable[[str], None]) -> None:
+        """From now on a signal stops the run behind a step; `message` tells a person."""
+        self._message, self._kept = message, True
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        self._fd_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        # What is ignored stays so: a script's & ignores Ctrl-C.
+        self._before = {number: signal.signal(number, self._handle) for number in _NUMBERS
+                        if signal.getsignal(number) is not signal.SIG_IGN}
+        threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True, name="signals").start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, before in self._before.items():
+            # None: it was not Python's, but that of the distributed runtime; nothing is left for it to do.
+            signal.signal(number, before if before is not None else signal.SIG_DFL)
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._fd_before)
+            os.close(self._pipe[1])
+            self._pipe = None
+
+    def _handle(self, number: int, frame: Any) -> None:
+        """In the main thread, when it next runs Python."""
+        now, first = time.monotonic(), not self._first
+        if not first and number != signal.SIGINT and now - self._first < _ONE_NOTICE:
+            return
+        self._first = self._first or now
+        reason = _NUMBERS[signal.Signals(number)]
+        self.reason = max(filter(None, (self.reason, reason)), key=list(REASONS).index)
+        if first and self._kept:
+            name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            self._message(f"{name}: the run stops behind a step, and keeps it; a second {name} stops it at once")
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise Stopped(reason)
+
+    def _watch(self, pipe: int) -> None:
+        """In a thread of its own: ends the process when the main thread cannot, because it waits."""
+        first = 0.0
+        with open(pipe, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                if number[0] not in self._before:
+                    continue
+                now = time.monotonic()
+                if not first and self._kept or first and number[0] != signal.SIGINT and now - first < _ONE_NOTICE:
+                    first = first or now
+                    continue
+                time.sleep(_AT_ONCE)
+                os._exit(REASONS[_NUMBERS[signal.Signals(number[0])]])
