@@ -81,17 +81,21 @@ def detect(environment: Mapping[str, str]) -> Launch:
 
 
 def initialize() -> int:
-    """Join the other processes if there are any; returns how many there are. Called before any device is touched.
+    """Join the other processes if there are any; returns how many there are. Called before any device is touched; a
+    second call does nothing.
 
     Raises:
       UserError: as `detect`, or process 0 cannot be found by name: the runtime would wait 300 s, and say nothing.
     """
     launch = detect(os.environ)
+    if launch.processes > 1 and _is_initialized():
+        return launch.processes
     if launch.kind == "local" and _on_tpu_vm(os.environ):
         # The other hosts of a slice are known to its metadata server alone, which JAX asks.
         import jax
 
-        jax.distributed.initialize()
+        if not _is_initialized():
+            jax.distributed.initialize()
         log.info("started on a TPU VM: process %d of %d", jax.process_index(), jax.process_count())
         return jax.process_count()
     if launch.processes == 1:
@@ -105,9 +109,17 @@ def initialize() -> int:
     if launch.coordinator is None:
         jax.distributed.initialize()
     else:
+        # Left to detect for itself, JAX gives a process without local_device_ids the GPU of its number on the node: a
+        # task that is to have all eight would have one, and say nothing.
         jax.distributed.initialize(launch.coordinator, launch.processes, launch.index,
-                                   local_device_ids=launch.local_devices)
+                                   local_device_ids=launch.local_devices, cluster_detection_method="deactivate")
     return launch.processes
+
+
+def _is_initialized() -> bool:
+    import jax
+
+    return jax.distributed.is_initialized()
 
 
 def _explicit(given: Mapping[str, str]) -> Launch:
