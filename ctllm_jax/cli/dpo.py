@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ctllm_jax.cli.pretrain import train, with_run_dir
+from ctllm_jax.cli.processes import run_in_processes
 from ctllm_jax.config.dpo import DPOConfig
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def run(context: Context) -> int:
 
     from ctllm_jax.cluster import distributed
 
+    if (status := run_in_processes(context)) is not None:
+        return status
     distributed.initialize()
     import jax
     from rich.markup import escape

@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctllm_jax.cli.processes import run_in_processes
+from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import PretrainConfig, RunConfig, default_run_dir
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ def run(context: Context) -> int:
     config = with_run_dir(context.config, context.targets[0])
     if context.dry_run:
         return dry_run(config, context.console)
+    if (status := run_in_processes(context)) is not None:
+        return status
     train(config, context.console)
     return 0
 
@@ -46,7 +50,6 @@ def dry_run(config: PretrainConfig, console: Any) -> int:
     """Print what a run will take; the data is opened where it can be."""
     from rich.markup import escape
 
-    from ctllm_jax.config.errors import UserError
     from ctllm_jax.data.pretrain import open_training_data
     from ctllm_jax.preflight import plan
     from ctllm_jax.training.console import print_rows
@@ -98,6 +101,9 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
     from ctllm_jax.training.requests import Requests
     from ctllm_jax.training.signals import Stopped
 
+    if config.processes not in (1, jax.process_count()):
+        raise UserError(f"processes={config.processes}: pretrain, sft and dpo start processes; this runs in"
+                        f" {jax.process_count()}")
     directory = Path(config.run.dir)
     first = jax.process_index() == 0
     stage = (lambda text: console.print(f"[dim]{escape(text)} …[/]")) if first else (lambda text: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ctllm_jax.cli.pretrain import train, with_run_dir
+from ctllm_jax.cli.processes import run_in_processes
 from ctllm_jax.config.sft import SFTConfig
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def run(context: Context) -> int:
     """Tune, or with --dry-run say what the data comes to."""
     from ctllm_jax.cluster import distributed
 
+    if (status := run_in_processes(context)) is not None:
+        return status
     distributed.initialize()
     from ctllm_jax.training.sft import open_tuning
     from ctllm_jax.training.signals import Signals

@@ -6,16 +6,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctllm_jax.cli.processes import shell_status, start_child
 from ctllm_jax.cluster import distributed
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.statuses import DONE, FAILED, INTERRUPTED, REQUEUE
 from ctllm_jax.config.sweep import STAGES, Sweep, SweepRun, plan_sweep, run_key, to_yaml
+from ctllm_jax.report.run import read_run
 
 if TYPE_CHECKING:
     from ctllm_jax.cli import Context
@@ -38,8 +40,11 @@ is not. A run that fails does not stop the others, unless --fail-fast; the exit 
 the end: a table, and one page of all runs (report.html).
 """
 STATE = "sweep.json"
-_CHILD = "from ctllm_jax.cli.sweep import be_run; be_run()"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDED_EARLY = {"interrupted": INTERRUPTED, "preempted": REQUEUE, "stopped": DONE}
+"""How a run ends before its last step, and the sweep's exit status then."""
+_SIGNALS = {signal.SIGINT: signal.SIGINT, signal.SIGHUP: signal.SIGINT, signal.SIGTERM: signal.SIGTERM,
+            signal.SIGUSR1: signal.SIGUSR1}
+"""What is received, and what the run is sent."""
 
 
 def configure(action: str, words: Sequence[str], overrides: Sequence[str]) -> Sweep:
@@ -48,7 +53,7 @@ def configure(action: str, words: Sequence[str], overrides: Sequence[str]) -> Sw
 
 
 def run(context: Context) -> int:
-    """All runs, then the comparison; the exit status: 0 all done, 1 some failed, 130 interrupted."""
+    """All runs, then the comparison; the exit status: 0 all done, 1 some failed, else that of a run ended early."""
     from rich.text import Text
 
     from ctllm_jax.report.readable import duration
@@ -73,54 +78,33 @@ def run(context: Context) -> int:
             console.rule(Text(head), align="left")
             began = time.monotonic()
             status = start(sweep.stage, each, signals)
-            outcomes[each.name] = describe_status(status)
-            if status == 0:
+            outcomes[each.name] = describe_status(status, each)
+            if outcomes[each.name] == "done":
                 state.finish(each)
-            style = "green" if status == 0 else "yellow" if status == 130 else "bold red"
+            style = {"done": "green", "failed": "bold red"}.get(outcomes[each.name].partition(" ")[0], "yellow")
             took = duration(time.monotonic() - began)
             console.print(Text(f"{head}: {outcomes[each.name]} after {took}", style=style))
-            if status == 130 or signals.received or status and "--fail-fast" in context.options:
+            if outcomes[each.name] in ENDED_EARLY or signals.received or status and "--fail-fast" in context.options:
                 break
-    interrupted = signals.received or "interrupted" in outcomes.values()
+    early = next((status for state, status in ENDED_EARLY.items() if state in outcomes.values()), None)
     compare(sweep, outcomes, console)
-    if interrupted:
+    if early is not None or signals.received:
         console.print("interrupted; the same command goes on")
-        return 130
-    return 0 if all(outcomes.get(each.name) == "done" for each in sweep.runs) else 1
+        return INTERRUPTED if early is None else early
+    return DONE if all(outcomes.get(each.name) == "done" for each in sweep.runs) else FAILED
 
 
 def start(stage: str, each: SweepRun, signals: Signals) -> int:
     """One run in a process of its own, to its end; its exit status as a shell gives it."""
-    root = str(Path(__file__).resolve().parent.parent.parent)
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    process = subprocess.Popen([sys.executable, "-c", _CHILD, str(os.getpid()), stage, *each.words], process_group=0,
-                               env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+    process = start_child([stage, *each.words])
     signals.process = process
     if signals.received:  # in the moment before there was a process
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signals.received[0])
     try:
         status = process.wait()
     finally:
         signals.process = None
-    return 128 - status if status < 0 else status
-
-
-def be_run() -> None:
-    """In a process of its own: the run whose words stand behind the sweep's process id.
-
-    Should the sweep be killed, the run ends as with Ctrl-C (on Linux), so that a second sweep does not meet it.
-    """
-    import ctypes
-
-    from ctllm_jax.cli import entry
-
-    parent = int(sys.argv.pop(1))
-    sys.argv[0] = "launch.py"
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signal.SIGINT))  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            sys.exit(130)
-    entry()
+    return shell_status(status)
 
 
 class Signals:
@@ -131,7 +115,7 @@ class Signals:
 
     def __init__(self):
         self.process: subprocess.Popen | None = None
-        self.received = 0
+        self.received: list[int] = []
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -146,15 +130,18 @@ class Signals:
             signal.signal(number, before)
 
     def _forward(self, number: int, frame: Any) -> None:
-        self.received += 1
+        self.received.append(_SIGNALS[signal.Signals(number)])
         if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(self.received[-1])
 
 
-def describe_status(status: int) -> str:
-    """An exit status in words."""
-    if status in (0, 130):
-        return "interrupted" if status else "done"
+def describe_status(status: int, each: SweepRun) -> str:
+    """How a run ended, in words: done, one of ENDED_EARLY, or failed and why."""
+    if status == DONE:
+        return read_run(each.config.run.dir).state
+    for state, early in ENDED_EARLY.items():
+        if status == early:
+            return state
     if status > 128:
         try:
             return f"failed (killed by {signal.Signals(status - 128).name})"
@@ -216,7 +203,6 @@ def compare(sweep: Sweep, outcomes: dict[str, str], console: Any) -> None:
     from rich.text import Text
 
     from ctllm_jax.report.page import write_report
-    from ctllm_jax.report.run import read_run
 
     if distributed.detect(os.environ).index:
         return

@@ -54,7 +54,7 @@ def detect(environment: Mapping[str, str]) -> Launch:
 
     | set | by |
     |---|---|
-    | JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID | a person, or a script |
+    | JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID (JAX_LOCAL_DEVICE_IDS) | a person, or `processes=N` |
     | OMPI_COMM_WORLD_SIZE | mpirun of Open MPI |
     | SLURM_JOB_ID | sbatch, salloc; SLURM_PROCID by srun |
     | TPU_WORKER_HOSTNAMES | GKE, on TPUs |
@@ -65,7 +65,7 @@ def detect(environment: Mapping[str, str]) -> Launch:
     """
     given = {name: environment[name] for name in _NAMES if environment.get(name)}
     if given:
-        return _explicit(given)
+        return _explicit(given, environment.get("JAX_LOCAL_DEVICE_IDS"))
     if int(environment.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
         return _open_mpi(environment)
     if "SLURM_JOB_ID" in environment:
@@ -90,7 +90,7 @@ def initialize() -> int:
     launch = detect(os.environ)
     if launch.processes > 1 and _is_initialized():
         return launch.processes
-    if launch.kind == "local" and _on_tpu_vm(os.environ):
+    if launch.kind == "local" and on_tpu_vm(os.environ):
         # The other hosts of a slice are known to its metadata server alone, which JAX asks.
         import jax
 
@@ -122,14 +122,17 @@ def _is_initialized() -> bool:
     return jax.distributed.is_initialized()
 
 
-def _explicit(given: Mapping[str, str]) -> Launch:
+def _explicit(given: Mapping[str, str], devices: str | None) -> Launch:
     missing = [name for name in _NAMES if name not in given]
     if missing:
         raise UserError(f"{', '.join(given)} set, but not {', '.join(missing)}: the three go together")
     count, index = given["JAX_NUM_PROCESSES"], given["JAX_PROCESS_ID"]
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
         raise UserError(f"JAX_PROCESS_ID={index} of JAX_NUM_PROCESSES={count}: needs 0 <= id < number")
-    return Launch("explicit", given["JAX_COORDINATOR_ADDRESS"], int(count), int(index))
+    if devices and not re.fullmatch(r"\d+(,\d+)*", devices):
+        raise UserError(f"JAX_LOCAL_DEVICE_IDS={devices} must be numbers between commas")
+    return Launch("explicit", given["JAX_COORDINATOR_ADDRESS"], int(count), int(index),
+                  tuple(map(int, devices.split(","))) if devices else None)
 
 
 def _slurm(environment: Mapping[str, str]) -> Launch:
@@ -197,7 +200,19 @@ def _share(environment: Mapping[str, str], tasks: int, index: int) -> tuple[int,
     return tuple(range(index * each, (index + 1) * each))
 
 
-def _on_tpu_vm(environment: Mapping[str, str]) -> bool:
+def count_gpus(environment: Mapping[str, str]) -> int:
+    """How many NVIDIA GPUs a process would see, without asking a driver; 0 where JAX is to use something else."""
+    if environment.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
+        return 0
+    if not any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")):
+        return 0
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def on_tpu_vm(environment: Mapping[str, str]) -> bool:
     """Whether TPUs are here, and somebody who can be asked whether there are others."""
     if environment.get("TPU_SKIP_MDS_QUERY") or environment.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
         return False

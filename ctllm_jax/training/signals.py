@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from ctllm_jax.config.statuses import DONE, INTERRUPTED, REQUEUE
 
 log = logging.getLogger(__name__)
@@ -33,26 +35,30 @@ class Stopped(SystemExit):
 class Signals:
     """Ctrl-C, SIGTERM and SIGUSR1, as a context manager; entered after `jax.distributed.initialize`.
 
-    Until `begin` there is nothing to keep, and a signal ends the process at once: it raises `Stopped` (Ctrl-C:
-    KeyboardInterrupt) in the main thread, and where that is waiting (for a compiler, or for a peer that is gone),
-    another thread ends the process. From `begin` on the first signal is only noted.
+    From `begin` on the first one is only noted; before, there is nothing to keep, and it ends the process at once. So
+    does the second in any case. At once: `Stopped` (Ctrl-C: KeyboardInterrupt) is raised in the main thread, and where
+    that is waiting, for a compiler or for a peer that is gone, another thread ends the process. One of several
+    processes notes SIGTERM and SIGUSR1 from the start: the others would wait for it, and not know why.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self._message: Callable[[str], None] = log.warning
-        self._kept, self._first = False, 0.0
+        self._noted: set[int] = set()
+        self._first = 0.0
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
         self._fd_before = -1
 
     def begin(self, message: Callable[[str], None]) -> None:
         """From now on a signal stops the run behind a step; `message` tells a person."""
-        self._message, self._kept = message, True
+        self._message, self._noted = message, set(_NUMBERS)
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is not threading.main_thread():
             return self
+        if jax.process_count() > 1:
+            self._noted = {signal.SIGTERM, signal.SIGUSR1}
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         self._fd_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
@@ -79,12 +85,13 @@ class Signals:
         self._first = self._first or now
         reason = _NUMBERS[signal.Signals(number)]
         self.reason = max(filter(None, (self.reason, reason)), key=list(REASONS).index)
-        if first and self._kept:
-            name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        if first and number in self._noted:
             self._message(f"{name}: the run stops behind a step, and keeps it; a second {name} stops it at once")
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         else:
+            self._message(f"{name}: ending at once; the same command goes on from what is kept")
             raise Stopped(reason)
 
     def _watch(self, pipe: int) -> None:
@@ -94,9 +101,9 @@ class Signals:
             while number := numbers.read(1):
                 if number[0] not in self._before:
                     continue
-                now = time.monotonic()
-                if not first and self._kept or first and number[0] != signal.SIGINT and now - first < _ONE_NOTICE:
-                    first = first or now
+                same = number[0] != signal.SIGINT and time.monotonic() - first < _ONE_NOTICE
+                if number[0] in self._noted if not first else same:
+                    first = first or time.monotonic()
                     continue
                 time.sleep(_AT_ONCE)
                 os._exit(REASONS[_NUMBERS[signal.Signals(number[0])]])
