@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ctllm_jax.config.job import Job, plan_job, schema_of
 from ctllm_jax.config.job_slurm import SlurmJobConfig
 from ctllm_jax.config.load import to_yaml as section_to_yaml
+from ctllm_jax.config.pretrain import PretrainConfig
 
 if TYPE_CHECKING:
     from ctllm_jax.cli import Context
@@ -21,6 +22,7 @@ usage: python launch.py job slurm CONFIG [key=value …] [job.KEY=value …] [--
 Writes the job of a training run for a person to read, and starts nothing. Keys below `job.` are the job's; all others
 are the run's, and are checked here and now as the stage itself would check them (job.stage: pretrain, sft or dpo):
   python launch.py job slurm configs/small/150m.yaml data=DIR steps=2000 job.nodes=2 job.output=150m.sbatch
+What is the same for all jobs of a cluster may stand in a file (job.site=FILE), below `job:`.
 """
 
 
@@ -34,7 +36,7 @@ def run(context: Context) -> int:
     # Named like their action, and imported for it alone.
     writer = importlib.import_module(f"ctllm_jax.cluster.{context.action}")
     job, command = context.config.job, context.config.command
-    text = writer.render(job, command)
+    text = writer.render(job, command, checkpoint_bytes=checkpoint_bytes(command.config))
     if job.output is None:
         print(text, end="")
         return 0
@@ -43,6 +45,16 @@ def run(context: Context) -> int:
     path.write_text(text, encoding="utf-8")
     context.console.print(f"written to {path}; read it, then: {writer.next_step(str(path))}", markup=False)
     return 0
+
+
+def checkpoint_bytes(config: PretrainConfig) -> int | None:
+    """Size of a resumable step: trained weights and two moments of each, float32. None: the model is that of `init`."""
+    if config.model is None:
+        return None
+    from ctllm_jax.model.lora import count_adapters
+    from ctllm_jax.model.parameters import count_parameters
+
+    return 12 * (count_parameters(config.model) if config.lora is None else count_adapters(config.model, config.lora))
 
 
 def to_yaml(job: Job) -> str:

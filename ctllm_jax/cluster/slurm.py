@@ -1,13 +1,128 @@
-"""An sbatch script for a training command."""
+"""A training command as an sbatch script.
+
+What such a script gets wrong elsewhere, and how it is right here:
+
+- a task a GPU by --ntasks-per-node and --gres, not by --gpus-per-task, which hides a node's GPUs from each other;
+- one task a node has all GPUs: `distributed` says so to JAX, which would give it one;
+- the shell is told before the time limit (--signal=B:), and tells all processes by srun; without B: the tasks would be
+  told, and the shell not wait for them;
+- srun does not end the others when the first one ends with 75 (--kill-on-bad-exit=0), but when they do not follow;
+- status 75, and no other, requeues: a wrong config must not come back for ever;
+- srun takes no --cpus-per-task from sbatch since SLURM 22.05, so it is told.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import PurePath
+
+from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.job import TrainingCommand
-from ctllm_jax.config.job_slurm import SlurmJobConfig
+from ctllm_jax.config.job_slurm import SlurmJobConfig, seconds_of
+from ctllm_jax.config.statuses import REQUEUE
+
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
+_UNKNOWN_SAVE, _MARGIN, _BYTES_A_SECOND = 480, 120, 0.5e9
+_WAIT = 120
+"""Seconds that srun gives processes whose peer has ended. JAX notices one that died after 100."""
+_END = r"""
+# Told to make way, this shell tells all processes; they keep a step and end with {requeue}.
+told=0
+trap 'told=1; kill -USR1 "$step" 2>/dev/null' USR1 TERM
+{srun} &
+step=$!
+wait "$step"
+status=$?
+while [ "$told" = 1 ]; do told=0; wait "$step"; status=$?; done  # a signal ends a wait, too
+
+echo "job $SLURM_JOB_ID ended with status $status at $(date '+%F %T')"
+if [ "$status" = {requeue} ]; then
+    case "$(scontrol show job --oneliner "$SLURM_JOB_ID")" in
+        *JobState=CANCELLED*) echo "cancelled: it does not come back" ;;
+        *) echo "back into the queue, to go on from the step that was kept"; scontrol requeue "$SLURM_JOB_ID" ;;
+    esac
+fi
+exit "$status"
+"""
 
 
-def render(job: SlurmJobConfig, command: TrainingCommand) -> str:
-    """The script."""
-    return "#!/bin/bash\n"
+def render(job: SlurmJobConfig, command: TrainingCommand, *, checkpoint_bytes: int | None = None) -> str:
+    """The script.
+
+    Args:
+      job: where it runs.
+      command: what it runs.
+      checkpoint_bytes: size of a resumable step, for the notice; None: not known.
+
+    Raises:
+      UserError: the run starts processes itself, or the time limit is not longer than the notice.
+    """
+    if command.config.processes != 1:
+        raise UserError(f"processes={command.config.processes} is for one machine; srun starts those of a job:"
+                        " job.nodes, job.gpus_per_node, job.task_per")
+    notice = job.notice or _MARGIN + (_UNKNOWN_SAVE if checkpoint_bytes is None
+                                      else -int(-checkpoint_bytes // _BYTES_A_SECOND))
+    if notice >= seconds_of(job.time):
+        raise UserError(f"job.time={job.time} is not longer than the {notice} s that one save may take (job.notice)")
+    kept = "" if checkpoint_bytes is None else f" (a checkpoint is {checkpoint_bytes / 1e9:,.1f} GB)"
+    per = "GPU" if job.gpus_per_node and job.task_per == "gpu" else "node"
+    gpus = f" of {job.gpus_per_node} GPUs" if job.gpus_per_node else ""
+    lines = ["#!/bin/bash",
+             f"# {command.stage} {command.config.run.dir}: {job.nodes} node{'s' * (job.nodes > 1)}{gpus}, one process a"
+             f" {per}, {job.nodes * job.tasks_per_node} in all",
+             f"# It is told {notice} s before its time is over{kept}, and comes back until the run is done.",
+             f"# To end it for good: touch {shlex.quote(command.config.run.dir + '/STOP')}, or scancel.",
+             *(f"#SBATCH {option}" for option in _options(job, command, notice)), ""]
+    if job.directory is not None:
+        lines.append(f"cd {shlex.quote(job.directory)} || exit 1")
+    lines += job.setup
+    if job.venv is not None:
+        lines.append(f"source {shlex.quote(job.venv)}/bin/activate || exit 1")
+    if command.config.log.wandb_project is None:
+        names = [spelled for name in PROXIES for spelled in (name, name.upper())]
+        lines.append(f"unset {' '.join(names)}  # gRPC would send the processes' own traffic there")
+    if not job.gpus_per_node:
+        lines.append("export JAX_PLATFORMS=cpu")
+    lines += ["export PYTHONUNBUFFERED=1",
+              'echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST at'
+              """ $(date '+%F %T')\""""]
+    return "\n".join(lines) + "\n" + _END.format(requeue=REQUEUE, srun=_srun(job, command))
 
 
 def next_step(path: str) -> str:
     """What to type when the job lies in a file."""
-    return f"sbatch {path}"
+    return f"sbatch {shlex.quote(path)}"
+
+
+def _options(job: SlurmJobConfig, command: TrainingCommand, notice: int) -> list[str]:
+    name = job.name or PurePath(command.config.run.dir).name
+    gpus = f"gpu:{job.gpu_type + ':' if job.gpu_type else ''}{job.gpus_per_node}"
+    given = {"job-name": re.sub(r"[^\w.+-]", "_", name), "nodes": job.nodes, "ntasks-per-node": job.tasks_per_node,
+             "gres": gpus if job.gpus_per_node else None,
+             "cpus-per-task": job.cpus_per_task, "mem": job.memory, "time": job.time, "partition": job.partition,
+             "account": job.account, "qos": job.qos, "constraint": job.constraint, "output": job.log,
+             "signal": f"B:USR1@{notice}"}
+    words = [f"--{option}={value}" for option, value in given.items() if value is not None]
+    return [*words, "--open-mode=append", "--requeue", *["--exclusive"] * job.exclusive, *job.sbatch]
+
+
+def _srun(job: SlurmJobConfig, command: TrainingCommand) -> str:
+    """The line that starts the processes."""
+    words = ["srun", "--kill-on-bad-exit=0", f"--wait={_WAIT}", "--label"]
+    if job.cpus_per_task is not None:
+        words.append(f"--cpus-per-task={job.cpus_per_task}")
+    if job.gpus_per_node:
+        words.append("--gpu-bind=none")
+    if job.container is not None and job.container_runtime == "pyxis":
+        words.append(f"--container-image={job.container}")
+        if job.mounts:
+            words.append(f"--container-mounts={','.join(m if ':' in m else f'{m}:{m}' for m in job.mounts)}")
+        here = ['--container-workdir="$PWD"']
+    elif job.container is not None:
+        binds = [word for mount in job.mounts for word in ("--bind", mount)]
+        words += ["apptainer", "exec", *["--nv"] * bool(job.gpus_per_node), *binds, job.container]
+        here = []
+    else:
+        here = []
+    return " ".join([shlex.join(words), *here, job.launcher, shlex.join(command.words)])
