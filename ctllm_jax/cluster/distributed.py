@@ -147,13 +147,25 @@ def _slurm(environment: Mapping[str, str]) -> Launch:
                             "on one node")
         return Launch("slurm")
     tasks = _number(environment, "SLURM_STEP_NUM_TASKS", default=tasks)
+    here = _tasks_here(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    _check_gpus(environment, here)
     if tasks == 1:
         return Launch("slurm")
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     port = _PORT + _number(environment, "SLURM_JOB_ID") % 4096
     return Launch("slurm", f"{first_host(hosts)}:{port}", tasks, _number(environment, "SLURM_PROCID"),
-                  _share(environment, _tasks_here(environment.get("SLURM_STEP_TASKS_PER_NODE", "")),
-                         _number(environment, "SLURM_LOCALID", default=0)))
+                  _share(environment, here, _number(environment, "SLURM_LOCALID", default=0)))
+
+
+def _check_gpus(environment: Mapping[str, str], tasks: int) -> None:
+    """GPUs that the job has on this node, and that none of its tasks there would use."""
+    given = environment.get("SLURM_GPUS_ON_NODE", "")
+    visible = [device for device in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    if given.isdigit() and visible and len(visible) * tasks < int(given):
+        raise UserError(f"the job has {given} GPUs on this node, and its {tasks} task{'s' * (tasks > 1)} see"
+                        f"{'s' * (tasks == 1)} {len(visible)}{' each' * (tasks > 1)} (CUDA_VISIBLE_DEVICES="
+                        f"{','.join(visible)}): start a task for each with --ntasks-per-node={given}, or let one task"
+                        " see all, without --gpus-per-task and --gpu-bind")
 
 
 def _open_mpi(environment: Mapping[str, str]) -> Launch:

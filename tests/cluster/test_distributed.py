@@ -164,3 +164,45 @@ def test_slices_of_tpus_are_counted():
     launch = distributed.detect({"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "4",
                                  "MEGASCALE_SLICE_ID": "2"})
     assert (launch.processes, launch.index) == (8, 5)
+
+
+def test_jax_is_not_left_to_guess_a_gpu(monkeypatch):
+    """Under SLURM it gives a process that names no devices the one GPU of its number on the node."""
+    import jax
+
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **options: calls.append(options))
+    for name, value in (SLURM | {"SLURM_STEP_NODELIST": "127.0.0.1"}).items():
+        monkeypatch.setenv(name, value)
+    assert distributed.initialize() == 2
+    assert calls == [{"local_device_ids": None, "cluster_detection_method": "deactivate"}]
+
+
+@pytest.mark.parametrize(("tasks", "visible", "message"), [
+    ("1(x2)", "0", "the job has 8 GPUs on this node, and its 1 task sees 1 (CUDA_VISIBLE_DEVICES=0)"),
+    ("2(x2)", "0,1", "its 2 tasks see 2 each"), ("1(x2)", "0,1,2,3,4,5,6,7", None), ("8(x2)", "0", None),
+    ("8(x2)", "0,1,2,3,4,5,6,7", None), ("1(x2)", "", None)])
+def test_gpus_that_no_task_would_use(tasks, visible, message):
+    given = SLURM | {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": visible}
+    if message is None:
+        assert distributed.detect(given).processes == 2
+    else:
+        with pytest.raises(UserError) as refused:
+            distributed.detect(given)
+        assert message in str(refused.value) and "--ntasks-per-node=8" in str(refused.value)
+
+
+def test_one_task_alone_is_told_of_the_gpus_it_leaves():
+    alone = SLURM | {"SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "1",
+                     "SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "0"}
+    with pytest.raises(UserError, match="has 4 GPUs on this node, and its 1 task sees 1"):
+        distributed.detect(alone)
+
+
+def test_devices_may_be_named_beside_the_three(given, monkeypatch):
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "2,3")
+    calls = given("127.0.0.1:1234", "2", "1")
+    assert distributed.initialize() == 2 and calls[0][1]["local_device_ids"] == (2, 3)
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "two")
+    with pytest.raises(UserError, match="JAX_LOCAL_DEVICE_IDS=two must be numbers"):
+        distributed.initialize()
