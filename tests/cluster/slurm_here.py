@@ -71,7 +71,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SchedulerParameters=batch_sched_delay=0
 MpiDefault=none
-KillWait=10
+KillWait=60
 NodeName=n1 NodeHostname={host} Port={ports[1]} {shared}
 NodeName=n2 NodeHostname={host} Port={ports[2]} {shared}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP

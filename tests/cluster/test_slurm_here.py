@@ -39,13 +39,13 @@ def steps_of(run):
 
 
 def test_a_job_is_told_keeps_a_step_comes_back_and_ends_with_the_same_bits(slurm, tmp_path):
-    job, run, log = submit(slurm, tmp_path, "steps=600")
-    slurm.wait_for(lambda: steps_of(run) > 5, f"steps\n{log.read_text() if log.exists() else ''}", seconds=120)
+    job, run, log = submit(slurm, tmp_path, "steps=600", "log.every=20")
+    slurm.wait_for(lambda: steps_of(run), f"steps\n{log.read_text() if log.exists() else ''}", seconds=120)
     # What --signal=B:USR1@… does at the end of the time: a signal to the shell of the job.
     slurm.call("scancel", "--batch", "--signal=USR1", job)
-    slurm.wait_for(lambda: slurm.state(job)[2] == 1, "the requeue")
+    slurm.wait_for(lambda: slurm.state(job)[2] == 1, "the requeue", seconds=120)
     kept = json.loads((run / "status.json").read_text())
-    assert kept["state"] == "preempted" and 5 < kept["step"] < 600
+    assert kept["state"] == "preempted" and 20 <= kept["step"] < 600
     assert [path.name for path in (run / "checkpoints").iterdir()] == [str(kept["step"])]
     slurm.wait_for(lambda: slurm.state(job)[0] not in ("PENDING", "RUNNING", "COMPLETING"), "the end", seconds=240)
     text = log.read_text()
@@ -57,9 +57,8 @@ def test_a_job_is_told_keeps_a_step_comes_back_and_ends_with_the_same_bits(slurm
                    devices=2, **cached(tmp_path))
     assert whole.returncode == 0, whole.stdout
     assert_same_bits(read_arrays(run, 600), read_arrays(tmp_path / "whole", 600))
-    assert [record["loss"] for record in read_run(run).train] == \
-        [record["loss"] for record in read_run(tmp_path / "whole").train]
-    print(text)
+    assert [(record["step"], record["loss"]) for record in read_run(run).train] == \
+        [(record["step"], record["loss"]) for record in read_run(tmp_path / "whole").train]
 
 
 def test_a_wrong_config_fails_for_good(slurm, tmp_path):
@@ -70,10 +69,10 @@ def test_a_wrong_config_fails_for_good(slurm, tmp_path):
 
 
 def test_a_cancelled_job_keeps_a_step_and_does_not_come_back(slurm, tmp_path):
-    job, run, log = submit(slurm, tmp_path, "steps=100000")
-    slurm.wait_for(lambda: steps_of(run) > 5, "steps", seconds=120)
+    job, run, log = submit(slurm, tmp_path, "steps=100000", "log.every=20")
+    slurm.wait_for(lambda: steps_of(run), "steps", seconds=120)
     slurm.call("scancel", job)
-    slurm.wait_for(lambda: slurm.state(job)[0] == "CANCELLED", "the end")
-    slurm.wait_for(lambda: slurm.call("squeue", "-h", "-j", job, check=False) == "", "the nodes to be free")
-    assert slurm.state(job)[2] == 0, log.read_text()
+    slurm.wait_for(lambda: slurm.state(job)[0] == "CANCELLED", "the end", seconds=120)
+    assert slurm.state(job)[2] == 0 and "ended with status 75" in log.read_text(), log.read_text()
+    assert "cancelled: it does not come back" in log.read_text() and "start 2" not in log.read_text()
     assert json.loads((run / "status.json").read_text())["state"] == "preempted", log.read_text()
