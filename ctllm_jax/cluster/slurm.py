@@ -7,7 +7,8 @@ What such a script gets wrong elsewhere, and how it is right here:
 - the shell is told before the time limit (--signal=B:), and tells all processes by srun; without B: the tasks would be
   told, and the shell not wait for them;
 - srun does not end the others when the first one ends with 75 (--kill-on-bad-exit=0), but when they do not follow;
-- status 75, and no other, requeues: a wrong config must not come back for ever;
+- status 75, and no other, requeues: a wrong config must not come back for ever; nor does what scancel told to end, and
+  that is COMPLETING already, which `scontrol requeue` would bring back;
 - srun takes no --cpus-per-task from sbatch since SLURM 22.05, so it is told.
 """
 
@@ -39,8 +40,9 @@ while [ "$told" = 1 ]; do told=0; wait "$step"; status=$?; done  # a signal ends
 echo "job $SLURM_JOB_ID ended with status $status at $(date '+%F %T')"
 if [ "$status" = {requeue} ]; then
     case "$(scontrol show job --oneliner "$SLURM_JOB_ID")" in
-        *JobState=CANCELLED*) echo "cancelled: it does not come back" ;;
-        *) echo "back into the queue, to go on from the step that was kept"; scontrol requeue "$SLURM_JOB_ID" ;;
+        *JobState=RUNNING*) echo "back into the queue, to go on from the step that was kept"
+                            scontrol requeue "$SLURM_JOB_ID" ;;
+        *) echo "cancelled: it does not come back; sbatch goes on from the step that was kept" ;;  # or SLURM requeues it
     esac
 fi
 exit "$status"

@@ -65,7 +65,7 @@ def test_only_one_status_comes_back(tmp_path, status):
 
 
 def test_a_cancelled_job_does_not_come_back(tmp_path):
-    code, out = run_script(tmp_path, status="75", state="CANCELLED")
+    code, out = run_script(tmp_path, status="75", state="COMPLETING")
     assert code == 75 and "SCONTROL" not in out and "it does not come back" in out
 
 
