@@ -42,7 +42,7 @@ if [ "$status" = {requeue} ]; then
     case "$(scontrol show job --oneliner "$SLURM_JOB_ID")" in
         *JobState=RUNNING*) echo "back into the queue, to go on from the step that was kept"
                             scontrol requeue "$SLURM_JOB_ID" ;;
-        *) echo "cancelled: it does not come back; sbatch goes on from the step that was kept" ;;  # or SLURM requeues it
+        *) echo "cancelled: it does not come back; sbatch goes on from the step that was kept" ;;
     esac
 fi
 exit "$status"
