@@ -53,8 +53,8 @@ def test_a_job_is_told_keeps_a_step_comes_back_and_ends_with_the_same_bits(slurm
     assert f"0: stopped at step {kept['step']} of 600" in text and f"resuming at step {kept['step']}" in text
     assert "ended with status 75" in text and "back into the queue" in text and "start 2, on n[1-2]" in text
     assert "slurm: process 0 of 2, coordinator n1:" in text
-    whole = launch("pretrain", DEBUG, f"run.dir={tmp_path / 'whole'}", "checkpoint.every=100000", "steps=600", "log.every=20",
-                   devices=2, **cached(tmp_path))
+    whole = launch("pretrain", DEBUG, f"run.dir={tmp_path / 'whole'}", "checkpoint.every=100000", "steps=600",
+                   "log.every=20", devices=2, **cached(tmp_path))
     assert whole.returncode == 0, whole.stdout
     assert_same_bits(read_arrays(run, 600), read_arrays(tmp_path / "whole", 600))
     assert [(record["step"], record["loss"]) for record in read_run(run).train] == \
