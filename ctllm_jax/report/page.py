@@ -27,7 +27,7 @@ from ctllm_jax.report.sentiment import sentiment
 
 _STYLE = Path(__file__).with_name("page.css")
 _SCRIPT = Path(__file__).with_name("page.js")
-_STATES = ("done", "interrupted", "failed", "unfinished", "empty")
+_STATES = ("done", "stopped", "preempted", "interrupted", "failed", "unfinished", "empty")
 _LIMIT = 1e30
 _SMALL = 260
 

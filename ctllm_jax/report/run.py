@@ -52,7 +52,8 @@ class Run:
 
     @property
     def state(self) -> str:
-        """`empty`, `unfinished` (it goes on, or was killed), or why it ended: `done`, `interrupted`, `failed`."""
+        """`empty`, `unfinished` (it goes on, or was killed), or why it ended: `done`, `stopped`,
+        `preempted`, `interrupted`, `failed`."""
         if self.end is not None:
             return str(self.end.get("reason", "done"))
         return "unfinished" if self.starts or self.train else "empty"
@@ -179,7 +180,7 @@ class _Lines:
         elif event == "end":
             self.run.end = record
             self.run.events.append(record)
-        elif event in ("checkpoint", "warning"):
+        elif event in ("checkpoint", "warning", "request"):
             self.run.events.append(record)
         elif event == "baseline":
             record["sources"] = _sources(record)

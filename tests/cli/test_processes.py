@@ -53,7 +53,9 @@ def test_when_one_dies_the_others_end(tmp_path):
                     devices=2)
     until = time.monotonic() + 180
     while not (tmp_path / "metrics.jsonl").exists() or not read_run(tmp_path).train:
-        assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
+        if process.poll() is not None or time.monotonic() > until:
+            process.kill()
+            raise AssertionError(process.communicate()[0])
         time.sleep(0.1)
     children = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     os.kill(children[1], signal.SIGKILL)

@@ -35,7 +35,9 @@ def uninterrupted(tmp_path_factory, cache):
 def wait_for_steps(directory, process):
     until = time.monotonic() + 180
     while not (directory / "metrics.jsonl").exists() or not read_run(directory).train:
-        assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
+        if process.poll() is not None or time.monotonic() > until:
+            process.kill()
+            raise AssertionError(process.communicate()[0])
         time.sleep(0.05)
 
 
@@ -104,7 +106,9 @@ def test_files_in_the_run_directory(tmp_path, cache):
 
     until = time.monotonic() + 120
     while not any(what.startswith("the trace is in") for what in asked()):
-        assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
+        if process.poll() is not None or time.monotonic() > until:
+            process.kill()
+            raise AssertionError(process.communicate()[0])
         time.sleep(0.1)
     saved = asked()["SAVE"]
     assert not (tmp_path / "SAVE").exists() and not (tmp_path / "PROFILE").exists()
@@ -113,7 +117,7 @@ def test_files_in_the_run_directory(tmp_path, cache):
     done = end(process)
     assert done.returncode == 0, done.stdout
     run = read_run(tmp_path)
-    assert run.state == "stopped" and not (tmp_path / "STOP").exists()
+    assert run.state == "stopped" and not run.problems and not (tmp_path / "STOP").exists()
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [saved, run.end["step"]]
     assert f"SAVE: keeping step {saved}" in done.stdout and "report:" not in done.stdout
 
