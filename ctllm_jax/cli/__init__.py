@@ -34,6 +34,7 @@ COMMANDS = {
     "serve": "a model behind OpenAI's interface, and a page to chat with it",
     "chat": "talk to a model that was taught to answer",
     "plan": "the run that a budget of hours or tokens buys",
+    "doctor": "what would stop a run here: versions, devices, network, data, room; each with its fix",
     "compile": "compile a run's step for hardware that is not here: does it fit, how fast at most",
     "job": "a training run as a job of a cluster (slurm), to read before it is submitted",
     "checkpoint": "list the checkpoints of a run (ls)",
@@ -149,8 +150,20 @@ def _run(module, command: str, arguments: list[str]) -> int:
     if "--print-config" in options:
         print(load.to_yaml(config), end="")
         return 0
+    if getattr(module, "TRAINS", False):
+        _prepare_compiler(config, target)
     targets = [target] * bool(target) if takes_config else words
     return module.run(_context(command, action, targets, overrides, options, config))
+
+
+def _prepare_compiler(config: Any, target: str) -> None:
+    """XLA's flags and the place of compiled programs, for the jax that the command is about to import."""
+    from ctllm_jax.cluster import compilation_cache, xla_flags
+    from ctllm_jax.config.pretrain import default_run_dir
+
+    xla_flags.set_flags(os.environ, config.compute.xla_flags)
+    compilation_cache.set_directory(os.environ, config.compute.compilation_cache,
+                                    run_dir=config.run.dir or default_run_dir(target))
 
 
 def _context(command: str, action: str | None, targets: list[str], overrides: list[str], options: list[str],

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 SCHEMA = DPOConfig
 TAKES_CONFIG = True
+TRAINS = True
 EXAMPLE = "configs/quickstart/dpo.yaml"
 USAGE = """
 usage: python launch.py dpo CONFIG init=MODEL data=FILE [key=value …] [--dry-run | --print-config]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SCHEMA = PretrainConfig
 TAKES_CONFIG = True
+TRAINS = True
 EXAMPLE = "configs/quickstart/pretrain.yaml"
 USAGE = """
 usage: python launch.py pretrain CONFIG [key=value …] [--dry-run | --print-config]
@@ -260,7 +261,7 @@ def make_sampler(run: Run) -> Any:
 
 def banner_rows(run: Run, start: dict[str, Any]) -> list[tuple[str, str]]:
     """What stands at the head of a run."""
-    from ctllm_jax.cluster import distributed
+    from ctllm_jax.cluster import compilation_cache, distributed, xla_flags
 
     launch = distributed.detect(os.environ).describe()
     config = run.config
@@ -271,6 +272,8 @@ def banner_rows(run: Run, start: dict[str, Any]) -> list[tuple[str, str]]:
     flops = start["flops_per_token"]
     rows = [("start", how), ("devices", f"{start['devices']}, mesh {mesh}; {launch}"),
             ("ops", ", ".join(f"{op}: {name}" for op, name in start["implementations"].items())),
+            ("compiler", f"{xla_flags.describe_flags(os.environ)}; programs "
+                         f"{compilation_cache.describe_directory(os.environ)}"),
             ("model", f"{start['parameters']:,} parameters, {flops['causal'] / 1e6:,.1f} MFLOPs a token causal,"
                       f" {flops['full'] / 1e6:,.1f} full"),
             ("batch", f"{config.batch.tokens:,} tokens a step = {config.batch.rows} rows of"
@@ -281,7 +284,7 @@ def banner_rows(run: Run, start: dict[str, Any]) -> list[tuple[str, str]]:
     if config.lora is not None:
         share = start["trained_parameters"] / start["parameters"]
         scale = f"{config.lora.alpha:g} / {'sqrt(' * config.lora.rslora}{config.lora.rank}{')' * config.lora.rslora}"
-        rows.insert(4, ("lora", f"{start['trained_parameters']:,} parameters trained, {share:.2%} of the frozen ones:"
+        rows.insert(5, ("lora", f"{start['trained_parameters']:,} parameters trained, {share:.2%} of the frozen ones:"
                                 f" rank {config.lora.rank}, scale {scale} = {config.lora.scale:g}"))
     for source, tokens in start["tokens_per_source"].items():
         rows.append((f"source {source}", f"{tokens:,} tokens, {start['epochs'][source]:.2f} epochs"))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SCHEMA = PretrainConfig
 TAKES_CONFIG = True
+TRAINS = True
 DEFAULT_CONFIG = "quickstart/pretrain"
 USAGE = """
 usage: python launch.py quickstart [CONFIG] [key=value …] [--dry-run | --print-config]

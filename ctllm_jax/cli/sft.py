@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 SCHEMA = SFTConfig
 TAKES_CONFIG = True
+TRAINS = True
 EXAMPLE = "configs/quickstart/sft.yaml"
 USAGE = """
 usage: python launch.py sft CONFIG init=MODEL data=FILE [key=value …] [--dry-run | --print-config]

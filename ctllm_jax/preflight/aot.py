@@ -7,6 +7,7 @@ machine that has neither.
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ import jax
 
 from ctllm_jax import sharding
 from ctllm_jax.cluster.topology import Topology
+from ctllm_jax.cluster.xla_flags import compiler_options
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.preflight.hlo import Collective, Large, Program
@@ -106,10 +108,13 @@ def compile_step(config: PretrainConfig, topology: Topology, devices: list[Any])
     capacity = int(capacity - RESERVED if topology.is_tpu else capacity * GPU_FRACTION)
     estimate = memory_bytes(config, devices=len(devices), rows=plan.micro_rows, slices=topology.slices)
     estimate = {kind: estimate[kind] for kind in ("gradients", "activations", "logits")}
+    options = {}
+    if config.compute.xla_flags == "auto":
+        options = compiler_options(topology.chip.name, os.environ, slices=topology.slices)
     began = time.perf_counter()
     collectives, largest, reason, fits = None, [], "", True
     try:
-        compiled = plan.compile()
+        compiled = plan.compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
             raise

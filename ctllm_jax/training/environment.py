@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from ctllm_jax.cluster.compilation_cache import describe_directory
+from ctllm_jax.cluster.xla_flags import describe_flags
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.kernels.attention import chosen, make_request
@@ -61,6 +63,7 @@ def describe_environment(config: PretrainConfig) -> dict[str, Any]:
         "devices": [str(device.device_kind) for device in jax.devices()], "backend": jax.default_backend(),
         "processes": jax.process_count(), "cpu_count": count_processors(),
         "flags": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
+        "compiler": describe_flags(os.environ), "programs": describe_directory(os.environ),
         "implementations": choose_implementations(config),
     }
 

@@ -188,9 +188,13 @@ class StepPlan(NamedTuple):
         """What a whole model is loaded as, to be trained or to stay as it is."""
         return self.abstract_state.params if self.abstract_frozen is None else self.abstract_frozen
 
-    def compile(self) -> Callable:
-        """The step for the mesh that it was planned on, which may be of devices that are not here."""
-        return self.jitted.lower(self.abstract_state, self.abstract_batch, self.abstract_frozen).compile()
+    def compile(self, options: dict[str, Any] | None = None) -> Callable:
+        """The step for the mesh that it was planned on, which may be of devices that are not here.
+
+        `options` are flags of XLA for this program alone, where the environment's are for other devices.
+        """
+        lowered = self.jitted.lower(self.abstract_state, self.abstract_batch, self.abstract_frozen)
+        return lowered.compile(compiler_options=options)
 
 
 def plan_step(config: PretrainConfig, mesh: jax.sharding.Mesh, *, token_bytes: np.ndarray | None = None,
