@@ -1,4 +1,4 @@
-"""`launch.py job slurm CONFIG [key=value …] [job.KEY=value …]`: a training run as a job of a cluster, to read first."""
+"""`launch.py job slurm|gke CONFIG [key=value …] [job.KEY=value …]`: a run as a job of a cluster, to read first."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ctllm_jax.config.job import Job, plan_job, schema_of
+from ctllm_jax.config.job_gke import GKEJobConfig
 from ctllm_jax.config.job_slurm import SlurmJobConfig
 from ctllm_jax.config.load import to_yaml as section_to_yaml
 from ctllm_jax.config.pretrain import PretrainConfig
@@ -15,9 +16,9 @@ from ctllm_jax.config.pretrain import PretrainConfig
 if TYPE_CHECKING:
     from ctllm_jax.cli import Context
 
-ACTIONS = {"slurm": schema_of(SlurmJobConfig)}
-USAGE = """
-usage: python launch.py job slurm CONFIG [key=value …] [job.KEY=value …] [--print-config]
+ACTIONS = {"slurm": schema_of(SlurmJobConfig), "gke": schema_of(GKEJobConfig)}
+USAGE = r"""
+usage: python launch.py job slurm|gke CONFIG [key=value …] [job.KEY=value …] [--print-config]
 
 Writes the job of a training run for a person to read, and starts nothing. Keys below `job.` are the job's; all others
 are the run's, and are checked here and now as the stage itself would check them (job.stage: pretrain, sft or dpo):

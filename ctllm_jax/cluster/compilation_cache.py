@@ -2,10 +2,12 @@
 
 On by itself where it is safe, beside the run directory, which all processes of a run see. It is not safe:
 
-- on CPUs: a program there is machine code for the very processor that compiled it, and its key does not say which. On a
-  shared file system another one takes it, and may stop at an instruction that it has not;
-- in a directory that each host has for itself, with several GPU processes: only process 0 writes (jax._src.compiler), so
-  at the next start it alone would compile nothing, and the others wait for its part of the autotuning.
+- on CPUs: a program there is machine code for the very processor that compiled it, and its key does not say which. On
+  a shared file system another one takes it, and may stop at an instruction that it has not;
+- in a directory that each host has for itself: only process 0 writes (jax._src.compiler), so that at the next start it
+  alone does not compile, where processes on GPUs share the work of autotuning.
+
+What lies there is run as it is: whoever may write to the directory may run code in the next start.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _PORT = 61_440
 """First of the 4,096 ports of which a job's number chooses one: two jobs on a node then seldom meet."""
 _TPU_VM = ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID")
+_POD_SECONDS, _POD_PAUSE = 600, 5
+"""How long the name of the first pod is waited for (nodes are made, images pulled), and between two looks."""
 _NO_STEP = 4_294_967_290
 """From here on SLURM's numbers of steps are no steps of srun, but a shell that salloc or sbatch gives."""
 log = logging.getLogger(__name__)
@@ -245,11 +248,19 @@ def _check_name(launch: Launch) -> None:
     host, _, port = launch.coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise UserError(f"the coordinator {launch.coordinator} must be host:port")
-    try:
-        socket.getaddrinfo(host.strip("[]"), int(port))
-    except OSError as error:
-        raise UserError(f"the coordinator {launch.coordinator} cannot be found ({error.strerror or error}): its name"
-                        " must be known on every machine, or be an address") from None
+    # A pod's name is known when it has an address, which the first may have later than this one.
+    end = time.monotonic() + (_POD_SECONDS if launch.kind == "kubernetes" else 0)
+    while True:
+        try:
+            socket.getaddrinfo(host.strip("[]"), int(port))
+            return
+        except OSError as error:
+            if time.monotonic() < end:
+                log.info("waiting for %s to have an address", host)
+                time.sleep(_POD_PAUSE)
+                continue
+            raise UserError(f"the coordinator {launch.coordinator} cannot be found ({error.strerror or error}): its "
+                            "name must be known on every machine, or be an address") from None
 
 
 def _keep_from_proxies(coordinator: str) -> None:

@@ -14,6 +14,13 @@ from dataclasses import dataclass
 from ctllm_jax.cluster.hardware import find_accelerators
 
 GPU_VARIABLE, TPU_VARIABLE = "XLA_FLAGS", "LIBTPU_INIT_ARGS"
+_TPU = {"v4": {}, "v5e": {}, "v5p": {}, "v6e": {}, "tpu7x": {}}
+_SLICES = {}
+_HOPPER = {
+    "xla_gpu_all_gather_combine_threshold_bytes": 2**30,
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**30,
+    "xla_gpu_all_reduce_combine_threshold_bytes": 2**30,
+}
 
 
 @dataclass(frozen=True)

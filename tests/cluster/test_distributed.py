@@ -1,5 +1,7 @@
 """What the environment says of other processes, and what is said of an environment that makes no sense."""
 
+import socket
+
 import pytest
 
 from ctllm_jax.cli import main
@@ -206,3 +208,22 @@ def test_devices_may_be_named_beside_the_three(given, monkeypatch):
     monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "two")
     with pytest.raises(UserError, match="JAX_LOCAL_DEVICE_IDS=two must be numbers"):
         distributed.initialize()
+
+
+def test_the_first_pod_is_waited_for_and_a_name_elsewhere_is_not(monkeypatch):
+    """Pods start in any order; a wrong name in a cluster with fixed names stays wrong."""
+    looks = []
+
+    def getaddrinfo(host, port):
+        looks.append((host, port))
+        if len(looks) < 3:
+            raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(distributed.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(distributed, "_POD_PAUSE", 0)
+    distributed._check_name(distributed.Launch("kubernetes", "run-worker-0-0.run:8476", 2, 1))
+    assert looks == [("run-worker-0-0.run", 8476)] * 3
+    looks.clear()
+    with pytest.raises(UserError, match="cannot be found"):
+        distributed._check_name(distributed.Launch("slurm", "n1:1234", 2, 1))
+    assert len(looks) == 1
