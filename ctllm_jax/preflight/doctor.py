@@ -1,0 +1,134 @@
+"""What would stop a run on this machine, found before it starts: checks that end, whatever hangs.
+
+A check (ctllm_jax/preflight/checks.py) is run in a thread that is left behind when its time is up, or, where it imports
+jax, in a process of its own, which is killed then: a flag that XLA does not know ends a process, with nothing to catch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ctllm_jax.config.pretrain import PretrainConfig
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+_CHILD = "from ctllm_jax.preflight.doctor import be_child; be_child()"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of the doctor.
+
+    Attributes:
+      check: what was looked at.
+      status: ok, warn or fail.
+      text: what was found.
+      fix: what to do about it; empty where all is well.
+    """
+
+    check: str
+    status: str
+    text: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is examined: a run (None: the machine alone), its stage, and the environment that it would start in."""
+
+    config: PretrainConfig | None
+    stage: str
+    environment: Mapping[str, str]
+
+
+def examine(subject: Subject, *, seconds: float, tell: Callable[[str], None] = lambda name: None) -> Iterator[Finding]:
+    """All findings, in the order of the checks; none takes longer than `seconds`.
+
+    The processes run beside the threads, two at a time. `tell` is given the name of what is waited for.
+    """
+    from ctllm_jax.preflight.checks import CHECKS, CHILDREN
+
+    with ThreadPoolExecutor(2) as pool:
+        started: dict[str, Future] = {name: pool.submit(_in_process, name, subject, seconds) for name in CHILDREN}
+        for name, check in CHECKS.items():
+            tell(name)
+            yield from started[name].result() if name in started else _in_thread(name, check, subject, seconds)
+
+
+def worst(findings: list[Finding]) -> str:
+    """fail, warn or ok: the worst of all."""
+    return max((each.status for each in findings), key=[OK, WARN, FAIL].index, default=OK)
+
+
+def as_json(findings: list[Finding]) -> list[dict[str, str]]:
+    """Findings as JSON."""
+    return [asdict(each) for each in findings]
+
+
+def late(name: str, seconds: float) -> list[Finding]:
+    """What is said of a check that did not end."""
+    return [Finding(name, FAIL, f"no answer in {seconds:g} s",
+                    "a file system, a name server or a device does not answer; timeout=SECONDS waits longer")]
+
+
+def _in_thread(name: str, check: Callable[[Subject], list[Finding]], subject: Subject, seconds: float) -> list[Finding]:
+    found: list[list[Finding]] = []
+
+    def run() -> None:
+        found.append(_safely(name, check, subject))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else late(name, seconds)
+
+
+def _safely(name: str, check: Callable[[Subject], list[Finding]], subject: Subject) -> list[Finding]:
+    """A check that breaks is a finding, not the end of the doctor."""
+    from ctllm_jax.config.errors import UserError
+
+    try:
+        return check(subject)
+    except UserError as error:
+        return [Finding(name, FAIL, str(error), "as the message says")]
+    except Exception as error:
+        return [Finding(name, FAIL, f"{type(error).__name__}: {error}", "this check itself broke: please report it")]
+
+
+def _in_process(name: str, subject: Subject, seconds: float) -> list[Finding]:
+    """The check in a process of its own; what it said last, where it died."""
+    from ctllm_jax.preflight.checks import explain_death
+
+    config = None if subject.config is None else subject.config.model_dump(mode="json")
+    # A session of its own, so that what it started ends with it.
+    with subprocess.Popen([sys.executable, "-c", _CHILD, name, subject.stage], text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(subject.environment),
+                          start_new_session=True) as child:
+        try:
+            out, errors = child.communicate(json.dumps(config), timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            return late(name, seconds)
+    lines = [line for line in out.splitlines() if line.startswith("[")]
+    if child.returncode == 0 and lines:
+        return [Finding(**each) for each in json.loads(lines[-1])]
+    return explain_death(name, errors, child.returncode)
+
+
+def be_child() -> None:
+    """In a process of its own: the check whose name and stage are the arguments, the config on standard input."""
+    from ctllm_jax.config.sweep import STAGES
+    from ctllm_jax.preflight.checks import CHECKS
+
+    name, stage = sys.argv[1:3]
+    values: Any = json.load(sys.stdin)
+    config = None if values is None else STAGES[stage].model_validate(values)
+    print(json.dumps(as_json(_safely(name, CHECKS[name], Subject(config, stage, os.environ)))))
