@@ -17,6 +17,7 @@ from ctllm_jax.config import statuses
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.job import TrainingCommand
 from ctllm_jax.config.job_gke import GKEJobConfig
+from ctllm_jax.config.load import config_root, find_config
 
 MOUNT = "/gcs"
 PORT = 8476
@@ -35,10 +36,14 @@ def render(job: GKEJobConfig, command: TrainingCommand) -> str:
     """The JobSet as YAML. `job.grace_seconds` must be known.
 
     Raises:
-      UserError: no such hardware, a run directory that is not on gs://, a name that Kubernetes does not take.
+      UserError: no such hardware, a config that no image has, a run directory or data that no pod sees, a name that
+        Kubernetes does not take.
     """
     topology = parse_topology(job.topology)
     name = _name(job, command)
+    if not find_config(command.target).resolve().is_relative_to(config_root().resolve()):
+        raise UserError(f"{command.target}: an image has the configs of {config_root()} alone: put yours there before "
+                        "the image is built")
     words, buckets = _mounted(command)
     several = topology.hosts > 1
     pods = topology.hosts // topology.slices if topology.is_tpu else topology.hosts

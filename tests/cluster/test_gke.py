@@ -150,11 +150,14 @@ def test_buckets_are_mounted_and_the_command_sees_files():
     assert {name: source.path for name, source in config.data.sources.items()} == {"data": "/gcs/text/ct-llm"}
 
 
-def test_buckets_that_a_config_file_names_are_mounted_too(tmp_path):
+def test_buckets_that_a_config_file_names_are_mounted_too(tmp_path, monkeypatch):
     config = tmp_path / "mine.yaml"
     config.write_text("extends: " + str(find_config("debug/pretrain")) + "\nrun: gs://runs/a\ndata:\n  kind: mixture\n"
                       "  sources: {zh: gs://text/zh, en: {path: gs://text/en, weight: 2}}\n")
-    printed = call("job", "gke", config, *JOB, "job.topology=v5litepod-8", "data.sources.en=gs://other/en")
+    words = ["job", "gke", config, *JOB, "job.topology=v5litepod-8", "data.sources.en=gs://other/en"]
+    assert "put yours there before the image is built" in call(*words).err
+    monkeypatch.setattr(gke, "config_root", lambda: tmp_path)
+    printed = call(*words)
     assert printed.status == 0, printed.err
     spec = yaml.safe_load(printed.out)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     assert spec["containers"][0]["args"][2:] == [
