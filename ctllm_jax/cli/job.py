@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from ctllm_jax.cli import Context
 
 ACTIONS = {"slurm": schema_of(SlurmJobConfig), "gke": schema_of(GKEJobConfig)}
-USAGE = r"""
+USAGE = """
 usage: python launch.py job slurm|gke CONFIG [key=value …] [job.KEY=value …] [--print-config]
 
 Writes the job of a training run for a person to read, and starts nothing. Keys below `job.` are the job's; all others
 are the run's, and are checked here and now as the stage itself would check them (job.stage: pretrain, sft or dpo):
   python launch.py job slurm configs/small/150m.yaml data=DIR steps=2000 job.nodes=2 job.output=150m.sbatch
+  python launch.py job gke CONFIG run.dir=gs://BUCKET/runs/2b job.topology=v5p-256 job.site=FILE job.output=2b.yaml
 What is the same for all jobs of a cluster may stand in a file (job.site=FILE), below `job:`.
 """
 

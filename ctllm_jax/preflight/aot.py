@@ -110,7 +110,7 @@ def compile_step(config: PretrainConfig, topology: Topology, devices: list[Any])
     estimate = {kind: estimate[kind] for kind in ("gradients", "activations", "logits")}
     options = {}
     if config.compute.xla_flags == "auto":
-        options = compiler_options(topology.chip.name, os.environ, slices=topology.slices)
+        options = compiler_options(topology.chip.name, os.environ)
     began = time.perf_counter()
     collectives, largest, reason, fits = None, [], "", True
     try:
