@@ -24,6 +24,10 @@ PORT = 8476
 POD = "worker"
 SPOT_SECONDS = 15
 """What a pod has on a spot node after the notice; the node itself ends 30 s after it (GKE, Spot VMs)."""
+SAVE_BANDWIDTH = 0.2e9
+"""Bytes a second at which a host surely writes its part of a checkpoint; a bucket takes several times as much."""
+LEAST_GRACE, UNKNOWN_GRACE = 120, 600
+"""Seconds of the shortest grace period, and of one for a checkpoint whose size is not known."""
 # Node labels: cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus, .../docs/concepts/gpus.
 _TPU_LABELS = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice",
                "tpu7x": "tpu7x"}
@@ -32,8 +36,11 @@ _GPU_LABELS = {"a100": "nvidia-a100-80gb", "h100": "nvidia-h100-80gb", "h200": "
 _MACHINE = re.compile(r"a\d-[a-z]+gpu-\d+g")
 
 
-def render(job: GKEJobConfig, command: TrainingCommand) -> str:
-    """The JobSet as YAML. `job.grace_seconds` must be known.
+def render(job: GKEJobConfig, command: TrainingCommand, *, checkpoint_bytes: int | None = None) -> str:
+    """The JobSet as YAML.
+
+    Args:
+      checkpoint_bytes: size of a resumable step, for the grace period; None: not known.
 
     Raises:
       UserError: no such hardware, a config that no image has, a run directory or data that no pod sees, a name that
@@ -42,8 +49,8 @@ def render(job: GKEJobConfig, command: TrainingCommand) -> str:
     topology = parse_topology(job.topology)
     name = _name(job, command)
     if not find_config(command.target).resolve().is_relative_to(config_root().resolve()):
-        raise UserError(f"{command.target}: an image has the configs of {config_root()} alone: put yours there before "
-                        "the image is built")
+        raise UserError(f"{command.target}: an image has the configs of {config_root()} alone: put yours there before"
+                        " the image is built")
     words, buckets = _mounted(command)
     several = topology.hosts > 1
     pods = topology.hosts // topology.slices if topology.is_tpu else topology.hosts
@@ -82,7 +89,7 @@ def render(job: GKEJobConfig, command: TrainingCommand) -> str:
               "          spec:",
               "            restartPolicy: Never",
               f"            serviceAccountName: {_text(job.service_account)}",
-              *_grace(job),
+              *_grace(job, topology, checkpoint_bytes),
               *_place(job, topology),
               "            securityContext:",
               f"              runAsUser: {job.user}",
@@ -137,11 +144,6 @@ def next_step(path: str) -> str:
     return f"kubectl apply -f {path}"
 
 
-def count_hosts(job: GKEJobConfig) -> int:
-    """Machines of the job."""
-    return parse_topology(job.topology).hosts
-
-
 def _failure_policy(job: GKEJobConfig) -> list[str]:
     """What the end of a pod means, as the messages of the pod failure policy tell it."""
     return ["  failurePolicy:",
@@ -170,12 +172,19 @@ def _pod_failure_policy() -> list[str]:
             '              status: "True"']
 
 
-def _grace(job: GKEJobConfig) -> list[str]:
-    lines = []
-    if job.spot and job.grace_seconds > SPOT_SECONDS:
-        lines = [f"            # A spot node leaves a pod about {SPOT_SECONDS} s, whatever stands here: then the steps",
-                 "            # since the last checkpoint are lost (checkpoint.every)."]
-    return [*lines, f"            terminationGracePeriodSeconds: {job.grace_seconds}  # more than one save takes"]
+def _grace(job: GKEJobConfig, topology: Topology, checkpoint_bytes: int | None) -> list[str]:
+    seconds, lines = job.grace_seconds, []
+    if seconds is None and checkpoint_bytes is None:
+        seconds = UNKNOWN_GRACE
+    elif seconds is None:
+        save = checkpoint_bytes / topology.hosts / SAVE_BANDWIDTH
+        seconds = -(-int(max(LEAST_GRACE, 60 + 2 * save)) // 10) * 10
+        lines.append(f"            # A checkpoint is {checkpoint_bytes / 1e9:,.1f} GB: about {math.ceil(save)} s at "
+                     f"{SAVE_BANDWIDTH / 1e9:g} GB/s a host.")
+    if job.spot and seconds > SPOT_SECONDS:
+        lines += [f"            # A spot node leaves a pod about {SPOT_SECONDS} s, whatever stands here; the steps",
+                  "            # since the last checkpoint are lost then (checkpoint.every)."]
+    return [*lines, f"            terminationGracePeriodSeconds: {seconds}"]
 
 
 def _place(job: GKEJobConfig, topology: Topology) -> list[str]:

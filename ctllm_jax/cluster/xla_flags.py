@@ -26,9 +26,9 @@ _GATHER_AHEAD: dict[str, Flag] = {
 }
 _TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 # One collective for the weights of a layer (0.2 GiB of float32 in the 2B) in place of one a matrix; OpenXLA's guide
-# asks for a threshold of a layer or more, NVIDIA's JAX-Toolbox takes 8 GiB. Measured on the 2B step for 8 x H100 with jaxlib
-# 0.10.2: 1,032 gathers a step became 260, of the same bytes, in the same memory. The latency-hiding scheduler is on by
-# itself (the same program); pipelined collectives took 43 % more memory (6.83 -> 9.78 GiB), and are left to the user.
+# asks for a threshold of a layer or more, NVIDIA's JAX-Toolbox takes 8 GiB. Measured on the 2B step for 8 x H100 with
+# jaxlib 0.10.2: 1,032 gathers a step became 260, of the same bytes, in the same memory. The latency-hiding scheduler is
+# on by itself (the same program); pipelined collectives took 43 % more memory (6.83 -> 9.78 GiB): left to the user.
 _HOPPER: dict[str, Flag] = {
     "xla_gpu_all_gather_combine_threshold_bytes": 2**30,
     "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**30,

@@ -131,4 +131,5 @@ def be_child() -> None:
     name, stage = sys.argv[1:3]
     values: Any = json.load(sys.stdin)
     config = None if values is None else STAGES[stage].model_validate(values)
-    print(json.dumps(as_json(_safely(name, CHECKS[name], Subject(config, stage, os.environ)))))
+    found = _safely(name, CHECKS[name], Subject(config, stage, os.environ))
+    sys.stdout.write(f"{json.dumps(as_json(found))}\n")

@@ -16,9 +16,6 @@ MANY_EPOCHS = 4.0
 """Repeated data is worth about as much as new data up to here (arXiv 2305.16264)."""
 EXPECTED_MFU = 0.4
 """Share of the peak that the expected hours assume, of causal FLOPs."""
-SAVE_BANDWIDTH = 0.2e9
-"""Bytes a second at which a host surely writes its part of a checkpoint; a bucket takes several times as much."""
-LEAST_GRACE = 120
 OFFERS = (("H100", "NVIDIA H100", 1), ("8 x H100", "NVIDIA H100", 8), ("v5e-8", "TPU v5e", 8),
           ("v5e-256", "TPU v5e", 256), ("v5p-64 (32 chips)", "TPU v5p", 32), ("v6e-256", "TPU v6e", 256))
 
@@ -49,12 +46,6 @@ def checkpoints_kept(config: PretrainConfig) -> dict[str, int]:
     trained = config.tokens_at(config.steps) / 1e9
     milestones = sum(milestone <= trained for milestone in config.checkpoint.milestones)
     return {"resumable": len(kept) + (len(saved) > len(kept)), "milestone": milestones}
-
-
-def grace_seconds(config: PretrainConfig, *, hosts: int) -> int:
-    """Seconds between a notice and the end that are enough to save: twice what it takes, and time to finish a step."""
-    save = checkpoint_bytes(config)["resumable"] / hosts / SAVE_BANDWIDTH
-    return -(-int(max(LEAST_GRACE, 60 + 2 * save)) // 10) * 10
 
 
 def memory_bytes(config: PretrainConfig, *, devices: int, rows: int, slices: int = 1) -> dict[str, int]:

@@ -12,7 +12,7 @@ from ctllm_jax.cluster import gke
 from ctllm_jax.cluster.topology import parse_topology
 from ctllm_jax.config import statuses
 from ctllm_jax.config.load import find_config
-from ctllm_jax.preflight.plan import LEAST_GRACE, SAVE_BANDWIDTH, checkpoint_bytes
+from ctllm_jax.preflight.plan import checkpoint_bytes
 from tests.cli.conftest import call
 from tests.cluster.jobset_schema import JOBSET
 
@@ -128,7 +128,7 @@ def test_the_grace_period_outlasts_a_save():
     size = checkpoint_bytes(config)["resumable"]
     for topology, hosts in (("v5p-256", 32), ("h100:8", 1)):
         grace = parts(f"job.topology={topology}")[2]["terminationGracePeriodSeconds"]
-        assert grace >= LEAST_GRACE and grace > size / hosts / SAVE_BANDWIDTH
+        assert grace >= gke.LEAST_GRACE and grace > size / hosts / gke.SAVE_BANDWIDTH
     assert parts("job.topology=h100:8", "job.grace_seconds=77")[2]["terminationGracePeriodSeconds"] == 77
 
 
