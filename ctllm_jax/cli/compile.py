@@ -127,6 +127,7 @@ def show(report: Report, console: Any) -> None:
             ("ops", ", ".join(f"{op}: {name}" for op, name in report.implementations.items())),
             ("compute", f"remat {config.compute.remat}, loss_chunk {config.compute.loss_chunk:,}, layers "
                         f"{layers}; compiled in {report.seconds:.0f} s"),
+            ("flags", " ".join(f"{name}={value}" for name, value in report.flags.items()) or "XLA's own defaults"),
             ("memory", f"{_gib(report.peak)} of {_gib(report.capacity)} a device: {parts}"),
             ("by arithmetic", "of the temporaries " + ", ".join(f"{kind} {_gib(size)}" for kind, size in
                                                                 report.estimate.items())),
@@ -228,6 +229,7 @@ def as_json(report: Report) -> dict[str, Any]:
     return {"rows_per_device": report.rows, "accumulation": report.accumulation, "remat": config.compute.remat,
             "loss_chunk": config.compute.loss_chunk, "scan_layers": config.compute.scan_layers, "mesh": report.mesh,
             "implementations": report.implementations,
+            "flags": report.flags,
             "fits": report.fits, "reason": report.reason, "memory": report.memory, "peak": report.peak,
             "capacity": report.capacity, "estimate": report.estimate, "compile_seconds": round(report.seconds, 2),
             "roofline": asdict(report.roofline),

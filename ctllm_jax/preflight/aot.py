@@ -45,6 +45,7 @@ class Report:
       collectives: None where this compiler gives no text.
       reason: why it does not fit, or gives no text.
       seconds: of compiling.
+      flags: of XLA, that it was compiled with beside the environment's.
     """
 
     topology: Topology
@@ -62,6 +63,7 @@ class Report:
     roofline: Roofline
     reason: str
     seconds: float
+    flags: dict[str, Any]
 
     @property
     def peak(self) -> int:
@@ -132,7 +134,7 @@ def compile_step(config: PretrainConfig, topology: Topology, devices: list[Any])
     sizes = {axis: int(size) for axis, size in mesh.shape.items()}
     bound = roofline(config, topology, mesh=sizes, collectives=collectives)
     return Report(topology, config, sizes, implementations, plan.micro_rows, plan.accumulation, fits, memory, capacity,
-                  estimate, collectives, largest, bound, reason, time.perf_counter() - began)
+                  estimate, collectives, largest, bound, reason, time.perf_counter() - began, options)
 
 
 def changes(config: PretrainConfig, rows: int) -> Iterable[tuple[str, PretrainConfig]]:
