@@ -36,7 +36,7 @@ COMMANDS = {
     "plan": "the run that a budget of hours or tokens buys",
     "doctor": "what would stop a run here: versions, devices, network, data, room; each with its fix",
     "compile": "compile a run's step for hardware that is not here: does it fit, how fast at most",
-    "job": "a training run as a job of a cluster (slurm), to read before it is submitted",
+    "job": "a training run as a job of a cluster (slurm, gke), to read before it is submitted",
     "checkpoint": "list the checkpoints of a run (ls)",
     "kernels": "attention and SwiGLU alone: numerics (check), speed (bench), compiles for chips not here (compile)",
     "report": "one HTML page of one run, or of several compared",
