@@ -130,7 +130,7 @@ def test_commands_actions_configs_and_keys_exist(shown, monkeypatch):
     if command.startswith("--") or PLACEHOLDER.fullmatch(command):
         return
     assert command in cli.COMMANDS
-    module = __import__(f"ctllm_jax.cli.{command}", fromlist=[command])
+    module = __import__(f"ctllm_jax.cli.{command.replace('-', '_')}", fromlist=[command])
     options = [word for word in rest if word.startswith("--")]
     assert set(options) <= {"--help", "--print-config", "--dry-run", *getattr(module, "OPTIONS", ())}
     overrides = [word for word in rest if re.match(r"[a-z][\w.]*=", word)]

@@ -13,7 +13,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Top floor to ground; a room imports those that stand after it.
-ROOMS = ["cli", "evaluation", "preflight", "inference", "huggingface", "training", "data", "model", "sharding",
+ROOMS = ["cli", "evaluation", "preflight", "inference", "training", "huggingface", "data", "model", "sharding",
          "cluster", "dataset", "kernels", "losses", "report", "config"]
 
 # What data_prep may use of the package, and who may use data_prep.

@@ -29,7 +29,9 @@ COMMANDS = {
     "pairs": "preference pairs for dpo, from good answers and a weaker model or an endpoint",
     "dpo": "teach a tuned model which answers are preferred, from pairs",
     "sweep": "several runs of a stage in turn, and what they come to beside each other",
-    "lora": "trained adapters: merge them into their base, or export them to PEFT",
+    "lora": "trained adapters: merge them into their base",
+    "import-hf": "a run directory from a Hugging Face model (Llama, Mistral, Qwen2)",
+    "export-hf": "a Hugging Face model from a run, or its adapters for PEFT",
     "generate": "text from a trained model",
     "serve": "a model behind OpenAI's interface, and a page to chat with it",
     "chat": "talk to a model that was taught to answer",
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         return _complain(f"unknown command {command}{_nearest(command, COMMANDS)}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    module = importlib.import_module(f"ctllm_jax.cli.{command}")
+    module = importlib.import_module(f"ctllm_jax.cli.{command.replace('-', '_')}")
     from ctllm_jax.config.errors import UserError
 
     try:

@@ -1,27 +1,26 @@
-"""`launch.py lora merge RUN` and `launch.py lora export RUN`: what becomes of trained adapters."""
+"""`launch.py lora merge RUN`: adapters and their base as one."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.config.lora import LoraExportConfig, LoraMergeConfig
+from ctllm_jax.config.lora import LoraMergeConfig
 
 if TYPE_CHECKING:
     from ctllm_jax.cli import Context
     from ctllm_jax.training.checkpoint import Kept
 
-ACTIONS = {"merge": LoraMergeConfig, "export": LoraExportConfig}
+ACTIONS = {"merge": LoraMergeConfig}
 USAGE = """
 usage: python launch.py lora merge RUN output=DIR [base=MODEL]
-       python launch.py lora export RUN output=DIR [base_model=NAME]
 
 RUN is the directory of a run with adapters (sft or dpo with lora.rank=…), or RUN@STEP. It is a MODEL as it is, while
-its base lies where it was. `merge` writes a run directory that needs no base; `export` the adapters in PEFT's format:
+its base lies where it was. `merge` writes a run directory that needs no base:
   python launch.py lora merge runs/chat output=runs/chat-merged
-  python launch.py lora export runs/chat output=chat-peft base_model=m-a-p/CT-LLM-Base
+(For PEFT: export-hf RUN output=DIR adapters=true.)
 """
 
 
@@ -40,11 +39,10 @@ def run(context: Context) -> int:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output={output} is there already: name a new directory")
     if context.dry_run:
-        context.console.print(Text(f"would {context.action} the adapters of {kept.run_dir} at step {kept.step} into"
+        context.console.print(Text(f"would merge the adapters of {kept.run_dir} at step {kept.step} into"
                                    f" {output}"))
         return 0
-    lines = (merge if context.action == "merge" else export)(kept, output, context.config)
-    for line in lines:
+    for line in merge(kept, output, context.config):
         context.console.print(Text(line))
     return 0
 
@@ -59,14 +57,3 @@ def merge(kept: Kept, output: Path, config: LoraMergeConfig) -> list[str]:
     talks = kept.meta.get("template") is not None
     return [f"{output}@{kept.step}: the weights of {kept.run_dir} and of its base as one",
             f"next: python launch.py {'chat' if talks else 'generate'} {shlex.quote(str(output))}"]
-
-
-def export(kept: Kept, output: Path, config: LoraExportConfig) -> list[str]:
-    """PEFT's two files."""
-    from ctllm_jax.config.lora import LoraConfig
-    from ctllm_jax.huggingface.peft import write_peft
-    from ctllm_jax.training.checkpoint import load_adapters
-
-    base: Any = config.base_model or kept.meta["init"]["path"]
-    write_peft(output, load_adapters(kept), LoraConfig(**kept.meta["lora"]), base_model=base)
-    return [f"{output}: the adapters of {kept.run_dir} at step {kept.step}, for the base model {base}"]

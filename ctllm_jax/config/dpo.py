@@ -62,7 +62,7 @@ class DPOConfig(PretrainConfig):
     """A run on preferences."""
 
     steps: int | None = key(None, "optimizer steps; null: as many as data.epochs take", ge=1, changeable=True)
-    init: str = key(..., "MODEL to start from, which is the reference too: a run directory, or RUN@STEP", changeable=True)
+    init: str = key(..., "MODEL to start from, which is the reference too: a run directory, RUN@STEP, or a Hugging Face folder", changeable=True)
     model: ModelConfig | None = key(None, "the architecture; null: that of init")
     data: PairDataConfig = key(..., "the pairs")
     loss: PreferenceLossConfig = section(PreferenceLossConfig, "the loss")

@@ -201,11 +201,13 @@ def _assign(schema: type[Section], loaded: Loaded, path: str, text: str) -> None
         if part not in section.model_fields:
             raise ValueError(_unknown(schema, path))
         info = section.model_fields[part]
-        annotation, _ = without_none(info.annotation)
+        annotation, optional = without_none(info.annotation)
         walked.append(part)
         if last:
             value = None
-            if is_section(annotation) and (value := _shorthand(annotation, text)) is not None:
+            if is_section(annotation) and optional and text == "null":
+                values[part] = None
+            elif is_section(annotation) and (value := _shorthand(annotation, text)) is not None:
                 values[part] = {**(values.get(part) or {}), **value}
             else:
                 values[part] = parse(text, info)

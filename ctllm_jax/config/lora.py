@@ -40,10 +40,3 @@ class LoraMergeConfig(Section):
 
     output: str = key(..., "run directory to write: a MODEL like any other, without adapters")
     base: str | None = key(None, "MODEL that the adapters belong to, where it lies elsewhere now; null: where it was")
-
-
-class LoraExportConfig(Section):
-    """`launch.py lora export RUN`."""
-
-    output: str = key(..., "folder to write: adapter_model.safetensors and adapter_config.json")
-    base_model: str | None = key(None, "Hugging Face name or folder of the exported base model, as PEFT is to find it; null: the base's run directory")

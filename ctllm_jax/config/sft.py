@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from ctllm_jax.config.base import Section, key, section
+from ctllm_jax.config.base import Section, key
 from ctllm_jax.config.model import ModelConfig
 from ctllm_jax.config.pretrain import PretrainConfig
 
@@ -58,7 +58,7 @@ class SFTDataConfig(Section):
 
     sources: dict[str, SFTSourceConfig] = key(..., "name -> source; names appear in the report", min_length=1)
     tokenizer: str | None = key(None, "tokenizer (.model or tokenizer.json); null: the one of the model that training starts from")
-    template: TemplateConfig = section(TemplateConfig, "how messages become ids")
+    template: TemplateConfig | None = key(None, "how messages become ids; null: as init has learned it, or baichuan2 where it has learned none")
     loss_on: Literal["answers", "last_answer", "everything"] = key("answers", "tokens that are learned: every answer with its end, the last one, or all tokens")
     over_length: Literal["drop", "truncate", "raise"] = key("drop", "a dialogue of more than sequence_length tokens: leave it out, cut its end off, or fail; counted in the report")
     ratio: str | None = key(None, "KEPT:DRAWN=a:b, such as zh:en=2:1: all rows of group KEPT, and b/a times as many of DRAWN; a smaller draw is part of a larger one. null: all rows")
@@ -98,7 +98,7 @@ class SFTConfig(PretrainConfig):
     """A fine-tuning run."""
 
     steps: int | None = key(None, "optimizer steps; null: as many as data.epochs take", ge=1, changeable=True)
-    init: str = key(..., "MODEL to start from: a run directory, or RUN@STEP", changeable=True)
+    init: str = key(..., "MODEL to start from: a run directory, RUN@STEP, or a Hugging Face folder", changeable=True)
     model: ModelConfig | None = key(None, "the architecture; null: that of init")
     data: SFTDataConfig = key(..., "the dialogues")
 

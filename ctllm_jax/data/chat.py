@@ -179,6 +179,11 @@ class ChatTemplate(ABC):
         """Hash of all that decides the ids of a dialogue but the tokenizer's treatment of its texts."""
         return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
 
+    @property
+    def markers(self) -> frozenset[int]:
+        """Ids that are no text: those that a dialogue is held together by."""
+        return self._markers
+
     def marker_names(self) -> dict[int, str]:
         """What to call the ids that are no text: the role that one stands before, or its piece."""
         ids = [*self._markers, *self.stop_ids]

@@ -21,6 +21,9 @@ from ctllm_jax.data.chat import ChatTemplate, Message, Part, Vocabulary
 # Of the private use area of Unicode: a template that holds one is refused.
 _OPEN, _CLOSE, _BEGIN_ANSWER, _END_ANSWER = "\ue000\ue001\ue002\ue003"
 _PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+TEMPLATE = "chat_template.jinja"
+NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+"""Settings that name a special token."""
 logger = logging.getLogger(__name__)
 
 
@@ -48,8 +51,8 @@ class JinjaTemplate(ChatTemplate):
         self._source, settings = _read(self.path)
         if re.search(f"[{_OPEN}-{_END_ANSWER}]", self._source):
             raise UserError(f"{self.path} holds a private-use character between U+E000 and U+E003")
-        self._special = vocabulary.special_tokens() | _added_tokens(settings)
-        self._names = {name: _token(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        self._special = vocabulary.special_tokens() | added_tokens(settings)
+        self._names = {name: token_text(settings.get(name)) for name in NAMES
                        if settings.get(name) is not None}
         super().__init__(vocabulary, self._special.values())
         self.kind = "jinja"
@@ -71,6 +74,11 @@ class JinjaTemplate(ChatTemplate):
     def to_jinja(self) -> str:
         """The template as it came."""
         return self._source
+
+    def write(self, messages: Sequence[Message], *, prompt: bool) -> str:
+        """The dialogue, or the prompt for its next answer, as the one text that Hugging Face tokenizes."""
+        return self._run([{"role": message.role, "content": message.content} for message in self._completed(messages)],
+                         prompt=prompt)
 
     def _identity(self) -> Any:
         return {"kind": self.kind, "source": self._source, "system": self.system, "special": self._special,
@@ -195,15 +203,26 @@ class JinjaTemplate(ChatTemplate):
             raise UserError(f"{self.path}: line {error.lineno} of the chat template: {error.message}") from None
 
 
-def _read(path: Path) -> tuple[str, dict]:
-    """The source of a template, and the settings of the tokenizer beside it."""
-    folder = path if path.is_dir() else path.parent
-    config = folder / "tokenizer_config.json"
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{config} is malformed: {error}") from None
-    file = folder / "chat_template.jinja" if path.is_dir() else path
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What stands beside a tokenizer: tokenizer_config.json, and what older layouts keep in files of their own."""
+    settings = _read_json(folder / "tokenizer_config.json")
+    named = _read_json(folder / "special_tokens_map.json")
+    settings = {name: named[name] for name in NAMES if name in named} | {
+        name: value for name, value in settings.items() if value is not None or name not in named}
+    known = settings.get("added_tokens_decoder") or {}
+    added = {str(index): {"content": name, "special": True}
+             for name, index in _read_json(folder / "added_tokens.json").items()}
+    return settings | {"added_tokens_decoder": added | known} if added or known else settings
+
+
+def read_template(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """The source of a template, None where a folder has none, and the settings of the tokenizer beside it.
+
+    Raises:
+      UserError: no such file, or a malformed one.
+    """
+    settings = read_settings(path if path.is_dir() else path.parent)
+    file = path / TEMPLATE if path.is_dir() else path
     if file.is_file():
         return file.read_text(encoding="utf-8"), settings
     if not path.is_dir():
@@ -211,16 +230,30 @@ def _read(path: Path) -> tuple[str, dict]:
     given = settings.get("chat_template")
     if isinstance(given, list):
         given = next((each["template"] for each in given if each["name"] == "default"), None)
-    if not given:
-        raise UserError(f"template.path={path} has no chat template: neither chat_template.jinja nor chat_template in "
+    return given or None, settings
+
+
+def _read(path: Path) -> tuple[str, dict[str, Any]]:
+    source, settings = read_template(path)
+    if source is None:
+        raise UserError(f"template.path={path} has no chat template: neither {TEMPLATE} nor chat_template in "
                         "tokenizer_config.json")
-    return given, settings
+    return source, settings
 
 
-def _token(given: str | dict) -> str:
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is malformed: {error}") from None
+
+
+def token_text(given: str | dict) -> str:
+    """The text of a token, which settings give bare or with its properties."""
     return given["content"] if isinstance(given, dict) else given
 
 
-def _added_tokens(settings: dict) -> dict[str, int]:
+def added_tokens(settings: dict) -> dict[str, int]:
+    """Name -> id of the special tokens that settings add to a tokenizer."""
     added = settings.get("added_tokens_decoder") or {}
     return {token["content"]: int(index) for index, token in added.items() if token.get("special")}

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.config.sft import SFTDataConfig
+from ctllm_jax.config.sft import SFTDataConfig, TemplateConfig
 from ctllm_jax.data.batch import Batch, checked_rows, padding_row, stack_rows
 from ctllm_jax.data.chat import ChatTemplate, Rendered, open_template
 from ctllm_jax.data.conversations import Dialogue, read_conversations
@@ -55,7 +55,7 @@ class SFTData:
 
     def __init__(self, config: SFTDataConfig, *, tokenizer: Tokenizer, sequence_length: int, rows: int, seed: int,
                  vocab_size: int, keep_dialogues: bool = False):
-        self.template = open_template(config.template, tokenizer)
+        self.template = open_template(config.template or TemplateConfig(), tokenizer)
         found = tokenize_sources(config, self.template, sequence_length=sequence_length, seed=seed)
         self.examples, self._held_out, self.report = found.trained, found.held_out, found.report
         self.dialogues: list[Dialogue] | None = found.dialogues if keep_dialogues else None

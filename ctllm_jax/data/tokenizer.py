@@ -194,14 +194,20 @@ class JsonTokenizer(Tokenizer):
         return self._backend.id_to_token(token) or f"<id {token}>"
 
 
+def find_tokenizer(directory: Path) -> Path | None:
+    """The tokenizer's file in a run directory or a Hugging Face folder; None where there is none."""
+    found = (directory / name for name in ("tokenizer.model", "tokenizer.json"))
+    return next((path for path in found if path.is_file()), None)
+
+
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """The tokenizer in a SentencePiece .model or a tokenizer.json. UserError where it is missing or neither."""
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
-        if not found:
+        found = find_tokenizer(path)
+        if found is None:
             raise UserError(f"tokenizer {path} is a folder without tokenizer.model or tokenizer.json")
-        path = found[0]
+        path = found
     if path.suffix not in (".model", ".json"):
         raise UserError(f"tokenizer {path} must end in .model (SentencePiece) or .json (tokenizer.json)")
     try:

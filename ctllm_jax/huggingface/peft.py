@@ -11,12 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.lora import LoraConfig
+from ctllm_jax.huggingface.layout import MODULES
+from ctllm_jax.huggingface.shards import write_tensors
 
-MODULES = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj",
-           "out": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
-"""A projection's name here -> its module in a layer of transformers' Llama."""
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -43,16 +41,8 @@ def peft_config(lora: LoraConfig, *, projections: list[str], base_model: str) ->
 
 
 def write_peft(directory: Path, adapters: dict[str, dict[str, Any]], lora: LoraConfig, *, base_model: str) -> None:
-    """Write both files into a folder, which is made.
-
-    Raises:
-      UserError: the package safetensors is missing.
-    """
-    try:
-        from safetensors.numpy import save
-    except ImportError:
-        raise UserError("lora export needs the package safetensors: pip install 'ctllm-jax[hf]'") from None
+    """Write both files into a folder, which is made."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / WEIGHTS).write_bytes(save(to_peft(adapters), metadata={"format": "pt"}))
+    write_tensors(directory / WEIGHTS, to_peft(adapters))
     config = peft_config(lora, projections=list(adapters), base_model=base_model)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

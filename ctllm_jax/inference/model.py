@@ -20,14 +20,14 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.model import MeshConfig
 from ctllm_jax.config.sft import TemplateConfig
 from ctllm_jax.data.chat import ChatTemplate, Message, open_template
-from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from ctllm_jax.data.tokenizer import Tokenizer
 from ctllm_jax.inference.engine import Engine
 from ctllm_jax.inference.request import Request
 from ctllm_jax.inference.schedule import rounded
 from ctllm_jax.model.decoder import Decoder, init_params
 from ctllm_jax.model.parameters import decoder_parameters
 from ctllm_jax.training.checkpoint import find_checkpoint, load_params, load_whole, read_model_config
-from ctllm_jax.training.sft import check_template
+from ctllm_jax.training.sft import check_template, open_text
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def decode_completion(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence
 
 
 def load_model(model: str, *, dtype: str = "float32", mesh: MeshConfig | None = None) -> Model:
-    """The MODEL of a run directory or RUN@STEP, parameters in float32; a LoRA run's with its adapters merged.
+    """A MODEL (a run directory, RUN@STEP, a Hugging Face folder), parameters in float32, adapters merged.
 
     Args:
       dtype: what it computes in.
@@ -121,15 +121,7 @@ def load_model(model: str, *, dtype: str = "float32", mesh: MeshConfig | None = 
     """
     run_dir, kept = find_checkpoint(model)
     config = read_model_config(run_dir)
-    found = sorted(run_dir.glob("tokenizer.*"))
-    if not found:
-        raise UserError(f"{run_dir} has no tokenizer: it was trained on synthetic tokens, and has no text to write")
-    tokenizer = load_tokenizer(found[0])
-    known = kept.meta.get("template")
-    template = known and open_template(TemplateConfig(**known["config"]), tokenizer)
-    if known and template.fingerprint() != known["fingerprint"]:
-        raise UserError(f"{run_dir}: its template is not the one that it was tuned with: its tokenizer or its template "
-                        "file was changed")
+    tokenizer, template = open_text(kept)
     decoder = Decoder(config, dtype=jnp.dtype(dtype))
     rest = (tokenizer, kept.meta.get("prefix_id"), kept.meta.get("eod_id"), run_dir, kept.step, template)
     if mesh is None:

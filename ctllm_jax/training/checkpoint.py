@@ -32,13 +32,16 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.lora import LoraConfig
 from ctllm_jax.config.model import ModelConfig
 from ctllm_jax.config.pretrain import CheckpointConfig
+from ctllm_jax.huggingface import model as huggingface
+from ctllm_jax.huggingface.architecture import is_huggingface
+from ctllm_jax.huggingface.weights import Weights
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.model.lora import merge
 from ctllm_jax.training.state import State
 
 log = logging.getLogger(__name__)
 CHECKPOINTS, MILESTONES = "checkpoints", "milestones"
-TRASH = "trash"
+TRASH, HUGGINGFACE = "trash", "huggingface"
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class Kept:
 
     @property
     def run_dir(self) -> Path:
-        """The run that it is of."""
-        return self.path.parent.parent
+        """The run that it is of; a Hugging Face folder is its own."""
+        return self.path if self.kind == HUGGINGFACE else self.path.parent.parent
 
 
 class Checkpointer:
@@ -242,11 +245,13 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def list_checkpoints(run_dir: Path) -> list[Kept]:
-    """The finished checkpoints of a run, oldest first.
+    """The finished checkpoints of a run, oldest first; a Hugging Face folder is one, at step 0.
 
     Raises:
-      UserError: no run directory there.
+      UserError: no run directory there, or a Hugging Face folder that cannot be read.
     """
+    if is_huggingface(run_dir):
+        return [Kept(0, HUGGINGFACE, run_dir, huggingface.read_meta(run_dir), huggingface.weight_bytes(run_dir))]
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
     kept = []
@@ -261,7 +266,7 @@ def list_checkpoints(run_dir: Path) -> list[Kept]:
 
 
 def find_checkpoint(model: str) -> tuple[Path, Kept]:
-    """The run directory and the checkpoint that a MODEL names: a run directory (its newest), or RUN@STEP.
+    """The directory and the checkpoint that a MODEL names: a run (its newest), RUN@STEP, or a Hugging Face folder.
 
     Raises:
       UserError: no such run or step; the message lists the steps there are.
@@ -269,7 +274,8 @@ def find_checkpoint(model: str) -> tuple[Path, Kept]:
     name, at, wanted = model.rpartition("@")
     run_dir = Path(name if at and wanted.isdigit() else model)
     if not run_dir.is_dir():
-        raise UserError(f"no model {model}: {run_dir} is no directory (a MODEL is a run directory, or RUN@STEP)")
+        raise UserError(f"no model {model}: {run_dir} is no directory (a MODEL is a run directory, RUN@STEP,"
+                        " or a Hugging Face folder)")
     kept = list_checkpoints(run_dir)
     steps = sorted({checkpoint.step for checkpoint in kept})
     if not kept:
@@ -282,7 +288,9 @@ def find_checkpoint(model: str) -> tuple[Path, Kept]:
 
 
 def read_model_config(run_dir: Path) -> ModelConfig:
-    """The architecture of a run."""
+    """The architecture of a run, or of a Hugging Face folder."""
+    if is_huggingface(run_dir):
+        return huggingface.read_config(run_dir)
     raw = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     return ModelConfig(**raw["model"])
 
@@ -340,13 +348,15 @@ def load_params(checkpoint: Kept, abstract_params: Any, *, base: str | None = No
     """
     if checkpoint.meta.get("lora") is not None:
         return _load_merged(checkpoint, abstract_params, base=base)
+    here = checkpoint.kind == HUGGINGFACE
+    weights = Weights(checkpoint.path, read_model_config(checkpoint.path)) if here else None
     kept, wanted = (_flatten(jax.tree.map(lambda x: list(x.shape), tree))
-                    for tree in (_read_tree(checkpoint), abstract_params))
+                    for tree in (weights.shapes() if here else read_tree(checkpoint), abstract_params))
     differing = [f"{name}: {kept.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
                  for name in sorted({*kept, *wanted}) if kept.get(name) != wanted.get(name)]
     if differing:
         raise UserError("\n  ".join([f"the weights of {checkpoint.path} are of another model:", *differing]))
-    return _restore(checkpoint, abstract_params)
+    return weights.load(abstract_params) if here else _restore(checkpoint, abstract_params)
 
 
 def load_whole(checkpoint: Kept, *, base: str | None = None) -> Any:
@@ -363,7 +373,7 @@ def load_adapters(checkpoint: Kept, placed: Any = None) -> dict[str, dict[str, j
     if isinstance(placed, jax.sharding.NamedSharding):
         placed = sharding.replicated(placed.mesh)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=placed),
-                            _read_tree(checkpoint))
+                            read_tree(checkpoint))
     return _restore(checkpoint, abstract)["blocks"]
 
 
@@ -384,7 +394,7 @@ def _load_merged(checkpoint: Kept, abstract_params: Any, *, base: str | None) ->
     return params
 
 
-def _read_tree(checkpoint: Kept) -> Any:
+def read_tree(checkpoint: Kept) -> Any:
     """Shapes and dtypes of what is kept."""
     return ocp.PyTreeCheckpointHandler().metadata((checkpoint.path / "params").absolute()).tree
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from ctllm_jax.config.dpo import DPOConfig, PreferenceLossConfig
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.config.sft import TemplateConfig
 from ctllm_jax.data.batch import Batch
 from ctllm_jax.data.chat import open_template
 from ctllm_jax.data.preference import PreferenceData
 from ctllm_jax.data.tokenizer import load_tokenizer
+from ctllm_jax.huggingface.tokenizer import kept_template
 from ctllm_jax.losses.preference import KINDS, Answers, pair_logps, preference_loss
 from ctllm_jax.model.decoder import Decoder
 from ctllm_jax.model.lora import lora_parameters
@@ -52,9 +52,11 @@ def open_preferences(config: DPOConfig, *, keep_pairs: bool = False) -> Preferen
     tokenizer = load_tokenizer(config.data.tokenizer or tokenizer_of(source, config.init))
     known = kept.meta.get("template")
     if config.data.template is None and not known:
-        raise UserError(f"init={config.init} was not taught to answer and has no template: tune it first"
-                        " (launch.py sft), or give data.template")
-    template_config = config.data.template or TemplateConfig(**known["config"])
+        problem = kept.meta.get("template_problem")
+        why = f"has a chat template that cannot be trained with ({problem})" if problem else (
+            "was not taught to answer and has no template")
+        raise UserError(f"init={config.init} {why}: tune it first (launch.py sft), or give data.template")
+    template_config = config.data.template or kept_template(source, known)
     template = open_template(template_config, tokenizer)
     check_template(known, template_config, template, name=f"init={config.init}", field="data.template")
     data = PreferenceData(config.data, template=template, tokenizer=tokenizer,

@@ -12,6 +12,8 @@ import jax
 import yaml
 
 from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.data.tokenizer import find_tokenizer
+from ctllm_jax.huggingface.tokenizer import SETTINGS
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.model.lora import attach
 from ctllm_jax.training.checkpoint import Kept, write_weights
@@ -43,8 +45,10 @@ def write_merged(checkpoint: Kept, params: Any, directory: Path) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_weights(directory, params, meta={name: value for name, value in checkpoint.meta.items() if name != "lora"})
-    for tokenizer in checkpoint.run_dir.glob("tokenizer.*"):
+    if (tokenizer := find_tokenizer(checkpoint.run_dir)) is not None:
         shutil.copyfile(tokenizer, directory / tokenizer.name)
+    if (checkpoint.run_dir / SETTINGS).is_dir():
+        shutil.copytree(checkpoint.run_dir / SETTINGS, directory / SETTINGS)
     # Last: a folder is a run directory once it has its config.
     config = yaml.safe_load((checkpoint.run_dir / "config.yaml").read_text(encoding="utf-8"))
     config |= {"lora": None, "run": {"dir": str(directory)}}

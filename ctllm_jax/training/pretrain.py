@@ -27,6 +27,7 @@ from ctllm_jax.config.load import changeable_paths, to_yaml
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.data.batch import Batch, BatchSource, Preference
 from ctllm_jax.data.pretrain import open_training_data
+from ctllm_jax.huggingface.tokenizer import keep_settings
 from ctllm_jax.losses.cross_entropy import chunked_cross_entropy
 from ctllm_jax.model.decoder import Decoder, head_weights, init_table
 from ctllm_jax.model.flops import flops_per_token
@@ -304,7 +305,7 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
             state = state.replace(params=weights)
         else:
             frozen = weights
-    _write_run_files(config, directory, data.tokenizer_path)
+    _write_run_files(config, directory, data.tokenizer_path, template=(meta or {}).get("template"))
     stage("compiling the train step")
     began = time.perf_counter()
     compiled = plan.compile()
@@ -391,7 +392,8 @@ def _like_params(tree: Any, params: Any, shardings: Any, otherwise: NamedShardin
     return jax.tree.map(lambda node: shardings if is_params(node) else otherwise, tree, is_leaf=is_params)
 
 
-def _write_run_files(config: PretrainConfig, directory: Path, tokenizer: Path | None) -> None:
+def _write_run_files(config: PretrainConfig, directory: Path, tokenizer: Path | None, *,
+                     template: dict[str, Any] | None) -> None:
     if jax.process_index() != 0:
         return
     (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -400,3 +402,4 @@ def _write_run_files(config: PretrainConfig, directory: Path, tokenizer: Path | 
         target = directory / ("tokenizer" + tokenizer.suffix)
         if not target.exists() or target.read_bytes() != tokenizer.read_bytes():
             shutil.copyfile(tokenizer, target)
+        keep_settings(directory, tokenizer=tokenizer, template=template and template["config"]["path"])

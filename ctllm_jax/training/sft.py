@@ -10,11 +10,12 @@ from pydantic import ValidationError
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.config.sft import SFTConfig, TemplateConfig
-from ctllm_jax.data.chat import ChatTemplate
+from ctllm_jax.data.chat import ChatTemplate, open_template
 from ctllm_jax.data.sft import SFTData
-from ctllm_jax.data.tokenizer import load_tokenizer
+from ctllm_jax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from ctllm_jax.huggingface.tokenizer import kept_template
 from ctllm_jax.model.lora import lora_parameters
-from ctllm_jax.training.checkpoint import find_checkpoint, read_model_config
+from ctllm_jax.training.checkpoint import Kept, find_checkpoint, read_model_config
 
 Config = TypeVar("Config", bound=PretrainConfig)
 
@@ -42,10 +43,16 @@ def open_tuning(config: SFTConfig, *, keep_dialogues: bool = False) -> Tuning:
     if config.lora is not None:
         lora_parameters(model, config.lora)  # before the data, which may take minutes
     tokenizer = load_tokenizer(config.data.tokenizer or tokenizer_of(source, config.init))
+    known = kept.meta.get("template")
+    if config.data.template is None:
+        if kept.meta.get("template_problem"):
+            raise UserError(f"init={config.init} has a chat template that cannot be trained with"
+                            f" ({kept.meta['template_problem']}): give data.template")
+        template = kept_template(source, known) or TemplateConfig()
+        config = config.model_copy(update={"data": config.data.model_copy(update={"template": template})})
     data = SFTData(config.data, tokenizer=tokenizer, sequence_length=config.batch.sequence_length,
                    rows=config.batch.rows, seed=config.seed, vocab_size=model.vocab_size,
                    keep_dialogues=keep_dialogues)
-    known = kept.meta.get("template")
     check_template(known, config.data.template, data.template, name=f"init={config.init}", field="data.template")
     whole = completed(config, model=model.model_dump(), steps=config.steps or data.steps)
     template = {"config": config.data.template.model_dump(mode="json"), "fingerprint": data.template.fingerprint()}
@@ -79,9 +86,27 @@ def completed(config: Config, **found: Any) -> Config:
                                   for detail in error.errors(include_url=False))) from None
 
 
+def open_text(checkpoint: Kept) -> tuple[Tokenizer, ChatTemplate | None]:
+    """The tokenizer of a checkpoint, and the template that it has learned.
+
+    Raises:
+      UserError: there is no tokenizer, or the template is not the one that the checkpoint was tuned with.
+    """
+    run_dir = checkpoint.run_dir
+    found = find_tokenizer(run_dir)
+    if found is None:
+        raise UserError(f"{run_dir} has no tokenizer: it was trained on synthetic tokens, and has no text to write")
+    tokenizer, known = load_tokenizer(found), checkpoint.meta.get("template")
+    template = known and open_template(kept_template(run_dir, known), tokenizer)
+    if known and template.fingerprint() != known["fingerprint"]:
+        raise UserError(f"{run_dir}: its template is not the one that it was tuned with: its tokenizer or its template "
+                        "file was changed")
+    return tokenizer, template or None
+
+
 def tokenizer_of(directory: Path, name: str) -> str:
     """The tokenizer's file in the run directory of the MODEL `name`; UserError where there is none."""
-    found = sorted(directory.glob("tokenizer.*"))
-    if not found:
+    found = find_tokenizer(directory)
+    if found is None:
         raise UserError(f"init={name} has no tokenizer: it was trained on synthetic tokens; give data.tokenizer")
-    return str(found[0])
+    return str(found)

@@ -12,7 +12,7 @@ from tests.cli.conftest import call
 from tests.runs import REPOSITORY
 
 SCHEMAS = [(command, schema) for command in COMMANDS
-           for module in [importlib.import_module(f"ctllm_jax.cli.{command}")]
+           for module in [importlib.import_module(f"ctllm_jax.cli.{command.replace('-', '_')}")]
            for schema in (module.ACTIONS.values() if hasattr(module, "ACTIONS") else [module.SCHEMA]) if schema]
 
 

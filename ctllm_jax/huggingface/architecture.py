@@ -1,0 +1,193 @@
+"""config.json of the Llama family, in and out: Llama, Mistral and dense Qwen2 are our decoder with other switches.
+
+Whatever our decoder cannot compute is refused by its key, before a weight is read. No jax here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.model import ModelConfig
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
+"""The classes of transformers that our decoder computes, and their `model_type`."""
+_DEFAULTS = {  # what the class of transformers takes where config.json is silent
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "sliding_window": None},
+    "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 4096 * 32, "sliding_window": 4096,
+                "num_key_value_heads": 8},
+    "qwen2": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "sliding_window": 4096,
+              "num_key_value_heads": 32},
+}
+
+
+def is_huggingface(directory: Path) -> bool:
+    """Whether a folder is a model in Hugging Face's layout, and no run directory."""
+    return (directory / CONFIG).is_file() and not (directory / "config.yaml").is_file()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file. UserError where it is malformed."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is malformed: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, and holds {type(content).__name__}")
+    return content
+
+
+def read_model_config(directory: Path, *, vocab_size: int) -> ModelConfig:
+    """The architecture of a Hugging Face folder; the embedding keeps its number of rows.
+
+    Args:
+      vocab_size: ids that the tokenizer can give; rows beyond them are padding. At most `embedding_rows`.
+
+    Raises:
+      UserError: an architecture that is none of ARCHITECTURES, or keys that our decoder cannot compute: each named.
+    """
+    path, given = directory / CONFIG, read_json(directory / CONFIG)
+    kind = _architecture(path, given)
+    problems = _refused(given, kind)
+    if problems:
+        raise UserError("\n  ".join([f"{path} describes a model that this decoder cannot compute:", *problems]))
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    missing = [name for name in needed if not isinstance(given.get(name), int)]
+    if missing:
+        raise UserError(f"{path} must give {', '.join(missing)} as whole numbers")
+    known = _DEFAULTS[kind] | {name: value for name, value in given.items() if value is not None
+                               or name == "sliding_window"}
+    rows, heads = given["vocab_size"], given["num_attention_heads"]
+    try:
+        return ModelConfig(
+            vocab_size=vocab_size, vocab_multiple=_multiple(vocab_size, rows), hidden_size=given["hidden_size"],
+            num_layers=given["num_hidden_layers"], num_heads=heads,
+            num_kv_heads=known.get("num_key_value_heads", heads),
+            head_dim=known.get("head_dim", given["hidden_size"] // heads), ffn_size=given["intermediate_size"],
+            tie_embeddings=known.get("tie_word_embeddings", False), rope_theta=_rope(given).get("rope_theta", 10_000.0),
+            norm_eps=known["rms_norm_eps"], qkv_bias=kind == "qwen2", sliding_window=_window(known, kind),
+            init_std=known.get("initializer_range", 0.02) or 0.02, context_length=known["max_position_embeddings"])
+    except ValidationError as error:
+        raise UserError("\n  ".join([f"{path} is no architecture:", *(
+            f"{'.'.join(map(str, each['loc'])) or 'model'}: {each['msg']}"
+            for each in error.errors(include_url=False))])) from None
+
+
+def embedding_rows(directory: Path) -> int:
+    """Rows of the embedding, padding included. UserError where config.json does not say."""
+    rows = read_json(directory / CONFIG).get("vocab_size")
+    if not isinstance(rows, int):
+        raise UserError(f"{directory / CONFIG} must give vocab_size as a whole number")
+    return rows
+
+
+def describe_architecture(config: ModelConfig, *, rows: int, dtype: str, ids: dict[str, Any]) -> dict[str, Any]:
+    """config.json as both version 4 and version 5 of transformers read it.
+
+    Args:
+      config: the architecture; biases make it a Qwen2, a window without them a Mistral, else it is a Llama.
+      rows: of the embedding, as it is written.
+      dtype: of the weights.
+      ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
+    """
+    kind = "qwen2" if config.qkv_bias else "llama" if config.sliding_window is None else "mistral"
+    written = {
+        "architectures": [next(name for name, each in ARCHITECTURES.items() if each == kind)],
+        "model_type": kind, "vocab_size": rows, "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_size, "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim, "hidden_act": "silu", "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta, "rope_scaling": None, "max_position_embeddings": config.context_length,
+        "tie_word_embeddings": config.tie_embeddings, "initializer_range": config.init_std, "attention_dropout": 0.0,
+        "use_cache": True, "torch_dtype": dtype, "dtype": dtype, **ids,
+    }
+    if kind == "llama":
+        written |= {"attention_bias": False, "mlp_bias": False}
+    if kind == "mistral":
+        written |= {"sliding_window": config.sliding_window}
+    if kind == "qwen2":
+        # Layers from max_window_layers on have the window: from the first on all of them, or none.
+        window = config.sliding_window
+        written |= {"use_sliding_window": window is not None, "sliding_window": window,
+                    "max_window_layers": config.num_layers if window is None else 0}
+    return written
+
+
+def _architecture(path: Path, given: dict[str, Any]) -> str:
+    names = given.get("architectures") or []
+    by_type = {kind: name for name, kind in ARCHITECTURES.items()}
+    if not names and given.get("model_type") in by_type:
+        names = [by_type[given["model_type"]]]
+    if len(names) != 1 or names[0] not in ARCHITECTURES:
+        found = ", ".join(map(str, names)) or f"model_type {given.get('model_type')}"
+        raise UserError(f"{path}: the architecture {found} is not known; there are {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[names[0]]
+
+
+def _refused(given: dict[str, Any], kind: str) -> list[str]:
+    """A line for each key whose value our decoder does not have."""
+    problems = []
+
+    def refuse(name: str, why: str) -> None:
+        problems.append(f"{name}={json.dumps(given.get(name))}: {why}")
+
+    if given.get("quantization_config"):
+        refuse("quantization_config", "weights must be float32, bfloat16 or float16")
+    if given.get("hidden_act", "silu") not in ("silu", "swish"):
+        refuse("hidden_act", "the feed-forward is SwiGLU, with silu")
+    if kind == "llama" and given.get("attention_bias"):
+        refuse("attention_bias", "the attention's output has no bias (Qwen2's, on query, key and value, are known)")
+    if kind == "llama" and given.get("mlp_bias"):
+        refuse("mlp_bias", "the feed-forward has no bias")
+    name = "rope_parameters" if given.get("rope_parameters") else "rope_scaling"
+    scaling = given.get(name) or {}
+    if not isinstance(scaling, dict) or (scaling.get("rope_type") or scaling.get("type") or "default") != "default":
+        refuse(name, "positions are not scaled, and each layer has the same frequencies")
+    elif not isinstance(_rope(given).get("rope_theta", 1.0), (int, float)):
+        refuse(name, "rope_theta must be a number")
+    for source in (given, scaling if isinstance(scaling, dict) else {}):
+        if source.get("partial_rotary_factor", 1.0) != 1.0:
+            problems.append(f"partial_rotary_factor={source['partial_rotary_factor']}: the whole head is rotated")
+    if kind == "qwen2":
+        windows = _layer_windows(_DEFAULTS[kind] | given)
+        if windows is None:
+            names = "layer_types" if given.get("layer_types") else "max_window_layers"
+            refuse(names, "the sliding window is that of every layer, or of none")
+    elif kind == "mistral" and len(set(given.get("layer_types") or ())) > 1:
+        refuse("layer_types", "the sliding window is that of every layer, or of none")
+    return problems
+
+
+def _rope(given: dict[str, Any]) -> dict[str, Any]:
+    """The keys of RoPE, wherever this version of transformers put them."""
+    top = {"rope_theta": given["rope_theta"]} if given.get("rope_theta") is not None else {}
+    return top | {name: value for name, value in (given.get("rope_parameters") or {}).items() if value is not None}
+
+
+def _layer_windows(known: dict[str, Any]) -> bool | None:
+    """Whether all layers of a Qwen2 have the window; None: only some."""
+    if not known.get("use_sliding_window") or known.get("sliding_window") is None:
+        return False
+    layers = known.get("num_hidden_layers") or 0
+    kinds = known.get("layer_types")
+    windowed = ([kind == "sliding_attention" for kind in kinds] if kinds
+                else [layer >= known.get("max_window_layers", 28) for layer in range(layers)])
+    return windowed[0] if len(set(windowed)) == 1 else None
+
+
+def _window(known: dict[str, Any], kind: str) -> int | None:
+    if kind == "llama" or kind == "qwen2" and not _layer_windows(known):
+        return None
+    return known["sliding_window"]
+
+
+def _multiple(vocab_size: int, rows: int) -> int:
+    """A `vocab_multiple` that pads `vocab_size` to `rows`: 128 where it does."""
+    return next(multiple for multiple in (128, 64, 1, rows) if -(-vocab_size // multiple) * multiple == rows)

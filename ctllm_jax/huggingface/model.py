@@ -1,0 +1,43 @@
+"""A Hugging Face folder as a MODEL: what its architecture is, and what a checkpoint of ours would say of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from ctllm_jax.config.model import ModelConfig
+from ctllm_jax.huggingface.architecture import CONFIG, embedding_rows, read_model_config
+from ctllm_jax.huggingface.shards import ShardReader
+from ctllm_jax.huggingface.tokenizer import read_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """The architecture. UserError as `architecture.read_model_config` and `tokenizer.read_tokenizer`."""
+    read_model_config(directory, vocab_size=embedding_rows(directory))  # what is refused, before a tokenizer is read
+    return read_model_config(directory, vocab_size=read_tokenizer(directory, rows=embedding_rows(directory)).size)
+
+
+def read_meta(directory: Path) -> dict[str, Any]:
+    """`meta` of the checkpoint that the folder is: its ids and its template; the fingerprint is of its weights.
+
+    Raises:
+      UserError: an architecture, weights or a tokenizer that cannot be read.
+    """
+    read_model_config(directory, vocab_size=embedding_rows(directory))
+    reader = ShardReader(directory)
+    origin = read_tokenizer(directory, rows=embedding_rows(directory))
+    if origin.problem:
+        logger.warning("the chat template of %s is not used: %s", directory, origin.problem)
+    config = hashlib.sha256((directory / CONFIG).read_bytes()).hexdigest()
+    return {"step": 0, "tokens": 0, "steps": 0, "init": None, "eod_id": origin.eod_id, "prefix_id": origin.prefix_id,
+            "template": origin.template, "template_problem": origin.problem,
+            "fingerprint": {"huggingface": {"config_sha256": config, "weights_sha256": reader.identity()}}}
+
+
+def weight_bytes(directory: Path) -> int:
+    """Size of the weights on the disk."""
+    return sum(path.stat().st_size for path in ShardReader(directory).files)
