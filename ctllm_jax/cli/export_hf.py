@@ -17,7 +17,7 @@ USAGE = """
 usage: python launch.py export-hf MODEL output=DIR [key=value …] [--dry-run]
 
 DIR gets safetensors, config.json, generation_config.json, the tokenizer and its chat template, as transformers (4 and
-5), vLLM and others load them. What is written is read back and compared, and the tokenizer is tried, before DIR is there.
+5), vLLM and others load them. What is written is read back and compared, and the tokenizer is tried, before DIR exists.
   python launch.py export-hf runs/chat output=chat-hf dtype=bfloat16
   python launch.py export-hf runs/chat-lora output=chat-hf
   python launch.py export-hf runs/chat-lora output=chat-peft adapters=true base_model=m-a-p/CT-LLM-Base

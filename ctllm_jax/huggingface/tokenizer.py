@@ -27,7 +27,8 @@ PROBES = (
     "The quick brown fox jumps over 13 lazy dogs, doesn't it?", "价格是￥3,999.50，约合 $550 (USD)。",
     "def f(x):\n    return {'a': [1, 2], \"b\": x**2}  # 注释\n", "if (i<n&&j>=0){\n\ta[i]+=1;\n}\r\n",
     "😀👩‍👩‍👧‍👦🇨🇳 ❤️", "龘靐齉䨻 ꙮ ʘ\u0301 ½ ﬁ Ａ", "a  b   c\t\td\n\n\n  e", "行一\n行二\n\n　　全角空格",
-    "1234567890 3.14159e-10", "https://example.com/a?b=c&d=%E4%BD%A0", "Ünïcödé naïve Ελληνικά Русский العربية हिन्दी 日本語 한국어",
+    "1234567890 3.14159e-10", "https://example.com/a?b=c&d=%E4%BD%A0",
+    "Ünïcödé naïve Ελληνικά Русский العربية हिन्दी 日本語 한국어",
     "end with space ",
 )
 """Texts that an exported tokenizer must give our ids for."""
@@ -161,7 +162,7 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, template: ChatTemplat
     _write_json(directory / "tokenizer_config.json", written)
     by_name = {name: index for index, name in names.items()}
     known = {f"{name}_id": by_name[found[name]] for name in NAMES[:3] if found.get(name) in by_name}
-    if eod_id is not None and template is None:
+    if eod_id is not None:
         known["eos_token_id"] = eod_id
     ends = list(dict.fromkeys(index for index in (*stops, eod_id) if index is not None))
     _write_json(directory / GENERATION, {**known, **({"eos_token_id": ends} if len(ends) > 1 else {}),

@@ -84,9 +84,8 @@ def read_parameter(checkpoint: Kept, path: str) -> np.ndarray:
         return leaf
 
     wanted = nest(ocp.RestoreArgs(restore_type=np.ndarray))
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        found = checkpointer.restore((checkpoint.path / "params").absolute(), args=ocp.args.PyTreeRestore(
-            item=nest(0), restore_args=wanted, partial_restore=True))
+    found = ocp.PyTreeCheckpointHandler().restore((checkpoint.path / "params").absolute(), args=ocp.args.PyTreeRestore(
+        item=nest(0), restore_args=wanted, partial_restore=True))
     return np.asarray(jax.tree.leaves(found)[0])
 
 
