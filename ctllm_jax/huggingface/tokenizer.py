@@ -201,9 +201,11 @@ def check_tokenizer(directory: Path, tokenizer: Tokenizer, template: ChatTemplat
             continue  # a template without a place for a system prompt
         theirs = written.encode(read.write(messages, prompt=True), add_special_tokens=False).ids
         if ours != theirs:
-            return [f"apply_chat_template gives {len(theirs)} ids where training had {len(ours)} for a dialogue that"
-                    f" begins {messages[0].content!r}: Hugging Face tokenizes the template's text together with the"
-                    " messages'"]
+            place = next((index for index, pair in enumerate(zip(ours, theirs, strict=False)) if len(set(pair)) > 1),
+                         min(len(ours), len(theirs)))
+            shown = [[written.id_to_token(index) for index in ids[place:place + 3]] for ids in (theirs, ours)]
+            return [f"apply_chat_template gives {shown[0]} where training had {shown[1]}, for a dialogue that begins"
+                    f" {messages[0].content!r}: Hugging Face tokenizes the template's text together with the messages'"]
     return []
 
 

@@ -101,13 +101,21 @@ def test_merged_is_the_same_model_without_its_base(tuned, tmp_path, monkeypatch)
     assert whole.status == 2 and "has no adapters: it is a whole model already" in whole.err
 
 
+def test_the_whole_model_is_exported_merged(tuned, tmp_path):
+    directory, _ = tuned
+    printed = call("export-hf", directory, f"output={tmp_path / 'hf'}")
+    assert printed.status == 0, printed.err
+    ours, exported = load_model(str(directory)), load_model(str(tmp_path / "hf"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, ours.params, exported.params))
+
+
 @pytest.mark.parity
 def test_an_export_is_what_the_disk_says(tuned, tmp_path):
     from safetensors.numpy import load_file
 
     directory, _ = tuned
-    printed = call("lora", "export", directory, f"output={tmp_path / 'peft'}", "base_model=some/base")
-    assert printed.status == 0 and "for the base model some/base" in printed.out, printed.err
+    printed = call("export-hf", directory, f"output={tmp_path / 'peft'}", "adapters=true", "base_model=some/base")
+    assert printed.status == 0 and "for the base model some/base; 28 tensors" in printed.out, printed.err
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     arrays = read_arrays(directory, load_model(str(directory)).step)
     assert len(tensors) == 2 * 7 * 2
@@ -138,9 +146,10 @@ def test_the_same_command_goes_on_bit_for_bit(tuned, command, tmp_path):
 
 
 def test_a_dry_run_writes_nothing(tuned, tmp_path):
-    for action in ("merge", "export"):
-        told = call("lora", action, tuned[0], f"output={tmp_path / 'out'}", "--dry-run")
-        assert told.status == 0 and f"would {action} the adapters" in told.out and not (tmp_path / "out").exists()
+    for words, what in ((["lora", "merge"], "would merge the adapters"),
+                        (["export-hf", "adapters=true"], "would export the adapters")):
+        told = call(*words, tuned[0], f"output={tmp_path / 'out'}", "--dry-run")
+        assert told.status == 0 and what in told.out and not (tmp_path / "out").exists()
 
 
 def test_a_base_that_moved(tuned, text_run, tmp_path):

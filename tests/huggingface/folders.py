@@ -16,10 +16,8 @@ IDS = 400
 
 SHAPES = {  # name -> (class of transformers, what differs)
     "llama": ("Llama", {"num_key_value_heads": 4}),
-    "llama-gqa-tied": ("Llama", {"tie_word_embeddings": True, "rope_theta": 5e5, "rms_norm_eps": 3e-6}),
-    "llama-head-dim": ("Llama", {"head_dim": 8}),
+    "llama-gqa-tied": ("Llama", {"tie_word_embeddings": True, "rope_theta": 5e5, "rms_norm_eps": 3e-6, "head_dim": 8}),
     "mistral": ("Mistral", {"sliding_window": 37, "rms_norm_eps": 1e-5}),
-    "mistral-full": ("Mistral", {"sliding_window": None, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2", {"rope_theta": 1e6, "sliding_window": 64, "max_window_layers": 1}),
     "qwen2-tied-window": ("Qwen2", {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 50,
                                     "max_window_layers": 0}),
