@@ -29,7 +29,7 @@ def run(context: Context) -> int:
     from rich.text import Text
 
     from ctllm_jax.cli.progress import stage_bars
-    from ctllm_jax.huggingface.architecture import is_huggingface
+    from ctllm_jax.huggingface.model import is_huggingface
 
     if len(context.targets) != 1:
         raise UserError("import-hf needs one DIR: a Hugging Face folder")
@@ -40,7 +40,6 @@ def run(context: Context) -> int:
             "is a run directory already" if (directory / "config.yaml").is_file() else "has no config.json")
         raise UserError(f"{directory} is no Hugging Face model: it {what}")
     from ctllm_jax.huggingface import model
-    from ctllm_jax.huggingface.weights import Weights
     from ctllm_jax.model.parameters import count_parameters
     from ctllm_jax.training.conversion import check_new, import_model
 
@@ -48,7 +47,7 @@ def run(context: Context) -> int:
     architecture = model.read_config(directory)
     told = f"{count_parameters(architecture):,} parameters, {architecture.vocab_size:,} ids in"
     if context.dry_run:
-        Weights(directory, architecture), model.read_meta(directory)
+        model.open_weights(directory), model.read_meta(directory)
         context.console.print(Text(f"would import {directory} into {output}: {told} {architecture.padded_vocab_size:,}"
                                    " rows"))
         return 0

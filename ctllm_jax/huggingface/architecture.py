@@ -26,11 +26,6 @@ _DEFAULTS = {  # what the class of transformers takes where config.json is silen
 }
 
 
-def is_huggingface(directory: Path) -> bool:
-    """Whether a folder is a model in Hugging Face's layout, and no run directory."""
-    return (directory / CONFIG).is_file() and not (directory / "config.yaml").is_file()
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file. UserError where it is malformed."""
     if not path.is_file():

@@ -11,14 +11,25 @@ from ctllm_jax.config.model import ModelConfig
 from ctllm_jax.huggingface.architecture import CONFIG, embedding_rows, read_model_config
 from ctllm_jax.huggingface.shards import ShardReader
 from ctllm_jax.huggingface.tokenizer import read_tokenizer
+from ctllm_jax.huggingface.weights import Weights
 
 logger = logging.getLogger(__name__)
+
+
+def is_huggingface(directory: Path) -> bool:
+    """Whether a folder is a model in Hugging Face's layout, and no run directory."""
+    return (directory / CONFIG).is_file() and not (directory / "config.yaml").is_file()
 
 
 def read_config(directory: Path) -> ModelConfig:
     """The architecture. UserError as `architecture.read_model_config` and `tokenizer.read_tokenizer`."""
     read_model_config(directory, vocab_size=embedding_rows(directory))  # what is refused, before a tokenizer is read
     return read_model_config(directory, vocab_size=read_tokenizer(directory, rows=embedding_rows(directory)).size)
+
+
+def open_weights(directory: Path) -> Weights:
+    """The weights, checked by name and shape. UserError as `weights.Weights`."""
+    return Weights(directory, read_config(directory))
 
 
 def read_meta(directory: Path) -> dict[str, Any]:

@@ -18,8 +18,9 @@ def to_tokenizer_json(path: Path, *, prefix_id: int | None, talks: bool) -> dict
     Args:
       path: the .model.
       prefix_id: BOS, if it is to be put before every text; None: nothing is.
-      talks: the dummy prefix, if the model has one, is for the beginning of a text alone, and not behind the markers of
-        a dialogue. (A text that begins with a space then has one space less than SentencePiece gives it.)
+      talks: the dummy prefix, if the model has one, is not to stand behind the markers of a dialogue. (It is then for
+        the beginning alone, as with symbols of the user's own, and a text that begins with a space has one space less
+        than SentencePiece gives it.)
 
     Raises:
       UserError: a model of another kind than BPE, or options that tokenizer.json has no counterpart of.
@@ -41,7 +42,7 @@ def to_tokenizer_json(path: Path, *, prefix_id: int | None, talks: bool) -> dict
     prefix = normalizer.add_dummy_prefix
     normalizers: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
     pre_tokenizer = None
-    if prefix and talks:
+    if prefix and (talks or any(piece.type == _USER_DEFINED for piece in pieces)):
         pre_tokenizer = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": "first", "split": False}
         normalizers = []
     elif prefix:
@@ -50,9 +51,11 @@ def to_tokenizer_json(path: Path, *, prefix_id: int | None, talks: bool) -> dict
                 {"type": "Fuse"}]
     if prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    # A symbol is looked for after normalization: with a space as such it is never found.
     added = [{"id": index, "content": piece.piece, "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False, "special": piece.type != _USER_DEFINED}
-             for index, piece in enumerate(pieces) if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)]
+              "normalized": _SPACE in piece.piece, "special": piece.type != _USER_DEFINED}
+             for index, piece in enumerate(pieces)
+             if piece.type in (_UNKNOWN, _CONTROL) or piece.type == _USER_DEFINED and " " not in piece.piece]
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
         "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,

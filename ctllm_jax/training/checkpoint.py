@@ -33,8 +33,6 @@ from ctllm_jax.config.lora import LoraConfig
 from ctllm_jax.config.model import ModelConfig
 from ctllm_jax.config.pretrain import CheckpointConfig
 from ctllm_jax.huggingface import model as huggingface
-from ctllm_jax.huggingface.architecture import is_huggingface
-from ctllm_jax.huggingface.weights import Weights
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.model.lora import merge
 from ctllm_jax.training.state import State
@@ -250,7 +248,7 @@ def list_checkpoints(run_dir: Path) -> list[Kept]:
     Raises:
       UserError: no run directory there, or a Hugging Face folder that cannot be read.
     """
-    if is_huggingface(run_dir):
+    if huggingface.is_huggingface(run_dir):
         return [Kept(0, HUGGINGFACE, run_dir, huggingface.read_meta(run_dir), huggingface.weight_bytes(run_dir))]
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
@@ -289,7 +287,7 @@ def find_checkpoint(model: str) -> tuple[Path, Kept]:
 
 def read_model_config(run_dir: Path) -> ModelConfig:
     """The architecture of a run, or of a Hugging Face folder."""
-    if is_huggingface(run_dir):
+    if huggingface.is_huggingface(run_dir):
         return huggingface.read_config(run_dir)
     raw = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     return ModelConfig(**raw["model"])
@@ -348,15 +346,14 @@ def load_params(checkpoint: Kept, abstract_params: Any, *, base: str | None = No
     """
     if checkpoint.meta.get("lora") is not None:
         return _load_merged(checkpoint, abstract_params, base=base)
-    here = checkpoint.kind == HUGGINGFACE
-    weights = Weights(checkpoint.path, read_model_config(checkpoint.path)) if here else None
+    weights = huggingface.open_weights(checkpoint.path) if checkpoint.kind == HUGGINGFACE else None
     kept, wanted = (_flatten(jax.tree.map(lambda x: list(x.shape), tree))
-                    for tree in (weights.shapes() if here else read_tree(checkpoint), abstract_params))
+                    for tree in (weights.shapes() if weights else read_tree(checkpoint), abstract_params))
     differing = [f"{name}: {kept.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
                  for name in sorted({*kept, *wanted}) if kept.get(name) != wanted.get(name)]
     if differing:
         raise UserError("\n  ".join([f"the weights of {checkpoint.path} are of another model:", *differing]))
-    return weights.load(abstract_params) if here else _restore(checkpoint, abstract_params)
+    return weights.load(abstract_params) if weights else _restore(checkpoint, abstract_params)
 
 
 def load_whole(checkpoint: Kept, *, base: str | None = None) -> Any:

@@ -59,9 +59,9 @@ def import_model(directory: Path, output: Path, *, template: bool = True, vocab_
     Raises:
       UserError: a folder that is no model of ours; nothing is written.
     """
-    source = huggingface.read_config(directory)
+    weights, meta = huggingface.open_weights(directory), huggingface.read_meta(directory)
+    source = weights.config
     config = source if vocab_multiple is None else source.model_copy(update={"vocab_multiple": vocab_multiple})
-    weights, meta = Weights(directory, source), huggingface.read_meta(directory)
     rows = None if config == source else config.padded_vocab_size
     if not template:
         meta |= {"template": None, "template_problem": None}

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ctllm_jax.config.lora import LoraConfig
-from ctllm_jax.huggingface.weights import Weights
+from ctllm_jax.huggingface.model import open_weights
 from ctllm_jax.model.lora import merge
 from ctllm_jax.training.checkpoint import (
     HUGGINGFACE,
@@ -21,7 +21,6 @@ from ctllm_jax.training.checkpoint import (
     Kept,
     find_base,
     load_adapters,
-    read_model_config,
     read_tree,
 )
 
@@ -48,7 +47,7 @@ def stream_parameters(checkpoint: Kept, *, base: str | None = None) -> Iterator[
     """
     if checkpoint.meta.get("lora") is None:
         if checkpoint.kind == HUGGINGFACE:
-            weights = Weights(checkpoint.path, read_model_config(checkpoint.path))
+            weights = open_weights(checkpoint.path)
             yield from ((path, weights.read(path)) for path in weights.pieces)
         else:
             for path, _ in _leaves(read_tree(checkpoint)):
@@ -71,7 +70,7 @@ def parameter_dtypes(checkpoint: Kept, *, base: str | None = None) -> dict[str, 
         return {path: np.dtype(np.float32) if path in adapted else dtype
                 for path, dtype in parameter_dtypes(found).items()}
     if checkpoint.kind == HUGGINGFACE:
-        weights = Weights(checkpoint.path, read_model_config(checkpoint.path))
+        weights = open_weights(checkpoint.path)
         return {path: weights.dtype(path) for path in weights.pieces}
     return {path: np.dtype(leaf.dtype) for path, leaf in _leaves(read_tree(checkpoint))}
 

@@ -26,7 +26,8 @@ from tests.huggingface.folders import CHATML, IDS, edit, make_folder
 pytestmark = pytest.mark.parity
 MESSAGES = [{"role": "user", "content": "今天天气3，the model?"}, {"role": "assistant", "content": " 去公园\n散步。"},
             {"role": "user", "content": "好 naïve 😀"}]
-SMALL = ["compute.scan_layers=true", "batch.tokens=512", "batch.sequence_length=64", "sample.every=0", "log.report=false", "log.every=1"]
+SMALL = ["compute.scan_layers=true", "batch.tokens=512", "batch.sequence_length=64", "sample.every=0",
+         "log.report=false", "log.every=1"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def qwen(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chain(qwen, tmp_path_factory):
-    """Imported, tuned with its own template, with preferences, and exported; {name: (directory, what was printed)}."""
+    """Imported, tuned with its own template, then with preferences, and exported: name -> (directory, printed)."""
     folder = tmp_path_factory.mktemp("chain")
     data = write_dialogues(folder / "zh.jsonl")
     pairs = write_pairs(folder / "pairs.jsonl", ["去公园散步。", "天气不错。"])
@@ -50,7 +51,8 @@ def chain(qwen, tmp_path_factory):
         "sft": ["sft", "quickstart/sft", f"init={folder / 'run'}", f"data.sources.zh={data}", "data.template=null",
                 "evaluation.every=0", "steps=3", f"run.dir={folder / 'sft'}", *SMALL],
         "dpo": ["dpo", "quickstart/dpo", f"init={folder / 'sft'}", f"data.sources.zh.path={pairs}", "steps=2",
-                "warmup_ratio=null", f"run.dir={folder / 'dpo'}", *SMALL, "batch.tokens=1024", "batch.sequence_length=128"],
+                "warmup_ratio=null", f"run.dir={folder / 'dpo'}", *SMALL, "batch.tokens=1024",
+                "batch.sequence_length=128"],
         "out": ["export-hf", folder / "dpo", f"output={folder / 'out'}", "dtype=bfloat16", "padding=cut"],
     }
     printed = {name: call(*words) for name, words in steps.items()}
