@@ -66,15 +66,16 @@ def to_tokenizer_json(path: Path, *, prefix_id: int | None, talks: bool) -> dict
                   "ignore_merges": False, "vocab": vocab, "merges": _merges(pieces, vocab)}}
 
 
-def _merges(pieces: list[Any], vocab: dict[str, int]) -> list[list[str]]:
+def _merges(pieces: list[Any], vocab: dict[str, int]) -> list[str]:
     """The pairs that make a piece, the best piece first; SentencePiece merges whatever makes the best piece."""
     made = [(piece.piece, piece.score) for piece in pieces if piece.type == _NORMAL and len(piece.piece) > 1]
     usable = {piece.piece for piece in pieces if piece.type in (_NORMAL, _USER_DEFINED)}
     merges = []
     for piece, _ in sorted(made, key=lambda each: -each[1]):
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        merges += [list(pair) for pair in sorted((pair for pair in pairs if usable.issuperset(pair)),
-                                                 key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))]
+        # As one text each, which older versions read too; no piece has a space.
+        merges += [" ".join(pair) for pair in sorted((pair for pair in pairs if usable.issuperset(pair)),
+                                                     key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))]
     return merges
 
 

@@ -165,8 +165,7 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, template: ChatTemplat
     if eod_id is not None:
         known["eos_token_id"] = eod_id
     ends = list(dict.fromkeys(index for index in (*stops, eod_id) if index is not None))
-    _write_json(directory / GENERATION, {**known, **({"eos_token_id": ends} if len(ends) > 1 else {}),
-                                         "transformers_version": "4.40.0"})
+    _write_json(directory / GENERATION, known | ({"eos_token_id": ends} if len(ends) > 1 else {}))
     return known
 
 

@@ -150,6 +150,7 @@ def export_model(kept: Kept, output: Path, *, tokenizer: Tokenizer, template: Ch
                 writer.write(piece.name, piece.to_theirs(part))
                 done += part.nbytes
                 progress("written", done, writer.total_bytes)
+            del array, part  # before the next one is read
         writer.close()
         read = Weights(made, architecture.read_model_config(made, vocab_size=config.vocab_size))
         if read.config.model_copy(update={"vocab_multiple": config.vocab_multiple}) != config:

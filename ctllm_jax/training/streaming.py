@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from ctllm_jax.config.lora import LoraConfig
 from ctllm_jax.huggingface.model import open_weights
@@ -100,7 +101,8 @@ def write_streamed(run_dir: Path, params: dict[str, Any], *, meta: dict[str, Any
         params=ocp.PyTreeCheckpointHandler(type_handler_registry=registry), meta=ocp.JsonCheckpointHandler())
     with ocp.Checkpointer(handler) as checkpointer:
         # Chunked, so that a process reads little more than its own part.
-        chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), params)
+        chunked = jax.tree.map(lambda lazy: ocp.SaveArgs(
+            chunk_byte_size=_CHUNK, shard_axes=(0,) if len(lazy.shape) > 2 else ()), params)
         checkpointer.save(path, args=ocp.args.Composite(
             params=ocp.args.PyTreeSave(params, save_args=chunked), meta=ocp.args.JsonSave(meta)))
 
@@ -114,11 +116,18 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
     async def serialize(self, values, infos, args=None):
         """Write every leaf before this returns."""
         for index, (value, info) in enumerate(zip(values, infos, strict=True)):
-            array = value.make()
-            for written in await super().serialize([array], [info], args and [args[index]]):
+            for written in await super().serialize([value.make()], [info], args and [args[index]]):
                 written.result()
-            del array
+            del written  # it holds the array
         return []
+
+    async def _open_and_write(self, value, tspec, ts_context):
+        """Chunk after chunk along the first dim: written at once, all of them would be copied first."""
+        stored = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        rows = stored.chunk_layout.write_chunk.shape[0]
+        for start in range(0, len(value), rows):
+            part = slice(start, min(start + rows, len(value)))
+            await stored[part].write(value[part], can_reference_source_data_indefinitely=True)
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
