@@ -16,13 +16,14 @@ from tests.runs import REPOSITORY, assert_same_bits, environment, read_arrays
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 def test_conversions_hold_a_parameter_and_not_the_model(tmp_path, tokenizer_file):
     """With the C library told to give back at once what is freed: else the peak is that of its pools."""
-    done = subprocess.run([sys.executable, str(REPOSITORY / "tests/training/streamed_memory.py"), str(tmp_path),
-                           str(tokenizer_file)], env=environment(MALLOC_MMAP_THRESHOLD_="1048576"), capture_output=True, text=True, timeout=300)
+    script, variables = REPOSITORY / "tests/training/streamed_memory.py", {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+    done = subprocess.run([sys.executable, str(script), str(tmp_path), str(tokenizer_file)], capture_output=True,
+                          env=environment(**variables), text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["model"] > 6.9 * found["largest"]
     for direction in ("import", "export"):
-        assert 0.5 * found["largest"] < found[direction] < 4.5 * found["largest"], found
+        assert 0.5 * found["largest"] < found[direction] < 3.5 * found["largest"], found
 
 
 @pytest.fixture
