@@ -180,7 +180,7 @@ def test_keys_in_running_text_exist(page):
     sections = [name for name, _ in keys_of(PretrainConfig) if "." not in name]
     dotted = [match.group(1) for span in spans(page) for match in
               re.finditer(rf"(?<![\w./])((?:{'|'.join(sections)})\.[a-z_]+(?:\.\w+)*)(?![\w./(])", span)]
-    files = (".yaml", ".json", ".jsonl", ".html", ".model")
+    files = (".yaml", ".json", ".jsonl", ".html", ".model", ".safetensors")
     assert_keys(PretrainConfig, [path for path in dotted if not path.endswith(files)], SFTConfig, DPOConfig)
 
 
