@@ -35,6 +35,7 @@ from ctllm_jax.config.pretrain import CheckpointConfig
 from ctllm_jax.huggingface import model as huggingface
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.model.lora import merge
+from ctllm_jax.training.fingerprint import flatten
 from ctllm_jax.training.state import State
 
 log = logging.getLogger(__name__)
@@ -218,30 +219,6 @@ def _empty_trash(directory: Any) -> None:
         shutil.rmtree(Path(directory) / TRASH, ignore_errors=True)
 
 
-def compare_fingerprints(kept: dict[str, Any], now: dict[str, Any], *, run_dir: Path) -> None:
-    """Refuse to go on with a run under other data, tokenizer or config; a key that was not there yet counts as null.
-
-    Raises:
-      UserError: every difference, with both values.
-    """
-    kept, now = _flatten(kept), _flatten(json.loads(json.dumps(now)))
-    differing = [f"{key}: {kept.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now"
-                 for key in sorted({*kept, *now}) if kept.get(key) != now.get(key)]
-    if differing:
-        raise UserError("\n  ".join([f"{run_dir} cannot be resumed: it was begun with other values than it is to go on"
-                                     " with:", *differing])
-                        + "\ntake these back, or give another run.dir (init=MODEL takes its weights along)")
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        flat = {}
-        for name, entry in tree.items():
-            flat |= _flatten(entry, f"{prefix}{name}.")
-        return flat
-    return {prefix[:-1]: tree}
-
-
 def list_checkpoints(run_dir: Path) -> list[Kept]:
     """The finished checkpoints of a run, oldest first; a Hugging Face folder is one, at step 0.
 
@@ -347,7 +324,7 @@ def load_params(checkpoint: Kept, abstract_params: Any, *, base: str | None = No
     if checkpoint.meta.get("lora") is not None:
         return _load_merged(checkpoint, abstract_params, base=base)
     weights = huggingface.open_weights(checkpoint.path) if checkpoint.kind == HUGGINGFACE else None
-    kept, wanted = (_flatten(jax.tree.map(lambda x: list(x.shape), tree))
+    kept, wanted = (flatten(jax.tree.map(lambda x: list(x.shape), tree))
                     for tree in (weights.shapes() if weights else read_tree(checkpoint), abstract_params))
     differing = [f"{name}: {kept.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
                  for name in sorted({*kept, *wanted}) if kept.get(name) != wanted.get(name)]

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ctllm_jax import sharding
 from ctllm_jax.cluster.chips import find_chip
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.config.load import changeable_paths, to_yaml
+from ctllm_jax.config.load import to_yaml
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.data.batch import Batch, BatchSource, Preference
 from ctllm_jax.data.pretrain import open_training_data
@@ -35,6 +35,7 @@ from ctllm_jax.model.lora import attach, count_adapters, lora_parameters
 from ctllm_jax.model.parameters import count_parameters, decoder_parameters
 from ctllm_jax.training import checkpoint as checkpoints
 from ctllm_jax.training.environment import choose_implementations, describe_environment, warn_of_processors
+from ctllm_jax.training.fingerprint import compare_fingerprints, make_fingerprint
 from ctllm_jax.training.loop import Hook, run_loop
 from ctllm_jax.training.lora import abstract_base, with_adapters
 from ctllm_jax.training.optimizer import make_optimizer, make_schedule
@@ -282,7 +283,7 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
     if newest is not None:
         how = "resume"
         known = checkpointer.read_meta(newest)
-        checkpoints.compare_fingerprints(known["fingerprint"], fingerprint, run_dir=directory)
+        compare_fingerprints(known["fingerprint"], fingerprint, run_dir=directory)
         if newest > config.steps:
             raise UserError(f"steps={config.steps}: {directory} is at step {newest} already")
         warn_of_processors(directory)
@@ -317,22 +318,6 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
 def find_prefix_id(config: PretrainConfig, eod_id: int | None) -> int | None:
     """The id that precedes a document in training, where attention can see it."""
     return None if config.isolated else eod_id
-
-
-def make_fingerprint(config: PretrainConfig, data: dict[str, Any]) -> dict[str, Any]:
-    """What a resumed run must share with its beginning: data, and every key that is not marked changeable."""
-    changeable = changeable_paths(type(config))
-
-    def fixed(tree: Any, prefix: str = "") -> Any:
-        if not isinstance(tree, dict):
-            return tree
-        return {name: fixed(entry, f"{prefix}{name}.") for name, entry in tree.items()
-                if prefix + name not in changeable}
-
-    kept = fixed(config.model_dump(mode="json"))
-    # Paths may move; what the data is, its own fingerprint says.
-    kept["data"] = {name: entry for name, entry in kept["data"].items() if name not in ("sources", "tokenizer")}
-    return {"config": kept, "data": data}
 
 
 def describe_run(run: Run) -> dict[str, Any]:

@@ -28,13 +28,13 @@ from ctllm_jax.losses.preference import sequence_logps
 from ctllm_jax.model.decoder import Decoder, head_weights
 from ctllm_jax.training.checkpoint import (
     Kept,
-    compare_fingerprints,
     find_checkpoint,
     identify_model,
     list_checkpoints,
     load_params,
 )
-from ctllm_jax.training.pretrain import Objective, make_decoder, make_fingerprint, place_batch, plan_step
+from ctllm_jax.training.fingerprint import compare_fingerprints, make_fingerprint
+from ctllm_jax.training.pretrain import Objective, make_decoder, place_batch, plan_step
 
 FOLDER = ".reference"
 """Ending of the folder beside the pairs that keeps a file for each reference, tokenizer, template and length."""

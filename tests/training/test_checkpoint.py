@@ -21,12 +21,12 @@ from ctllm_jax.config.pretrain import CheckpointConfig, PretrainConfig
 from ctllm_jax.training import pretrain
 from ctllm_jax.training.checkpoint import (
     Checkpointer,
-    compare_fingerprints,
     find_checkpoint,
     list_checkpoints,
     load_params,
 )
-from ctllm_jax.training.pretrain import make_fingerprint, prepare_run
+from ctllm_jax.training.fingerprint import compare_fingerprints, make_fingerprint
+from ctllm_jax.training.pretrain import prepare_run
 from ctllm_jax.training.state import State, init_state
 from tests.runs import DEBUG, REPOSITORY, cached, environment
 
