@@ -36,13 +36,15 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 """Logical dim -> mesh axis (or axes, or None for a dim that every device holds whole)."""
 
 
-def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: dict[str, int | None], devices: Sequence[jax.Device] | None = None, *,
+              nodes: int | None = None) -> Mesh:
     """A mesh over all devices.
 
     Args:
       sizes: devices along each of AXES, 1 where it is absent; one may be -1, the devices that the others leave, and
         `replica` None, the number of slices or nodes.
       devices: default `jax.devices()`, of all processes.
+      nodes: slices or nodes, where the devices do not tell, as those that are only compiled for.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices; the message gives the numbers.
@@ -51,7 +53,7 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     asked = {axis: sizes.get(axis, 1) for axis in AXES}
     if asked["replica"] is None:
-        asked["replica"] = 1 if devices[0].platform == "cpu" else slices
+        asked["replica"] = nodes or (1 if devices[0].platform == "cpu" else slices)
     given = math.prod(size for size in asked.values() if size != -1)
     shape = tuple(len(devices) // given if size == -1 else size for size in asked.values())
     if math.prod(shape) != len(devices):

@@ -91,7 +91,8 @@ def find(config: CompileConfig, topology: Any, *, tell: Callable[[str], None]) -
         tried = []
         from ctllm_jax import sharding
 
-        mesh = {axis: int(size) for axis, size in sharding.make_mesh(config.mesh.model_dump(), devices).shape.items()}
+        mesh = {axis: int(size) for axis, size in sharding.make_mesh(
+            config.mesh.model_dump(), devices, nodes=topology.slices).shape.items()}
         rows = config.batch.rows * mesh["tensor"] // topology.devices or 1
         ladder = sorted(((name, each) for name, each in aot.candidates(config, rows)
                          if each.batch.rows_per_device <= rows),

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from ctllm_jax.gathered import find_rings, scatter_sum
+from ctllm_jax.gathered import find_rings, gather, scatter_sum
 
 MASKED = -1e30
 
@@ -162,11 +162,12 @@ def _local(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, wa
     with_grads = want == "grads"
     tensor_axis = setting.tensor_axis if sharded else None
     fsdp_axis = setting.fsdp_axis if sharded else None
+    rings = setting.rings if sharded else ()
     head_dtype, hidden_dim = head_DV.dtype, hidden_BSD.shape[-1]
     head_DV = head_DV.astype(hidden_BSD.dtype)
     if fsdp_axis:
         # Once, outside the chunk loop, and in the matmul's dtype: half the bytes.
-        head_DV = jax.lax.all_gather(head_DV, fsdp_axis, axis=0, tiled=True)
+        head_DV = gather(head_DV, fsdp_axis, dim=0, rings=rings)
     tokens = targets_BS.size
     chunks = -(-tokens // setting.chunk_size)
     size = -(-tokens // chunks)
@@ -177,7 +178,6 @@ def _local(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, wa
 
     per_chunk = (split(hidden_BSD, hidden_dim), split(targets_BS), split(weights_BS.astype(jnp.float32)))
     first = jax.lax.axis_index(tensor_axis) * head_DV.shape[1] if tensor_axis else 0
-    rings = setting.rings if sharded else ()
     rows = hidden_dim // math.prod(rings)  # of the head's gradient that a device holds while it adds up chunks
 
     def step(carry, chunk):

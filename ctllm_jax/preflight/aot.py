@@ -99,7 +99,7 @@ def open_devices(topology: Topology) -> list[Any]:
 
 def compile_step(config: PretrainConfig, topology: Topology, devices: list[Any]) -> Report:
     """Compile the step for these devices. UserError where the mesh does not fit them, as at a run's start."""
-    mesh = sharding.make_mesh(config.mesh.model_dump(), devices)
+    mesh = sharding.make_mesh(config.mesh.model_dump(), devices, nodes=topology.slices)
     implementations = choose_implementations(config, mesh)
     plan = plan_step(config, mesh)
     state = plan.abstract_state
