@@ -1,12 +1,17 @@
 """The train steps compiled by TPU's own compiler, for a slice that is not here: what it costs in memory."""
 
+import numpy as np
 import pytest
 
 from ctllm_jax import sharding
+from ctllm_jax.cluster.topology import parse_topology
 from ctllm_jax.config.dpo import DPOConfig
 from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.gathered import find_rings
 from ctllm_jax.model.parameters import count_parameters
+from ctllm_jax.preflight.aot import open_devices
+from ctllm_jax.preflight.hlo import Program
 from ctllm_jax.training.dpo import describe, make_loss_fn
 from ctllm_jax.training.pretrain import Objective, plan_step
 from ctllm_jax.training.sft import completed
@@ -49,6 +54,33 @@ def test_memory_of_the_step_on_a_slice(devices):
     assert none - block > tokens * 768 // 2 * 2 * 2 * (LAYERS - 1)
     logits = tokens * VOCAB // 2 * 4
     assert block < logits
+
+
+def test_weights_are_gathered_and_gradients_go_around_the_ring(devices):
+    """What is sent in a step whose parameters lie over all chips: no gradient is summed whole, none is waited for."""
+    text = plan(devices, "block", XLA, "mesh.fsdp=4", "mesh.tensor=1").compile().as_text()
+    sent = Program(text).collectives()
+    around = [each for each in sent if each.kind == "collective-permute"]
+    assert around and all(each.asynchronous for each in around)
+    assert not [each for each in sent if each.kind in ("all-reduce", "reduce-scatter") and each.payload > 2**16]
+    # Every weight's gradient in bf16, and the head's in f32 for each chunk: a quarter moves three times, in two halves.
+    chunks = ROWS // 4 * LENGTH // 512
+    expected = 3 / 4 * (2 * LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * 768) + 4 * HIDDEN * VOCAB * chunks)
+    assert sum(each.payload * each.times for each in around) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "rings"), [
+    ("v5e:2x2", (4,)), ("v5e:4x4", (16,)), ("v5e:16x16", ()), ("v6e:16x16", (16, 16)), ("v4:2x2x4", (4, 2, 2)),
+    ("v5p:4x4x4", (4, 4, 4)), ("tpu7x:4x4x4", (4, 4, 4, 2))])
+def test_rings_of_a_slice(name, rings):
+    mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, open_devices(parse_topology(name)))
+    found = find_rings(mesh, "fsdp")
+    assert sorted(found) == sorted(rings)
+    if len(found) > 1:  # from one device to the next along a ring only one coordinate changes, by one
+        coordinates = np.array([(*device.coords, device.core_on_chip) for device in mesh.devices.flat])
+        grid = coordinates.reshape(*found, 4)
+        for place in range(len(found)):
+            assert set(np.abs(np.diff(grid, axis=place)).sum(-1).flat) == {1}
 
 
 def test_a_dpo_step_holds_neither_a_second_model_nor_logits(devices):
