@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -57,7 +57,7 @@ def make_mesh(sizes: dict[str, int | None], devices: Sequence[jax.Device] | None
     given = math.prod(size for size in asked.values() if size != -1)
     shape = tuple(len(devices) // given if size == -1 else size for size in asked.values())
     if math.prod(shape) != len(devices):
-        wanted = " x ".join(f"{axis} {size}" for axis, size in asked.items() if axis != "replica" or size != 1)
+        wanted = describe_mesh(asked)
         raise UserError(f"mesh {wanted} does not cover {len(devices)} devices exactly:"
                          f" the product must be {len(devices)}, or one axis -1 and the others divide it")
     if devices[0].platform == "cpu":
@@ -68,6 +68,11 @@ def make_mesh(sizes: dict[str, int | None], devices: Sequence[jax.Device] | None
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def describe_mesh(sizes: Mapping[str, int]) -> str:
+    """`data 1 x fsdp 8 x tensor 1`; `replica` only where there are several."""
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if axis != "replica" or size != 1)
+
+
 def _hybrid_mesh(shape: tuple[int, ...], devices: Sequence[jax.Device], slices: int) -> Mesh:
     """A mesh over several slices, or GPU nodes: the slower network between them lies along one axis."""
     from jax.experimental import mesh_utils
@@ -75,7 +80,7 @@ def _hybrid_mesh(shape: tuple[int, ...], devices: Sequence[jax.Device], slices: 
     # Copies of the model send least, then split parameters; heads and FFN of one matmul stay together.
     axis = next((index for index, size in enumerate(shape[:3]) if size % slices == 0), None)
     if axis is None:
-        sizes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
+        sizes = describe_mesh(dict(zip(AXES, shape, strict=True)))
         raise UserError(f"mesh {sizes} over {slices} slices or nodes: mesh.replica, mesh.data or mesh.fsdp must be a"
                         f" multiple of {slices}, since the network between them lies along one of the three")
     between = tuple(slices if index == axis else 1 for index in range(len(shape)))

@@ -116,11 +116,12 @@ def pick(tried: list[tuple[str, Report]]) -> Report:
 def show(report: Report, console: Any) -> None:
     """Everything of one compilation."""
     from ctllm_jax.model.flops import flops_per_token
+    from ctllm_jax.sharding import describe_mesh
     from ctllm_jax.training.console import print_rows
 
     config, roof = report.config, report.roofline
     flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length, lora=config.lora)
-    mesh = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
+    mesh = describe_mesh(report.mesh)
     parts = ", ".join(f"{kind} {_gib(size)}" for kind, size in report.memory.items())
     verdict = "[green]fits[/]" if report.fits else "[red]does not fit[/]"
     layers = "scanned" if config.compute.scan_layers else "unrolled"

@@ -261,6 +261,7 @@ def make_sampler(run: Run) -> Any:
 
 def banner_rows(run: Run, start: dict[str, Any]) -> list[tuple[str, str]]:
     """What stands at the head of a run."""
+    from ctllm_jax import sharding
     from ctllm_jax.cluster import compilation_cache, distributed, xla_flags
 
     launch = distributed.detect(os.environ).describe()
@@ -268,7 +269,7 @@ def banner_rows(run: Run, start: dict[str, Any]) -> list[tuple[str, str]]:
     adapted = "" if config.lora is None else ", which stay as they are"
     how = {"resume": f"resuming at step {run.start:,}", "init": f"from the weights of {config.init}{adapted}",
            "scratch": "from scratch"}[run.how]
-    mesh = " x ".join(f"{axis} {size}" for axis, size in start["mesh"].items())
+    mesh = sharding.describe_mesh(start["mesh"])
     flops = start["flops_per_token"]
     rows = [("start", how), ("devices", f"{start['devices']}, mesh {mesh}; {launch}"),
             ("ops", ", ".join(f"{op}: {name}" for op, name in start["implementations"].items())),

@@ -58,7 +58,7 @@ def run(context: Context) -> int:
     server = Server(served, worker, config, api_key=key)
     listener = uvicorn.Server(uvicorn.Config(
         server.app(), host=config.host, port=config.port, http=patient_for(config.read_timeout), ws="none",
-        lifespan="off", log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=3))
+        lifespan="off", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=3))
     try:
         sock = socket.create_server((config.host, config.port), backlog=512,
                                     family=socket.AF_INET6 if ":" in config.host else socket.AF_INET)

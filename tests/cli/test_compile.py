@@ -62,15 +62,16 @@ def test_a_step_that_does_not_fit_is_told_with_what_takes_the_room(capsys):
 @pytest.mark.aot
 def test_several_slices_are_a_mesh_with_the_slow_network_along_one_axis(tmp_path, capsys):
     output = tmp_path / "compile.json"
-    assert cli.main(["compile", "debug/pretrain", "topology=2*v5e:2x2", f"output={output}", "mesh.data=2",
+    assert cli.main(["compile", "debug/pretrain", "topology=2*v5e:2x2", f"output={output}", "mesh.data=1",
                      "mesh.fsdp=-1"]) == 0
     chosen = json.loads(output.read_text())["results"][0]["chosen"]
+    assert chosen["mesh"] == {"replica": 2, "data": 1, "fsdp": 4, "tensor": 1}
     between = [each for each in chosen["collectives"] if each["crosses"]]
     assert between and {each["kind"] for each in between} == {"all-reduce"}, "gradients alone, over the copies"
     sent = sum(each["sent"] for each in between)
     # A quarter of the parameters' gradients a device, in float32; small ones may be whole.
     assert 41_120 * 4 / 4 * 0.9 < sent < 41_120 * 4
     capsys.readouterr()
-    assert cli.main(["compile", "debug/pretrain", "topology=2*v5e:2x2", "mesh.data=1", "mesh.fsdp=1",
-                     "mesh.tensor=8"]) == 2
-    assert "mesh.data or mesh.fsdp must be a multiple of 2" in capsys.readouterr().err
+    assert cli.main(["compile", "debug/pretrain", "topology=2*v5e:2x2", "mesh.replica=1",
+                     "mesh.data=1", "mesh.fsdp=1", "mesh.tensor=8"]) == 2
+    assert "mesh.replica, mesh.data or mesh.fsdp must be a multiple of 2" in capsys.readouterr().err

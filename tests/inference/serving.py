@@ -84,7 +84,7 @@ def serving(small, *, api_key=None, slots=4, steps=4, **settings):
     worker = Worker(engine, max_queue=config.max_queue)
     server = Server(small.served, worker, config, api_key=api_key)
     listener = uvicorn.Server(uvicorn.Config(server.app(), http=patient_for(config.read_timeout), ws="none",
-                                             lifespan="off", log_level="error", access_log=False,
+                                             lifespan="off", log_config=None, access_log=False,
                                              timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0), backlog=512) as sock:
         thread = threading.Thread(target=listener.run, kwargs={"sockets": [sock]})
