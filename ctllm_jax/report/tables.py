@@ -350,6 +350,7 @@ def _event_rows(run: Run) -> list[list[str]]:
             continue
         close()
         words = {"start": _start_words, "warning": lambda it: shown(it.get("message", "")),
+                 "request": lambda it: shown(it.get("what", "")),
                  "end": lambda it: shown(it.get("reason", ""))}[kind](record)
         step = record.get("step")
         rows.append([clock(record["time"]), "" if step is None else shown(step),

@@ -85,6 +85,7 @@ def test_hostile_text_is_shown_and_does_nothing(writer, tmp_path):
     made.sample(100, prompt=HOSTILE, text=HOSTILE + "后")
     made.sample(100, prompt="lone", text="surrogate \ud800 \udfff")
     made.line("warning", message=HOSTILE)
+    made.line("request", step=HOSTILE, what=HOSTILE)
     made.line("stage", name=HOSTILE, seconds=1.0)
     made.line("baseline", name=HOSTILE, sources={HOSTILE: {"bits_per_byte": 2.0}})
     made.line("checkpoint", step=HOSTILE, seconds=HOSTILE)
