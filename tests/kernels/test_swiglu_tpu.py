@@ -133,6 +133,7 @@ def test_no_tokens_and_no_kernel():
 
 
 def mesh_of(**sizes):
+    sizes = {"replica": 1, **sizes}
     return Mesh(np.asarray(jax.devices()).reshape(*sizes.values()), tuple(sizes))
 
 
