@@ -17,11 +17,11 @@ Flag = int | bool | str
 GPU_VARIABLE, TPU_VARIABLE = "XLA_FLAGS", "LIBTPU_INIT_ARGS"
 # TPU's compiler gathers small weights by an all-reduce of zeros and parts, synchronous and of twice the bytes; this
 # keeps them gathers. Measured on the 2B step for v5e:16x16 with libtpu 0.0.42: attention's weights (32 MiB a layer and
-# pass) became asynchronous gathers, and every weight's gather overlaps matmuls; v4, v5p and v6e ignore it. OpenXLA's three
-# flags for gathering ahead (xla_tpu_enable_ici_ag_pipelining and its companions) hid less there, for 2 GiB more of
-# temporaries and twice the compilation. What guides also name for TPUs changed neither memory nor collectives where it
-# was tried: the parts of async_collective_fusion (v5e, v6e), data_parallel_all_reduce_opt (two slices), relayouts for
-# reduce-scatter (v5e).
+# pass) became asynchronous gathers, and every weight's gather overlaps matmuls; v4, v5p and v6e ignore it. OpenXLA's
+# three flags for gathering ahead (xla_tpu_enable_ici_ag_pipelining and its companions) hid less there, for 2 GiB more
+# of temporaries and twice the compilation. What guides also name for TPUs changed neither memory nor collectives where
+# it was tried: the parts of async_collective_fusion (v5e, v6e), data_parallel_all_reduce_opt (two slices), relayouts
+# for reduce-scatter (v5e).
 _V5E: dict[str, Flag] = {"xla_tpu_prefer_async_allgather_to_allreduce": True}
 # One collective for the weights of a layer (0.2 GiB of float32 in the 2B) in place of one a matrix; OpenXLA's guide
 # asks for a threshold of a layer or more, NVIDIA's JAX-Toolbox takes 8 GiB. Measured on the 2B step for 8 x H100 with
