@@ -36,7 +36,11 @@ def test_the_script_is_the_golden_one_and_a_shell_reads_it(name, tmp_path):
 
 
 STUBS = """
-srun() {{ trap 'exit 75' USR1; echo started; [ -n "$WAIT" ] && {{ sleep 30 & wait; }}; exit "$STATUS"; }}
+srun() {{
+  trap 'kill $!; exit 75' USR1; echo started
+  [ -n "$WAIT" ] && {{ sleep 30 >/dev/null & wait; }}
+  exit "$STATUS"
+}}
 scontrol() {{ [ "$1" = show ] && echo "JobId=7 JobState=$STATE" || echo "SCONTROL $*"; }}
 SLURM_JOB_ID=7 SLURM_JOB_NODELIST=n1
 """
