@@ -24,7 +24,7 @@ from ctllm_jax.model.rope import rope_angles
 
 
 class Slots(NamedTuple):
-    """What is kept of each slot's tokens: L arrays [B, T, K, H] of keys and of values; bool [B, V], what was seen."""
+    """What is kept of each slot's tokens: L arrays [B, K, T, H] of keys and of values; bool [B, V], what was seen."""
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
@@ -84,12 +84,12 @@ def cache_sharding(config: Any, mesh: Mesh | None, *, slots: int) -> NamedShardi
     if mesh is None:
         return None
     batch = sharding.BATCH_AXES if slots % sharding.axis_size(mesh, sharding.BATCH_AXES) == 0 else None
-    return NamedSharding(mesh, PartitionSpec(batch, None, sharding.RULES["kv_heads"]))
+    return NamedSharding(mesh, PartitionSpec(batch, sharding.RULES["kv_heads"]))
 
 
 def make_slots(config: Any, *, slots: int, length: int, dtype: Any, device: Any, mesh: Mesh | None = None) -> Slots:
     """Empty slots, on the device or over the mesh."""
-    shape = (slots, length, config.num_kv_heads, config.head_dim)
+    shape = (slots, config.num_kv_heads, length, config.head_dim)
     # Placed from the start, as what a step gives back is: programs are compiled once.
     out = cache_sharding(config, mesh, slots=slots) or SingleDeviceSharding(device)
     whole = sharding.replicated(mesh) if mesh is not None else out
@@ -119,11 +119,11 @@ def prefill(decoder: Decoder, params: Any, slots: Slots, part: Part, sampling: S
       scores: whether the log-probabilities of `part.targets` are computed.
     """
     # Requests that stand for none read slot 0, and write to a slot that there is not.
-    def gather(stack_BTKH):
-        return stack_BTKH.at[part.source, :span].get(mode="clip")
+    def gather(stack_BKTH):
+        return stack_BKTH.at[part.source, :, :span].get(mode="clip")
 
-    def scatter(stack_BTKH, rows_RTKH):
-        return stack_BTKH.at[part.slot, :span].set(rows_RTKH, mode="drop")
+    def scatter(stack_BKTH, rows_RKTH):
+        return stack_BKTH.at[part.slot, :, :span].set(rows_RKTH, mode="drop")
 
     keys, values = jax.tree.map(gather, slots[:2])
     hidden_RSD, keys, values = _forward(decoder, params, part.tokens, keys, values, part.start, span)
@@ -152,7 +152,7 @@ def decode(decoder: Decoder, params: Any, slots: Slots, rows: Rows, sampling: Sa
       sampling: arrays [B].
       span: tokens of a slot that are looked at: at least the longest row's length + steps, or T.
     """
-    slots_count, length = slots.keys[0].shape[:2]
+    slots_count, length = slots.keys[0].shape[0], slots.keys[0].shape[2]
     told = min(MOST_TOLD, decoder.config.padded_vocab_size)
     out = Drawn(jnp.zeros((steps, slots_count), jnp.int32), jnp.zeros((steps, slots_count), jnp.float32),
                 jnp.zeros((steps, slots_count, told), jnp.int32), jnp.zeros((steps, slots_count, told), jnp.float32))

@@ -33,7 +33,7 @@ two are named by attention itself."""
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens seen so far: two [L, B, T, K, H] arrays, and each row's length [B], int32."""
+    """Keys and values of the tokens seen so far: two [L, B, K, T, H] arrays, and each row's length [B], int32."""
 
     key: jax.Array
     value: jax.Array
@@ -42,7 +42,7 @@ class Cache(NamedTuple):
 
 def make_cache(config: Any, *, rows: int, length: int, dtype: Any) -> Cache:
     """An empty cache for `rows` rows of at most `length` tokens."""
-    shape = (config.num_layers, rows, length, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, rows, config.num_kv_heads, length, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((rows,), jnp.int32))
 
 
@@ -102,7 +102,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD, angles, segment_ids_BS=None, cache=None):
-        """Returns (x_BSD, the block's (key_BTKH, value_BTKH) with the new tokens written, or None without a cache)."""
+        """Returns (x_BSD, the block's (key_BKTH, value_BKTH) with the new tokens written, or None without a cache)."""
         config, dtype = self.config, x_BSD.dtype
         table = block_parameters(config)
         weights = {name: self.param(name, initializer(name, parameter)).astype(dtype)
@@ -146,14 +146,14 @@ class Block(nn.Module):
 
     def _attend_to_cache(self, q_BSNH, k_BSKH, v_BSKH, cache):
         """Write the new tokens behind each row's length, and attend to everything up to oneself."""
-        key_BTKH, value_BTKH, length_B = cache
-        write = jax.vmap(lambda row_TKH, new_SKH, start: jax.lax.dynamic_update_slice(row_TKH, new_SKH, (start, 0, 0)))
-        key_BTKH = write(key_BTKH, k_BSKH.astype(key_BTKH.dtype), length_B)
-        value_BTKH = write(value_BTKH, v_BSKH.astype(value_BTKH.dtype), length_B)
+        key_BKTH, value_BKTH, length_B = cache
+        write = jax.vmap(lambda row_KTH, new_KSH, start: jax.lax.dynamic_update_slice(row_KTH, new_KSH, (0, start, 0)))
+        key_BKTH = write(key_BKTH, jnp.moveaxis(k_BSKH, 1, 2).astype(key_BKTH.dtype), length_B)
+        value_BKTH = write(value_BKTH, jnp.moveaxis(v_BSKH, 1, 2).astype(value_BKTH.dtype), length_B)
         slots_BS = length_B[:, None] + jnp.arange(q_BSNH.shape[1], dtype=jnp.int32)[None]
-        y_BSNH = cached_attention(q_BSNH, key_BTKH[:, :self.cache_span], value_BTKH[:, :self.cache_span],
+        y_BSNH = cached_attention(q_BSNH, key_BKTH[:, :, :self.cache_span], value_BKTH[:, :, :self.cache_span],
                                   query_positions=slots_BS, sliding_window=self.config.sliding_window)
-        return y_BSNH, (key_BTKH, value_BTKH)
+        return y_BSNH, (key_BKTH, value_BKTH)
 
 
 class Decoder(nn.Module):

@@ -196,7 +196,7 @@ def test_on_a_mesh_it_says_the_same(model, split):
     requests = [ask(ids(40, n), 20, temperature=float(n % 2), seed=n, told=1) for n in range(6)]
     alone = list(Engine(*model, slots=4, max_length=128).run(requests))
     engine = Engine(decoder, placed, slots=4, max_length=128, mesh=mesh, split=split)
-    part = (1, 128, decoder.config.num_kv_heads // 2, decoder.config.head_dim)
+    part = (1, decoder.config.num_kv_heads // 2, 128, decoder.config.head_dim)
     for ours, other in zip(engine.run(requests), alone, strict=True):
         assert [token.id for token in ours[0]] == [token.id for token in other[0]]
         np.testing.assert_allclose([token.logp for token in ours[0]], [token.logp for token in other[0]], atol=1e-4)

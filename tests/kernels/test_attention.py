@@ -272,7 +272,7 @@ def test_cached_attention_is_the_last_rows_of_the_full_one(window):
     positions = np.array([[20, 21, 22], [6, 7, 8]], np.int32)
     written = (np.arange(50)[None] <= positions[:, -1:])[:, :, None, None]
     room = [(0, 0), (0, 10), (0, 0), (0, 0)]
-    cache = [np.where(written, np.pad(x, room), 1e6).astype(np.float32) for x in (key, value)]
+    cache = [np.moveaxis(np.where(written, np.pad(x, room), 1e6).astype(np.float32), 1, 2) for x in (key, value)]
     new = np.take_along_axis(query, positions[:, :, None, None], axis=1)
     output = jax.jit(partial(cached_attention, sliding_window=window))(new, *cache, query_positions=positions)
     for row in range(2):

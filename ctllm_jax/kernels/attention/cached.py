@@ -11,9 +11,12 @@ import jax.numpy as jnp
 MASKED = -1e30
 
 
-def cached_attention(query_BSNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array, *, query_positions: jax.Array,
+def cached_attention(query_BSNH: jax.Array, key_BKTH: jax.Array, value_BKTH: jax.Array, *, query_positions: jax.Array,
                      sliding_window: int | None = None, scale: float | None = None) -> jax.Array:
     """Attention of new tokens to a cache that holds them too, each seeing the slots up to its own.
+
+    Heads stand before slots in the cache, as the products want them: the other way around, a CPU copies all of it for
+    each token (242 against 65 us for 16 rows of 128 slots and 8 heads of 32).
 
     Args:
       query_positions: int [B, S], the slot of each new token.
@@ -23,13 +26,13 @@ def cached_attention(query_BSNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax
       [B, S, N, H] in the query's dtype.
     """
     batch, length, heads, head_dim = query_BSNH.shape
-    kv_heads = key_BTKH.shape[2]
-    own, slots = query_positions[:, :, None], jnp.arange(key_BTKH.shape[1])[None, None]
+    kv_heads = key_BKTH.shape[1]
+    own, slots = query_positions[:, :, None], jnp.arange(key_BKTH.shape[2])[None, None]
     mask_BST = slots <= own
     if sliding_window is not None:
         mask_BST &= slots > own - sliding_window
     query_BSKGH = query_BSNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("BSKGH,BTKH->BKGST", query_BSKGH, key_BTKH, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("BSKGH,BKTH->BKGST", query_BSKGH, key_BKTH, preferred_element_type=jnp.float32)
     scores *= head_dim**-0.5 if scale is None else scale
     probs = jax.nn.softmax(jnp.where(mask_BST[:, None, None], scores, MASKED), axis=-1)
-    return jnp.einsum("BKGST,BTKH->BSKGH", probs.astype(value_BTKH.dtype), value_BTKH).reshape(query_BSNH.shape)
+    return jnp.einsum("BKGST,BKTH->BSKGH", probs.astype(value_BKTH.dtype), value_BKTH).reshape(query_BSNH.shape)
