@@ -109,7 +109,8 @@ class Dialogue:
             while engine.busy:
                 for event in engine.step():
                     said += event.text
-                    self._console.out(event.text, end="", highlight=False)
+                    # Not through the console, which makes spaces of tabs: code may be copied from here.
+                    self._console.file.write(event.text)
                     self._console.file.flush()
         except KeyboardInterrupt:
             engine.cancel(number)

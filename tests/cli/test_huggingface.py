@@ -1,5 +1,6 @@
 """Hugging Face models as a user takes them: every command on a folder, import-hf, export-hf, and what is refused."""
 
+import io
 import json
 import shutil
 from functools import partial
@@ -107,6 +108,32 @@ def test_transformers_writes_what_we_write(chain):
     found = generate(ours.decoder, ours.params, [ids[0].tolist()], max_tokens=12, temperature=0.0, seed=0,
                      stop_ids=ours.stop_ids)[0]
     assert found == [token for token in answer if token not in ours.stop_ids]
+
+
+def test_chat_says_what_transformers_says(chain, monkeypatch):
+    """The exported folder answers as transformers does with the dialogue's template; the run it came from answers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(chain["out"][0], dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(chain["out"][0])
+    questions, messages, expected = ["今天天气3，the model?", "好"], [], []
+    for question in questions:
+        messages.append({"role": "user", "content": question})
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt",
+                                            return_dict=False)
+        answer = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1]:]
+        expected.append(tokenizer.decode(answer, skip_special_tokens=True))
+        messages.append({"role": "assistant", "content": expected[-1]})
+    for name in ("out", "dpo"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(question + "\n" for question in questions)))
+        told = call("chat", chain[name][0], "temperature=0", "max_tokens=12", "system=null")
+        assert told.status == 0, told.err
+        said = "".join(f"> {question}\n{answer}\n" for question, answer in zip(questions, expected, strict=True))
+        if name == "out":
+            assert told.out == said
+        else:
+            assert told.out.startswith(f"> {questions[0]}\n")
 
 
 def test_a_folder_is_a_model_as_it_lies_there(qwen, tmp_path):
