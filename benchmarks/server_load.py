@@ -106,7 +106,8 @@ def measure(base: str, port: int, arguments: argparse.Namespace) -> dict[str, An
     bodies = [{"model": name, "prompt": draw.choice(PROMPTS) * draw.randint(1, 12), "seed": number,
                "max_tokens": draw.randint(1, 80), "temperature": 1.0, "stream": bool(number % 2)}
               for number in range(arguments.requests)]
-    leave = {number: draw.uniform(0, 0.3) for number in draw.sample(range(arguments.requests), arguments.requests // 4)}
+    leaving = draw.sample(range(arguments.requests), arguments.requests // 4)
+    leave = {number: draw.uniform(0, 0.15) for number in leaving}
 
     def client(number: int) -> Answer | None:
         if number in leave:
