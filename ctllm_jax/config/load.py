@@ -78,15 +78,20 @@ def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> Loaded:
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text)
-        own = OmegaConf.create(text) if root is not None else OmegaConf.create({})
+        is_mapping = root is None or isinstance(root, yaml.MappingNode)
+        own = OmegaConf.create(text) if root is not None and is_mapping else OmegaConf.create({})
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{shown}: not a readable YAML file: {error}") from None
-    if not OmegaConf.is_dict(own):
-        raise UserError(f"{shown}: a config is a mapping of keys to values; found {type(OmegaConf.to_container(own)).__name__}")
-    parents = own.pop("extends", None) or []
+    if not is_mapping:
+        raise UserError(f"{shown}: a config is a mapping of keys to values; found a {root.id}")
+    parents = OmegaConf.to_container(own).get("extends") or []
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) and "\0" not in parent for parent in parents):
+        raise UserError(f"{shown}: extends={parents!r} must be the path of a config, or a list of them")
+    own.pop("extends", None)
     loaded = Loaded()
     merged = OmegaConf.create({})
-    for parent in [parents] if isinstance(parents, str) else parents:
+    for parent in parents:
         parent_path = path.parent / parent
         if not parent_path.is_file():
             raise UserError(f"{shown}: extends {parent}, and there is no {parent_path}")

@@ -146,6 +146,9 @@ def _check(manifest: Manifest, stated: dict[tuple[str, str], int], path: Path) -
             raise UserError(f"{path}: {field}={value!r} must be a positive integer")
     if not isinstance(manifest.eod_id, int) or not 0 <= manifest.eod_id <= np.iinfo(manifest.dtype).max:
         raise UserError(f"{path}: eod_id={manifest.eod_id!r} must be an id that {manifest.dtype} can hold")
+    for name, split in manifest.splits.items():
+        for shard in split.shards:
+            _check_shard(shard, f"{path}: split {name}")
     for (name, field), value in stated.items():
         total = manifest.splits[name].total(field)
         if total != value:
@@ -156,3 +159,16 @@ def _check(manifest: Manifest, stated: dict[tuple[str, str], int], path: Path) -
             if shard.records != expected or shard.tokens < 1:
                 raise UserError(f"{path}: {shard.file} of split {name} states {shard.records} records for "
                                 f"{shard.tokens} tokens, which make {expected} of {manifest.record_tokens}")
+
+
+def _check_shard(shard: Shard, where: str) -> None:
+    """Numbers are numbers, and the file lies beside the manifest."""
+    for name, value in dataclasses.asdict(shard).items():
+        if name == "file":
+            if not isinstance(value, str) or Path(value).name != value:
+                raise UserError(f"{where}: {value!r} must be the name of a file beside it")
+        elif name == "sha256":
+            if not isinstance(value, str):
+                raise UserError(f"{where}: {shard.file}: sha256={value!r} must be a hash in hexadecimal")
+        elif type(value) is not int or value < 0:
+            raise UserError(f"{where}: {shard.file}: {name}={value!r} must be a whole number")

@@ -25,6 +25,14 @@ _DEFAULTS = {  # what the class of transformers takes where config.json is silen
               "num_key_value_heads": 32},
 }
 
+_TYPES = {
+    **dict.fromkeys(("architectures", "layer_types"), list),
+    **dict.fromkeys(("model_type", "hidden_act"), str),
+    **dict.fromkeys(("sliding_window", "max_window_layers", "num_key_value_heads", "head_dim"), int),
+    **dict.fromkeys(("rope_theta", "rms_norm_eps", "initializer_range", "partial_rotary_factor"), (int, float)),
+}
+"""What keys must hold where they are not null; the rest is checked by name, or by the schema of the model."""
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file. UserError where it is malformed."""
@@ -49,6 +57,10 @@ def read_model_config(directory: Path, *, vocab_size: int) -> ModelConfig:
       UserError: an architecture that is none of ARCHITECTURES, or keys that our decoder cannot compute: each named.
     """
     path, given = directory / CONFIG, read_json(directory / CONFIG)
+    mistyped = [f"{name}={json.dumps(given[name])}" for name, kinds in _TYPES.items()
+                if given.get(name) is not None and not isinstance(given[name], kinds)]
+    if mistyped:
+        raise UserError(f"{path} is malformed: {', '.join(mistyped)} is of another type than transformers writes")
     kind = _architecture(path, given)
     problems = _refused(given, kind)
     if problems:
@@ -116,7 +128,7 @@ def describe_architecture(config: ModelConfig, *, rows: int, dtype: str, ids: di
 
 
 def _architecture(path: Path, given: dict[str, Any]) -> str:
-    names = given.get("architectures") or []
+    names = list(map(str, given.get("architectures") or []))
     by_type = {kind: name for name, kind in ARCHITECTURES.items()}
     if not names and given.get("model_type") in by_type:
         names = [by_type[given["model_type"]]]
@@ -155,7 +167,7 @@ def _refused(given: dict[str, Any], kind: str) -> list[str]:
         if windows is None:
             names = "layer_types" if given.get("layer_types") else "max_window_layers"
             refuse(names, "the sliding window is that of every layer, or of none")
-    elif kind == "mistral" and len(set(given.get("layer_types") or ())) > 1:
+    elif kind == "mistral" and len(set(map(str, given.get("layer_types") or ()))) > 1:
         refuse("layer_types", "the sliding window is that of every layer, or of none")
     return problems
 

@@ -179,6 +179,9 @@ def _files(directory: Path) -> list[Path]:
         weight_map = read_json(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{directory / INDEX} has no weight_map")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise UserError(f"{directory / INDEX}: weight_map.{name}={file!r} must be the name of a file beside it")
         files = [directory / name for name in sorted(set(weight_map.values()))]
         missing = [path.name for path in files if not path.is_file()]
         if missing:
@@ -200,13 +203,22 @@ def _read_header(path: Path) -> dict[str, Entry]:
             header = json.loads(file.read(length))
         except ValueError:
             raise UserError(f"{path} is not a safetensors file: its header is no JSON") from None
+    if not isinstance(header, dict):
+        raise UserError(f"{path} is not a safetensors file: its header is no JSON object")
     header.pop("__metadata__", None)
-    found = {}
-    for name, given in header.items():
-        if given["dtype"] not in DTYPES:
-            raise UserError(f"{path}: {name} is of the dtype {given['dtype']}; there are {', '.join(DTYPES)}")
-        entry = Entry(path, 8 + length + given["data_offsets"][0], tuple(given["shape"]), DTYPES[given["dtype"]])
-        if entry.offset + entry.nbytes > size or entry.nbytes != given["data_offsets"][1] - given["data_offsets"][0]:
-            raise UserError(f"{path} is cut short or damaged: {name} is not all there")
-        found[name] = entry
-    return found
+    return {name: _read_entry(path, name, given, start=8 + length, size=size) for name, given in header.items()}
+
+
+def _read_entry(path: Path, name: str, given: Any, *, start: int, size: int) -> Entry:
+    """What a header says of one tensor, whose bytes lie between `start` and `size`."""
+    given = given if isinstance(given, dict) else {}
+    dtype, shape, offsets = (given.get(key) for key in ("dtype", "shape", "data_offsets"))
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
+            raise UserError(f"{path} is damaged: its header gives {name} no shape and place")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise UserError(f"{path}: {name} is of the dtype {dtype}; there are {', '.join(DTYPES)}")
+    entry = Entry(path, start + (offsets[0] if offsets else 0), tuple(shape), DTYPES[dtype])
+    if len(offsets) != 2 or entry.offset + entry.nbytes > size or entry.nbytes != offsets[1] - offsets[0]:
+        raise UserError(f"{path} is cut short or damaged: {name} is not all there")
+    return entry
