@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import logging
 import os
 import time
 from collections import Counter
@@ -18,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.inference.keyed_file import FLUSH_SECONDS, append, lock, mended
 
 _FORMAT = 1
-_FLUSH_SECONDS = 1.0  # what a power cut may cost; a killed process costs nothing that was appended
-logger = logging.getLogger(__name__)
 
 
 class PairFile:
@@ -57,7 +55,7 @@ class PairFile:
         except OSError as error:
             raise UserError(f"output={self.path} cannot be written: {error.strerror}") from None
         try:
-            self._lock()
+            lock(self._state, f"output={self.path}")
             self.date = self._open(settings)
             self._rows = open(self.path, "ab", buffering=0)
         except BaseException:
@@ -94,7 +92,7 @@ class PairFile:
             self._append(self._state, {"settings": settings, "date": date})
             os.fsync(self._state.fileno())
             return date
-        records = _mended(self.state)
+        records = mended(self.state)
         try:
             kept, date = records[0]["settings"], records[0]["date"]
             for record in records[1:]:
@@ -103,7 +101,7 @@ class PairFile:
         except (IndexError, KeyError, TypeError):
             raise UserError(f"{self.state} was not written by this command") from None
         _compare(self.path, kept, settings)
-        for line, record in enumerate(_mended(self.path), 1):
+        for line, record in enumerate(mended(self.path), 1):
             try:
                 self.done.add(record["provenance"]["key"])
             except (KeyError, TypeError):
@@ -112,28 +110,9 @@ class PairFile:
             self.pairs += 1
         return date
 
-    def _lock(self) -> None:
-        """The state is locked as long as it is open; where there are no locks, there is none."""
-        try:
-            import fcntl
-        except ImportError:
-            return
-        try:
-            fcntl.flock(self._state, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"output={self.path}: another process is making it") from None
-        except OSError as error:
-            logger.info("%s cannot be locked: %s", self.state, error)
-
     def _append(self, file: Any, record: dict[str, Any]) -> None:
-        data = memoryview(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        try:
-            while data:
-                data = data[file.write(data):]
-        except OSError as error:
-            raise UserError(f"{file.name} cannot be written: {error.strerror}; the same command goes on when there is "
-                            "room") from None
-        if file is not self._state and time.monotonic() - self._synced > _FLUSH_SECONDS:
+        append(file, record)
+        if file is not self._state and time.monotonic() - self._synced > FLUSH_SECONDS:
             self._sync()
 
     def _sync(self) -> None:
@@ -141,38 +120,6 @@ class PairFile:
             with contextlib.suppress(OSError):
                 os.fsync(file.fileno())
         self._synced = time.monotonic()
-
-
-def _mended(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, from which a last line that is not whole is cut off. UserError for any other line.
-
-    A last row without its line end is whole: it gets one.
-    """
-    records: list[dict[str, Any]] = []
-    good = 0
-    torn: int | None = None
-    ended = True
-    with open(path, "rb") as file:
-        for line, data in enumerate(file, 1):
-            if torn is not None:
-                raise UserError(f"{path}:{torn}: not a row of this command: it was changed since it was written")
-            try:
-                record = json.loads(data)
-            except ValueError:
-                record = None
-            if isinstance(record, dict):
-                records.append(record)
-                good += len(data)
-                ended = data.endswith(b"\n")
-            else:
-                torn = line
-    if torn is not None:
-        logger.warning("%s:%d: the last line is not whole, and is cut off", path, torn)
-        os.truncate(path, good)
-    elif not ended:
-        with open(path, "ab") as file:
-            file.write(b"\n")
-    return records
 
 
 def _compare(path: Path, kept: dict[str, Any], now: dict[str, Any]) -> None:
