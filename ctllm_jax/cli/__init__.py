@@ -32,6 +32,7 @@ COMMANDS = {
     "lora": "trained adapters: merge them into their base",
     "import-hf": "a run directory from a Hugging Face model (Llama, Mistral, Qwen2)",
     "export-hf": "a Hugging Face model from a run, or its adapters for PEFT",
+    "judge": "CHC-Bench, MT-Bench or questions of your own, answered by models and rated by another",
     "generate": "text from a trained model",
     "serve": "a model behind OpenAI's interface, and a page to chat with it",
     "chat": "talk to a model that was taught to answer",

@@ -43,10 +43,12 @@ logger = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
-    """What is to be answered, and the seed that is sent where `send_seed` is set."""
+    """What is to be answered, the seed that is sent where `send_seed` is set, and a temperature in place of the
+    config's."""
 
     messages: Sequence[Message]
     seed: int | None = None
+    temperature: float | None = None
 
 
 class Reply(NamedTuple):
@@ -185,7 +187,8 @@ class Endpoint:
         config = self.config
         body = {"model": config.model, "messages": [{"role": message.role, "content": message.content}
                                                     for message in request.messages],
-                "max_tokens": config.max_tokens, "temperature": config.temperature, "top_p": config.top_p,
+                "max_tokens": config.max_tokens, "top_p": config.top_p,
+                "temperature": config.temperature if request.temperature is None else request.temperature,
                 "seed": request.seed if config.send_seed else None, **config.body}
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "ctllm-jax"}
         if self._key is not None:

@@ -1,0 +1,211 @@
+"""A judge asked about answers: ratings, and choices between two. No jax here.
+
+Each request is known by a hash of the judge, its settings and every message, so that nothing is asked twice, whoever
+else gave the same answer. A reply without a result is followed up once, with a request for the result alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.judge import GraderConfig
+from ctllm_jax.data.chat import Message
+from ctllm_jax.data.questions import Question
+from ctllm_jax.evaluation.judge_answers import Given
+from ctllm_jax.evaluation.judge_prompts import LOWEST, Prompt, Prompts, pair, read_rating, read_verdict, single
+from ctllm_jax.inference.endpoint import Endpoint, EndpointError, Request
+from ctllm_jax.inference.keyed_file import KeyedFile
+
+_SENT = ("model", "max_tokens", "temperature", "top_p", "body")
+_SHOWN = 3  # failures that are told in full
+_GREETING = "这是一次连接测试，请只回复：好"
+logger = logging.getLogger(__name__)
+
+
+class Item(NamedTuple):
+    """A reply that is wanted: a rating (`read_rating`) or a verdict (`read_verdict`)."""
+
+    key: str
+    prompt: Prompt
+    messages: tuple[Message, ...]
+    question: Question
+    turn: int
+    read: Callable[[str], float | str | None]
+
+
+class Judgment(NamedTuple):
+    """What the judge said of one thing.
+
+    Attributes:
+      result: a rating from 1 to 10, or A, B or C; None where none could be read, or none came.
+      text: its words; empty where nothing was asked.
+      again: its reply to the follow-up; None where there was none.
+      prompt: name of the prompt; None where nothing was asked.
+      missing: no reply has come; the next call asks again.
+    """
+
+    result: float | str | None
+    text: str = ""
+    again: str | None = None
+    prompt: str | None = None
+    missing: bool = False
+
+
+class Judge:
+    """The model that judges.
+
+    Raises:
+      UserError: the variable that the config names holds no key.
+    """
+
+    def __init__(self, config: GraderConfig, prompts: Prompts):
+        self.config, self.prompts = config, prompts
+        self.endpoint = Endpoint(config)
+        self.identity = {name: config.model_dump(mode="json")[name] for name in _SENT}
+
+    def check(self) -> None:
+        """One small request, tried twice. UserError where there is no reply: a judge that cannot be reached."""
+        config = self.config.model_copy(update={"retries": min(self.config.retries, 1)})
+        try:
+            Endpoint(config).ask(Request((Message("user", _GREETING),)))
+        except EndpointError as error:
+            raise UserError(f"the judge cannot be asked, and nothing was begun: {error}") from None
+
+    def rating(self, question: Question, answers: Sequence[str]) -> Item:
+        """The request for a rating of the last of one or two answers."""
+        return self._item(question, len(answers), read_rating, *single(self.prompts, question, answers))
+
+    def verdict(self, question: Question, first: Sequence[str], second: Sequence[str]) -> Item:
+        """The request for a choice between the last answers of two."""
+        return self._item(question, len(first), read_verdict, *pair(self.prompts, question, first, second))
+
+    def _item(self, question: Question, turn: int, read, prompt: Prompt, messages: tuple[Message, ...]) -> Item:
+        content = json.dumps([self.identity, prompt.again, [message[:2] for message in messages]], sort_keys=True)
+        return Item(hashlib.sha256(content.encode()).hexdigest()[:32], prompt, messages, question, turn, read)
+
+    def ask(self, items: Iterable[Item], *, file: KeyedFile, advance: Callable[[], None] = lambda: None,
+            before: Callable[[], None] = lambda: None) -> None:
+        """Have `file` hold the judge's reply to each item, and its reply to the follow-up where that is needed.
+
+        Args:
+          advance: called for each item, different or not, that has its reply, or failed.
+          before: called once before the first is asked for.
+
+        Raises:
+          EndpointError: the endpoint gives none.
+        """
+        items = list(items)
+        unique = {item.key: item for item in items}
+        wanted = [item for key, item in unique.items() if key not in file]
+        again = [item for key, item in unique.items() if key in file and _is_open(file.rows[key])]
+        if wanted or again:
+            before()
+        for _ in range(len(items) - len(wanted)):
+            advance()
+        for item, row in self._replies(wanted, [item.messages for item in wanted]):
+            if row is not None:
+                result = None if row["is_cut"] else item.read(row["text"])
+                file.add(item.key, {"question_id": item.question.id, "turn": item.turn, "prompt": item.prompt.name,
+                                    "result": result, **row, "again": None})
+                if result is None:
+                    again.append(item)
+            advance()
+        for item, row in self._replies(again, [_follow_up(item, file.rows[item.key]["text"]) for item in again]):
+            if row is not None:
+                kept = {name: value for name, value in file.rows[item.key].items() if name != "key"}
+                file.add(item.key, {**kept, "result": item.read(row["text"]), "again": row["text"]})
+
+    def _replies(self, items: Sequence[Item], messages: Sequence[Sequence[Message]]):
+        """Each item with its reply as a row, or with None where there is none."""
+        today = datetime.datetime.now(datetime.UTC).date().isoformat()
+        requests = [Request(each, int(item.key[:8], 16) & 0x7FFFFFFF)
+                    for item, each in zip(items, messages, strict=True)]
+        failed = 0
+        for item, reply in zip(items, self.endpoint.ask_many(requests), strict=True):
+            if isinstance(reply, EndpointError):
+                failed += 1
+                logger.log(logging.WARNING if failed <= _SHOWN else logging.INFO, "%s, turn %d, was not judged: %s",
+                           item.question.source, item.turn, reply)
+                yield item, None
+            else:
+                yield item, {"text": reply.text, "is_cut": reply.is_cut, "model": reply.model,
+                             "base_url": self.config.base_url, "date": today}
+
+
+def ratings(judge: Judge, questions: Sequence[Question], given: Given) -> tuple[list[Item], Callable]:
+    """The requests for ratings of all answers, and `(file) -> judgments by question and turn`, to be called after them.
+
+    An empty answer is rated 1, and nobody is asked; one that is absent has no judgment.
+    """
+    known: dict[tuple[str, int], Judgment] = {}
+    items: dict[tuple[str, int], Item] = {}
+    for question, turn in turns_of(questions):
+        answers = _up_to(given, question, turn)
+        if answers is None:
+            known[question.id, turn] = Judgment(None, missing=True)
+        elif not answers[-1].strip():
+            known[question.id, turn] = Judgment(LOWEST)
+        else:
+            items[question.id, turn] = judge.rating(question, answers)
+    return list(items.values()), lambda file: known | {place: _judgment(item, file) for place, item in items.items()}
+
+
+def choices(judge: Judge, questions: Sequence[Question], first: Given, second: Given) -> tuple[list[Item], Callable]:
+    """The requests for choices between all answers of two, in both orders, and `(file) -> two judgments by question and
+    turn`, the second with the answers swapped, to be called after them.
+
+    Nobody is asked about equal answers, a tie, nor where one is empty and loses.
+    """
+    known: dict[tuple[str, int], tuple[Judgment, Judgment]] = {}
+    items: dict[tuple[str, int], tuple[Item, Item]] = {}
+    for question, turn in turns_of(questions):
+        one, other = _up_to(first, question, turn), _up_to(second, question, turn)
+        if one is None or other is None:
+            known[question.id, turn] = (Judgment(None, missing=True),) * 2
+        elif one[-1].split() == other[-1].split():
+            known[question.id, turn] = (Judgment("C"),) * 2
+        elif not one[-1].strip():
+            known[question.id, turn] = (Judgment("B"), Judgment("A"))
+        elif not other[-1].strip():
+            known[question.id, turn] = (Judgment("A"), Judgment("B"))
+        else:
+            items[question.id, turn] = (judge.verdict(question, one, other), judge.verdict(question, other, one))
+    return [item for both in items.values() for item in both], lambda file: known | {
+        place: tuple(_judgment(item, file) for item in both) for place, both in items.items()}
+
+
+def turns_of(questions: Iterable[Question]) -> list[tuple[Question, int]]:
+    """Every turn of every question, from 0."""
+    return [(question, turn) for question in questions for turn in range(len(question.turns))]
+
+
+def _up_to(given: Given, question: Question, turn: int) -> list[str] | None:
+    """The answers up to a turn; None where one is absent."""
+    found = [given.get((question.id, each)) for each in range(turn + 1)]
+    return None if None in found else [each.text for each in found]
+
+
+def _judgment(item: Item, file: KeyedFile) -> Judgment:
+    row = file.rows.get(item.key)
+    if row is None:
+        return Judgment(None, prompt=item.prompt.name, missing=True)
+    return Judgment(row["result"], row["text"], row["again"], row["prompt"], missing=_is_open(row))
+
+
+def _is_open(row: dict[str, Any]) -> bool:
+    """Whether a reply without a result was not followed up yet."""
+    return row["result"] is None and row["again"] is None
+
+
+def _follow_up(item: Item, said: str) -> tuple[Message, ...]:
+    """The dialogue that asks for the result alone. What said nothing is left out: two questions become one."""
+    if said.strip():
+        return (*item.messages, Message("assistant", said), Message("user", item.prompt.again))
+    *before, asked = item.messages
+    return (*before, Message("user", f"{asked.content}\n\n{item.prompt.again}"))
