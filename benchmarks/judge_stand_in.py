@@ -30,7 +30,8 @@ def rate(answer: str, wanted: str) -> tuple[float, str]:
     pairs = bigrams(answer)
     if not pairs:
         return 1.0, "empty"
-    shares = {"中文": len(_CHINESE.findall(answer)) / len("".join(answer.split())), "不重复": len(set(pairs)) / len(pairs),
+    shares = {"中文": len(_CHINESE.findall(answer)) / len("".join(answer.split())),
+              "不重复": len(set(pairs)) / len(pairs),
               "长度": min(1.0, len(answer) / _LONG_ENOUGH),
               "相关": min(1.0, 4 * len(set(pairs) & set(bigrams(wanted))) / len(set(bigrams(wanted)) or {""}))}
     return round(1 + 9 * sum(shares.values()) / len(shares), 1), "，".join(f"{name} {share:.0%}" for name, share in

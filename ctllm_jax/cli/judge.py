@@ -38,7 +38,8 @@ _UNFIT = re.compile(r"[^\w.@-]+")  # for the name of a file
 
 
 class Side(NamedTuple):
-    """One who answers: the name, a MODEL, an endpoint's or given answers, and where its record goes beside `output`."""
+    """One who answers: the name; a MODEL, an endpoint, or answers that are given, with what an earlier record says of
+    them; and where its own record goes beside `output`."""
 
     name: str
     model: str | None = None
@@ -46,6 +47,7 @@ class Side(NamedTuple):
     given: Given | None = None
     folder: Path | None = None
     step: int | None = None
+    told: dict[str, Any] | None = None
 
 
 def run(context: Context) -> int:
@@ -81,8 +83,10 @@ def _check_targets(targets: Sequence[str], config: JudgeConfig) -> None:
     if len(set(targets)) < len(targets):
         raise UserError(f"{next(each for each in targets if targets.count(each) > 1)} is given twice")
     models = [target for target in targets if not target.endswith((".json", ".jsonl"))]
-    if not models and (given := config.answers.given(OF_A_MODEL)):
-        raise UserError(f"answers.{given[0]} is only read for a MODEL, and none is given")
+    of_all = tuple(type(config.answers).model_fields) if config.answers.base_url is None else OF_A_MODEL
+    if not models and (given := config.answers.given(of_all)):
+        also = " or an endpoint" if config.answers.base_url is None else ""
+        raise UserError(f"answers.{given[0]} is only read for a MODEL{also}, and none is given")
     if models and (config.answers.max_tokens is None or config.answers.temperature is None):
         raise UserError("answers.max_tokens and answers.temperature may only be null without a MODEL")
     if config.compare != "none" and len(targets) + (config.answers.base_url is not None) < 2:
@@ -112,7 +116,7 @@ def _sides(context: Context, questions: Sequence[Question]) -> list[Side]:
                      for row in result.record["answers"] for turn, each in enumerate(row["turns"])
                      if each["answer"] is not None}
             _check_given(target, result.record, questions)
-            sides.append(Side(result.answerer, given=given, step=result.step))
+            sides.append(Side(result.answerer, given=given, told=result.record["answerer"]))
         elif target.endswith(".jsonl"):
             name, given = read_answers(target, questions)
             sides.append(Side(name or Path(target).name.removesuffix(".jsonl"), given=given))
@@ -241,7 +245,7 @@ def _answer(side: Side, config: JudgeConfig, questions: Sequence[Question], file
 
     told: dict[str, Any] = {"name": side.name, "step": side.step, "model": side.model}
     if side.given is not None:
-        return side.given, {**told, "kind": "file"}
+        return side.given, side.told or {**told, "kind": "file"}
     answerer = side.endpoint or ModelAnswerer(side.model, config.answers, name=side.name, questions=questions)
     with count_bar(console, f"answers of {side.name}", total=turns) as advance:
         given = answer(answerer, questions, config.answers, file=file, advance=advance, before=check)

@@ -58,15 +58,15 @@ class Judgment(NamedTuple):
 
 
 class Judge:
-    """The model that judges.
+    """The model that judges; `backoff` as of `Endpoint`.
 
     Raises:
       UserError: the variable that the config names holds no key.
     """
 
-    def __init__(self, config: GraderConfig, prompts: Prompts):
+    def __init__(self, config: GraderConfig, prompts: Prompts, *, backoff: float = 1.0):
         self.config, self.prompts = config, prompts
-        self.endpoint = Endpoint(config)
+        self.endpoint = Endpoint(config, backoff=backoff)
         self.identity = {name: config.model_dump(mode="json")[name] for name in _SENT}
 
     def check(self) -> None:

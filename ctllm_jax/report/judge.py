@@ -102,7 +102,7 @@ def page(records: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any] | N
     body.append(cards([(name, _mean(record["scores"]["macro"]["mean"]), _card_note(record))
                        for name, record in zip(who, records, strict=True)]))
     body.append(section("Ratings", bars(records) + table(
-        ["", "questions", *_heads(who)], [[shown(cell) for cell in row] for row in score_rows(records)]
+        ["", "questions", *_heads(who)], [_emphasized(row) for row in score_rows(records)]
         + [[shown(first), "", *map(shown, rest)] for first, *rest in count_rows(records)], "figures scores"),
         "mean, 95 % interval over questions"))
     if comparison:
@@ -227,12 +227,14 @@ def _answer(turn: Mapping[str, Any], name: str, index: int) -> str:
 def _choice(compared: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     outcome = {"win": f"{compared['first']} is better", "loss": f"{compared['second']} is better", "tie": "a tie",
                "inconsistent": "depends on the order", None: "no choice"}[row["outcome"]]
-    words = "".join(f"<p class=\"none\">A is {shown(first)}, B is {shown(second)}: {shown(choice['result'] or '–')}</p>"
-                    f"<p>{shown(choice['text'])}</p>" for choice, (first, second) in zip(
-                        row["choices"], ((compared["first"], compared["second"]),
-                                         (compared["second"], compared["first"])), strict=True))
-    return (f"<details><summary>{shown(compared['first'])} or {shown(compared['second'])}: <b>{shown(outcome)}</b>"
-            f"</summary>{words}</details>")
+    both = (compared["first"], compared["second"])
+    words = "".join(
+        f"<div class=\"answer\"><header><span>A: {shown(first)}, B: {shown(second)}</span>"
+        f"<b>{shown(choice['result'] or '–')}</b></header><p>{shown(choice['text'] or 'not asked: equal or empty')}</p>"
+        + (f"<p>{shown(choice['again'])}</p>" if choice["again"] is not None else "") + "</div>"
+        for choice, (first, second) in zip(row["choices"], (both, both[::-1]), strict=True))
+    return (f"<details><summary>{shown(both[0])} or {shown(both[1])}: <b>{shown(outcome)}</b></summary>"
+            f'<div class="texts">{words}</div></details>')
 
 
 def _settings(head: Mapping[str, Any]) -> str:
@@ -259,6 +261,10 @@ def _mean(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
+def _emphasized(row: Sequence[str]) -> list[str]:
+    return [f"<b>{shown(cell)}</b>" if row[0].startswith("mean") else shown(cell) for cell in row]
+
+
 def _share(value: float | None, interval: Sequence[float] | None = None) -> str:
     if value is None:
         return "–"
@@ -280,7 +286,9 @@ def _swatch(index: int) -> str:
 def _plain(value: Any) -> str:
     if value is None:
         return "the server's own"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
