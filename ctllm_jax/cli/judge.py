@@ -28,11 +28,10 @@ usage: python launch.py judge [MODEL | ANSWERS …] questions=FILE judge.base_ur
 MODELs (a run of sft or dpo, RUN@STEP, a Hugging Face folder), an endpoint (answers.base_url), and files of answers
 (MT-Bench's layout as .jsonl, or the judge-….json of an earlier command) are rated from 1 to 10, question by question,
 by the model behind an OpenAI-compatible endpoint. What is answered and judged is kept, and the same command goes on:
-  python launch.py judge runs/chat questions=chc-bench/ judge.base_url=http://localhost:8000/v1 judge.model=NAME
-  python launch.py judge runs/sft runs/dpo questions=chc-bench.parquet compare=all output=runs/judged \\
-      judge.base_url=https://api.openai.com/v1 judge.model=gpt-4o judge.api_key_env=OPENAI_API_KEY
-  python launch.py judge questions=FILE answers.base_url=URL answers.model=NAME output=DIR judge.base_url=URL \\
-      judge.model=NAME --dry-run
+  python launch.py judge runs/chat questions=chc-bench judge.base_url=http://localhost:8000/v1 judge.model=NAME
+  python launch.py judge runs/sft runs/dpo questions=FILE compare=all output=DIR judge.base_url=URL judge.model=NAME
+  python launch.py judge answers.jsonl questions=FILE output=DIR judge.base_url=URL judge.model=NAME --dry-run
+A hosted judge wants a key: judge.api_key_env names the variable that holds it.
 """
 _UNFIT = re.compile(r"[^\w.@-]+")  # for the name of a file
 

@@ -53,3 +53,18 @@ def text_run(corpus, tmp_path_factory):
     printed = call(*command)
     assert printed.status == 0, printed.err
     return TextRun(directory, command, printed)
+
+
+@pytest.fixture(scope="session")
+def tuned(text_run, tmp_path_factory):
+    """A run of a few steps on dialogues, with checkpoints at the last two."""
+    from tests.cli.test_sft import write_dialogues
+
+    folder = tmp_path_factory.mktemp("tuned")
+    printed = call("sft", "quickstart/sft", f"init={text_run.directory}", f"run.dir={folder / 'run'}",
+                   f"data.sources.zh={write_dialogues(folder / 'zh.jsonl')}", "batch.tokens=512",
+                   "batch.sequence_length=64", "data.epochs=1", "evaluation.every=0", "sample.every=0",
+                   "checkpoint.every=1", "checkpoint.keep_last=2", "log.report=false",
+                   *(f"data.template.plain_{role}={{content}}\n" for role in ("system", "user", "assistant")))
+    assert printed.status == 0, printed.err
+    return folder / "run"

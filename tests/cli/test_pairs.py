@@ -10,23 +10,9 @@ from ctllm_jax.data.pairs import read_pairs
 from ctllm_jax.report.run import read_run
 from tests.chat_server import KEY, ChatServer, Say, completion
 from tests.cli.conftest import call
-from tests.cli.test_sft import write_dialogues
 from tests.runs import start
 
 LONG = "今天天气不错" * 60
-
-
-@pytest.fixture(scope="module")
-def tuned(text_run, tmp_path_factory):
-    """A run of a few steps on dialogues."""
-    folder = tmp_path_factory.mktemp("tuned")
-    printed = call("sft", "quickstart/sft", f"init={text_run.directory}", f"run.dir={folder / 'run'}",
-                   f"data.sources.zh={write_dialogues(folder / 'zh.jsonl')}", "batch.tokens=512",
-                   "batch.sequence_length=64", "data.epochs=1", "evaluation.every=0", "sample.every=0",
-                   "checkpoint.every=1", "checkpoint.keep_last=2", "log.report=false",
-                   *(f"data.template.plain_{role}={{content}}\n" for role in ("system", "user", "assistant")))
-    assert printed.status == 0, printed.err
-    return folder / "run"
 
 
 @pytest.fixture(scope="module")
