@@ -177,6 +177,8 @@ def _judge(context: Context, questions: Sequence[Question], sides: Sequence[Side
 
     config, console = context.config, context.console
     turns = len(turns_of(questions))
+    # A part of a set is no result of the set: it has files of its own.
+    is_part = bool(config.limit or config.categories)
     console.print(f"{escape(set_name)}: {len(questions):,} questions, {turns:,} turns, judged by "
                   f"{escape(config.judge.model)} at {escape(config.judge.base_url)}")
     check = _Once(judge.check if config.judge.check else lambda: None)
@@ -199,12 +201,12 @@ def _judge(context: Context, questions: Sequence[Question], sides: Sequence[Side
             path=config.questions, sha256=hash_of(questions), used=[item.prompt for item in items],
             served=sorted({judgments.rows[item.key]["model"] for item in items if item.key in judgments}))
         results = [records.judged_record({**head, "answerer": told[name]}, questions, given[name], read(judgments),
-                                         resamples=config.resamples) for name, (_, read) in rated.items()]
+                                         resamples=config.resamples, is_part=is_part)
+                   for name, (_, read) in rated.items()]
         compared = records.comparison_record(head, [
             records.comparison_of(*pair, questions, read(judgments), resamples=config.resamples)
             for pair, (_, read) in chosen.items()]) if chosen else None
-    # Part of a set is no result of the set: it has files of its own.
-    stem = f"judge-{set_name}" + (".part" if config.limit or config.categories else "")
+    stem = f"judge-{set_name}" + (".part" if is_part else "")
     paths = []
     for side, record in zip(sides, results, strict=True):
         if side.folder is not None:
@@ -239,6 +241,8 @@ class _Once:
 def _answer(side: Side, config: JudgeConfig, questions: Sequence[Question], file, check: Callable[[], None],
             console: Console, turns: int) -> tuple[Given, dict[str, Any]]:
     """All answers of one side, and what the record says of it."""
+    from rich.markup import escape
+
     from ctllm_jax.cli.progress import count_bar
     from ctllm_jax.evaluation.judge_answers import ModelAnswerer, answer
 
@@ -246,7 +250,7 @@ def _answer(side: Side, config: JudgeConfig, questions: Sequence[Question], file
     if side.given is not None:
         return side.given, side.told or {**told, "kind": "file"}
     answerer = side.endpoint or ModelAnswerer(side.model, config.answers, name=side.name, questions=questions)
-    with count_bar(console, f"answers of {side.name}", total=turns) as advance:
+    with count_bar(console, escape(f"answers of {side.name}"), total=turns) as advance:
         given = answer(answerer, questions, config.answers, file=file, advance=advance, before=check)
     settings = config.answers.model_dump(mode="json", include={"temperature", "temperatures"})
     return given, {**told, **answerer.identity, **settings, "model": side.model or config.answers.model}

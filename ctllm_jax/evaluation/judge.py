@@ -1,7 +1,7 @@
 """What a judge's ratings and choices come to: means with intervals, and a record that holds all they came from. No jax.
 
-A record (`judge-NAME.json`) is of one answerer, and says of itself `"kind": "judge"`; `read_judged` reads it. That of a
-comparison is `"kind": "judge-comparison"`.
+A record (`judge-NAME.json`) is of one answerer, and says of itself `"kind": "judge"`, or of a part of a set
+`"judge-part"`; `read_judged` reads both. That of a comparison is `"kind": "judge-comparison"`.
 
 An interval is the percentile bootstrap's over questions, at 95 %: questions are drawn with replacement, each with the
 ratings of all its turns. For the macro mean, the mean of the categories' means, they are drawn within each category.
@@ -28,7 +28,7 @@ from ctllm_jax.evaluation.judge_answers import Given
 from ctllm_jax.evaluation.judge_prompts import LOWEST, Prompt
 from ctllm_jax.evaluation.judging import Judge, Judgment
 
-KIND, COMPARISON = "judge", "judge-comparison"
+KIND, PART, COMPARISON = "judge", "judge-part", "judge-comparison"
 _FORMAT = 1
 _SEED = 0
 _SWAPPED = {"A": "B", "B": "A", "C": "C"}
@@ -154,10 +154,10 @@ def _score(groups: Sequence[Sequence[Question]], given: Given, judged: Judged, *
 
 
 def judged_record(head: Mapping[str, Any], questions: Sequence[Question], given: Given, judged: Judged, *,
-                  resamples: int) -> dict[str, Any]:
-    """The record of one answerer; `head` as of `head_of`, with `answerer`."""
+                  resamples: int, is_part: bool = False) -> dict[str, Any]:
+    """The record of one answerer; `head` as of `head_of`, with `answerer`. `is_part`: there are more questions."""
     scores = scores_of(questions, given, judged, resamples=resamples)
-    return {"kind": KIND, "format": _FORMAT, **head,
+    return {"kind": PART if is_part else KIND, "format": _FORMAT, **head,
             "scores": {name: score._asdict() if isinstance(score, Score) else
                        {key: each._asdict() for key, each in score.items()} for name, score in scores.items()},
             "answers": [_row(question, given, judged) for question in questions]}
@@ -267,7 +267,7 @@ def read_judged(path: Path | str) -> Result:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(record, dict) or record.get("kind") != KIND:
+    if not isinstance(record, dict) or record.get("kind") not in (KIND, PART):
         found = record.get("kind") if isinstance(record, dict) else None
         raise UserError(f'{path} is no result of judge: it needs "kind": "{KIND}"; this one has {found or "none"}')
     if record.get("format") != _FORMAT:

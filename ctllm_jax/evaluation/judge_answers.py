@@ -55,7 +55,7 @@ class Ask(NamedTuple):
     """A turn that is to be answered."""
 
     messages: tuple[Message, ...]
-    temperature: float
+    temperature: float | None
     key: str
 
     @property
@@ -168,8 +168,8 @@ class ModelAnswerer(Answerer):
         return self._engine
 
 
-def temperature_of(question: Question, config: AnswersConfig) -> float:
-    """The temperature at which a question is answered."""
+def temperature_of(question: Question, config: AnswersConfig) -> float | None:
+    """The temperature at which a question is answered; None: a server's own."""
     named = {canonical(name): value for name, value in config.temperatures.items()}
     return named.get(question.category, config.temperature)
 

@@ -22,7 +22,7 @@ from ctllm_jax.evaluation.judge_prompts import LOWEST, Prompt, Prompts, pair, re
 from ctllm_jax.inference.endpoint import Endpoint, EndpointError, Request
 from ctllm_jax.inference.keyed_file import KeyedFile
 
-_SENT = ("model", "max_tokens", "temperature", "top_p", "body")
+_SENT = ("model", "max_tokens", "temperature", "top_p", "body", "send_seed")
 _SHOWN = 3  # failures that are told in full
 _GREETING = "这是一次连接测试，请只回复：好"
 logger = logging.getLogger(__name__)

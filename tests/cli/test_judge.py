@@ -47,6 +47,11 @@ def answering(server, *words):
     return [f"answers.base_url={server.base_url}", "answers.model=m", *words]
 
 
+def answers_in(path):
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return {row["key"]: row["answer"] for row in rows}
+
+
 def asked_of(server, model):
     return [asked for asked in server.asked if asked.body["model"] == model]
 
@@ -79,11 +84,12 @@ def test_a_run_is_judged_and_its_result_stands_beside_its_checkpoints(tuned, que
         # A trial leaves the whole result alone.
         assert call(*command, *by(server, "limit=1")).status == 0 and len(server.asked) == count
         assert read_judged(folder / "judge-mini_bench.json")[:12] == result[:12]
-        assert read_judged(folder / "judge-mini_bench.part.json").record["questions"]["count"] == 2
+        part = read_judged(folder / "judge-mini_bench.part.json")
+        assert part.record["questions"]["count"] == 2 and part.record["kind"] == "judge-part"
         # And what is answered does not depend on what is answered beside it.
-        assert call(*command, *by(server, "limit=1", "answers.batch_tokens=40", f"output={tmp_path / 'out'}")).status == 0
-    whole, part = ({row["key"]: row["answer"] for row in map(json.loads, path.read_text("utf-8").splitlines())} for path in
-                   (each / "judge-mini_bench.answers.jsonl" for each in (folder, tmp_path / "out")))
+        alone = by(server, "limit=1", "answers.batch_tokens=40", f"output={tmp_path / 'out'}")
+        assert call(*command, *alone).status == 0
+    whole, part = (answers_in(each / "judge-mini_bench.answers.jsonl") for each in (folder, tmp_path / "out"))
     assert part.items() <= whole.items() and 0 < len(part) < len(whole)
 
 
