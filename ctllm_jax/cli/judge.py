@@ -253,4 +253,5 @@ def _answer(side: Side, config: JudgeConfig, questions: Sequence[Question], file
     with count_bar(console, escape(f"answers of {side.name}"), total=turns) as advance:
         given = answer(answerer, questions, config.answers, file=file, advance=advance, before=check)
     settings = config.answers.model_dump(mode="json", include={"temperature", "temperatures"})
-    return given, {**told, **answerer.identity, **settings, "model": side.model or config.answers.model}
+    where = {} if side.endpoint is None else {"base_url": config.answers.base_url}
+    return given, {**told, **answerer.identity, **settings, **where, "model": side.model or config.answers.model}

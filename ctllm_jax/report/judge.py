@@ -12,7 +12,8 @@ from ctllm_jax.report.readable import percent, visible
 from ctllm_jax.report.tables import cards, section, shown, table
 
 _LOWEST, _HIGHEST = 1, 10
-_NAME_WIDTH, _BAR, _GAP = 190, 13, 12
+_NAME_WIDTH, _BAR, _GAP = 215, 13, 12
+_LONGEST_NAME = 32  # letters; a Chinese character is as wide as two
 _LONGEST_SUMMARY = 64
 _COUNTS = (("failures", "without a rating"), ("missing", "of them still to be asked"), ("empty", "empty answers"),
            ("cut", "cut by max_tokens"))
@@ -71,7 +72,8 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     served = [name for name in judge["served"] if name != judge["model"]]
     called = f"{judge['model']}{f' (served as {chr(44).join(served)})' if served else ''}"
     prompts = ", ".join(f"{name} {each['sha256']}" for name, each in judge["prompts"].items())
-    return [f"{record['name']}: {questions['count']} questions (hash {questions['sha256']}), judged by {called} at "
+    part = ", a part of the set" if record["kind"] == "judge-part" else ""
+    return [f"{record['name']}: {questions['count']} questions{part} (hash {questions['sha256']}), judged by {called} at "
             f"temperature {_plain(judge['temperature'])}, {record['date']}.",
             "Ratings from 1 to 10; in brackets the 95 % bootstrap interval over questions. An empty answer is rated 1. "
             "Ratings of different judges, or of different prompts, are not comparable.",
@@ -128,7 +130,7 @@ def bars(records: Sequence[Mapping[str, Any]]) -> str:
     for name, found in groups:
         middle = y + len(found) * _BAR / 2
         parts.append(f'<text class="tick name" x="{_NAME_WIDTH - 10}" y="{middle + 4}" text-anchor="end">'
-                     f"{escape(visible(name))}</text>")
+                     f"{escape(_fitting(visible(name)))}</text>")
         for index, each in enumerate(found):
             if each and each["mean"] is not None:
                 parts.append(_bar(each, x, y, index))
@@ -139,6 +141,15 @@ def bars(records: Sequence[Mapping[str, Any]]) -> str:
             f'95 % interval</small></figcaption><ul class="legend">{legend if len(records) > 1 else ""}</ul>'
             f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Mean rating by category">{"".join(parts)}'
             "</svg></figure>")
+
+
+def _fitting(name: str) -> str:
+    wide = 0
+    for place, letter in enumerate(name):
+        wide += 2 if letter >= "\u2e80" else 1
+        if wide > _LONGEST_NAME:
+            return name[:place] + "…"
+    return name
 
 
 def _bar(found: Mapping[str, Any], x: Scale, y: float, index: int) -> str:

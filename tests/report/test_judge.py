@@ -79,3 +79,12 @@ def test_the_page_shows_everything_and_runs_nothing(records):
     widths = [float(bar["width"]) for bar in bars]
     # From 1 to 10 over one width: 6.0 reaches (6 - 1) / 9 of it.
     assert len(records) == 1 or abs(widths[0] / widths[1] - 5.0 / 3.25) < 0.01
+
+
+def test_a_long_name_is_cut_and_a_part_is_called_one():
+    long = {**RECORDS[0], "kind": "judge-part"}
+    categories = {"math": {"count": 1, "names": ["一个" + "很长" * 8 + "的类别", ""]},
+                  "诗词": {"count": 1, "names": ["x", ""]}}
+    long["questions"] = {**long["questions"], "categories": categories}
+    assert "一个" + "很长" * 7 + "…" in judge.bars([long])
+    assert "2 questions, a part of the set" in judge.notes(long)[0]
