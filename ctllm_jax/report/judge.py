@@ -73,8 +73,8 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     called = f"{judge['model']}{f' (served as {chr(44).join(served)})' if served else ''}"
     prompts = ", ".join(f"{name} {each['sha256']}" for name, each in judge["prompts"].items())
     part = ", a part of the set" if record["kind"] == "judge-part" else ""
-    return [f"{record['name']}: {questions['count']} questions{part} (hash {questions['sha256']}), judged by {called} at "
-            f"temperature {_plain(judge['temperature'])}, {record['date']}.",
+    return [f"{record['name']}: {questions['count']} questions{part} (hash {questions['sha256']}), judged by {called} "
+            f"at temperature {_plain(judge['temperature'])}, {record['date']}.",
             "Ratings from 1 to 10; in brackets the 95 % bootstrap interval over questions. An empty answer is rated 1. "
             "Ratings of different judges, or of different prompts, are not comparable.",
             f"Prompts, and hashes of their text: {prompts or 'none was needed'}."]
