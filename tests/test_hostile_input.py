@@ -28,7 +28,8 @@ from tests.small_text import VOCABULARY, make_corpus
 
 MANY = [100, pytest.param(10_000, marks=pytest.mark.slow)]
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+                    lambda inner: st.lists(inner, max_size=4)
+                    | st.dictionaries(st.text(max_size=10), inner, max_size=4),
                     max_leaves=8)
 
 
@@ -99,7 +100,8 @@ def written(path, data):
 
 @pytest.mark.parametrize("examples", MANY)
 def test_configs(tmp_path, examples):
-    valid = Path("configs/debug/pretrain.yaml").read_bytes(), b"extends: debug/pretrain\nsteps: 3\nmodel: {num_layers: 2}\n"
+    own = b"extends: debug/pretrain\nsteps: 3\nmodel: {num_layers: 2}\n"
+    valid = (Path(__file__).parent.parent / "configs/debug/pretrain.yaml").read_bytes(), own
 
     def read(data):
         load(PretrainConfig, target=written(tmp_path / "c.yaml", data))
@@ -118,7 +120,8 @@ def test_overrides(examples):
 
 
 DIALOGUES = [{"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "您好。"}]},
-             {"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "您好。"}], "system": "好"},
+             {"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "您好。"}],
+              "system": "好"},
              {"instruction": "你好", "input": "", "output": "您好。", "history": [["一", "二"]]}]
 PAIRS = [{"prompt": "你好", "chosen": "您好。", "rejected": "不。"},
          {"conversations": [{"from": "human", "value": "你好"}], "chosen": {"from": "gpt", "value": "您好。"},
@@ -145,7 +148,7 @@ def test_messages(served, examples):
         parsed = messages_of(messages, "messages")
         served.template.prompt_ids(parsed)
 
-    attack(changed_json([each["messages"] for each in DIALOGUES[:1]]) | JSON, examples, read, expected=(ValueError, Dropped))
+    attack(changed_json([DIALOGUES[0]["messages"]]) | JSON, examples, read, expected=(ValueError, Dropped))
 
 
 @pytest.mark.parametrize("examples", MANY)
