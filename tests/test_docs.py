@@ -235,7 +235,7 @@ def test_the_readme_installs_and_tests_what_ci_does():
     extras = re.search(r"'\.\[([\w,]+)\]'", script).group(1)
     install, = (block.text for block in blocks(README) if "pytest" in block.text)
     assert f"'.[{extras}]'" in install and "-c constraints/py311.txt" in install
-    assert "python -m pytest -q" in script and install.rstrip().endswith("python -m pytest -q")
+    assert "python -m pytest -q -n 2" in script and install.rstrip().endswith("python -m pytest -q -n 2")
 
 
 @pytest.mark.parametrize("page", [README, CHINESE], ids=lambda page: page.name)
