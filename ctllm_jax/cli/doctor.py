@@ -12,7 +12,7 @@ from ctllm_jax.config.doctor import DoctorConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import load
 from ctllm_jax.config.load import to_yaml as section_to_yaml
-from ctllm_jax.config.pretrain import PretrainConfig, RunConfig, default_run_dir
+from ctllm_jax.config.pretrain import PretrainConfig, default_run_dir
 from ctllm_jax.config.sweep import STAGES
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def configure(action: str | None, words: Sequence[str], overrides: Sequence[str]
         return Doctor(doctor, None)
     config = load(STAGES[doctor.stage], target=words[0], overrides=theirs)
     if not config.run.dir:
-        config = config.model_copy(update={"run": RunConfig(dir=default_run_dir(words[0]))})
+        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": default_run_dir(words[0])})})
     return Doctor(doctor, config)
 
 

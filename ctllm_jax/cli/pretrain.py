@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctllm_jax.cli.processes import run_in_processes
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.config.pretrain import PretrainConfig, RunConfig, default_run_dir
+from ctllm_jax.config.pretrain import PretrainConfig, default_run_dir
 
 if TYPE_CHECKING:
     from ctllm_jax.cli import Context
@@ -44,7 +44,7 @@ def with_run_dir(config: PretrainConfig, target: str) -> PretrainConfig:
     """The config with a run directory: its own, or runs/ and the config's name."""
     if config.run.dir:
         return config
-    return config.model_copy(update={"run": RunConfig(dir=default_run_dir(target))})
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": default_run_dir(target)})})
 
 
 def dry_run(config: PretrainConfig, console: Any) -> int:
@@ -93,6 +93,15 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
         with Signals() as signals:
             return train(config, console, next_command=next_command, name=name, data=data, meta=meta,
                          objective=objective, signals=signals)
+    from ctllm_jax.training.lock import own
+
+    with own(Path(config.run.dir), stale_after=config.run.stale_after, what=name, tell=console.print):
+        return _train(config, console, next_command=next_command, name=name, data=data, meta=meta,
+                      objective=objective, signals=signals)
+
+
+def _train(config: PretrainConfig, console: Any, *, next_command: bool, name: str, data: Any,
+           meta: dict[str, Any] | None, objective: Any, signals: Any) -> dict[str, Any]:
     import jax
     from rich.markup import escape
 
@@ -119,6 +128,7 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
                         config=start["config"], steps=config.steps) as writer,
           TrainingConsole(console if first else None, total_steps=config.steps) as shown):
         writer.event("start", **start)
+        run.checkpointer.listen(shown.message, record=lambda text: writer.event("warning", message=text))
         reached = run.start
 
         def record(step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
@@ -166,8 +176,8 @@ def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any], reque
 
     def save(step: int, state: Any) -> None:
         began = time.perf_counter()
-        run.checkpointer.save(state, step=step, last=is_wanted(step))
-        writer.event("checkpoint", step=step, seconds=time.perf_counter() - began)
+        if run.checkpointer.save(state, step=step, last=is_wanted(step)):
+            writer.event("checkpoint", step=step, seconds=time.perf_counter() - began)
 
     def is_wanted(step: int) -> bool:
         return step == last or requests.save_due(step)

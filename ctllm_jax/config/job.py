@@ -15,7 +15,7 @@ from pydantic import create_model
 from ctllm_jax.config.base import Section, key, section
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import ConfigError, find_config, load
-from ctllm_jax.config.pretrain import PretrainConfig, RunConfig, default_run_dir
+from ctllm_jax.config.pretrain import PretrainConfig, default_run_dir
 from ctllm_jax.config.sweep import STAGES
 
 PREFIX = "job."
@@ -94,7 +94,7 @@ def plan_job(schema: type[Section], words: Sequence[str], overrides: Sequence[st
     if problems or more:
         raise ConfigError([*problems, *more])
     if not config.run.dir:
-        config = config.model_copy(update={"run": RunConfig(dir=default_run_dir(target))})
+        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": default_run_dir(target)})})
     return Job(job.job, TrainingCommand(stage, target, theirs, config))
 
 

@@ -18,6 +18,7 @@ class RunConfig(Section):
     shorthand = "dir"
 
     dir: str = key("", "run directory; an existing run there is resumed. Empty: runs/ and the config's name", changeable=True)
+    stale_after: float = key(60.0, "seconds without a sign of life after which a run that another machine began counts as dead", gt=0, changeable=True)
 
 
 def default_run_dir(target: str) -> str:
@@ -111,6 +112,8 @@ class CheckpointConfig(Section):
     keep_every: int | None = key(None, "also keep each resumable checkpoint whose step is a multiple of this", ge=1, changeable=True)
     milestones: list[float] = key([], "billions of trained tokens at which the weights are kept for good", changeable=True)
     milestone_optimizer: bool = key(False, "keep the optimizer's state with milestones too", changeable=True)
+    verify: Literal["full", "size", "off"] = key("full", "how the step that a run goes on from is compared with its manifest: full (size and checksum of every file), size, off", changeable=True)
+    tolerate_failures: int = key(0, "saves in a row that may fail, and are told; one more ends the run", ge=0, changeable=True)
 
 
 class LogConfig(Section):

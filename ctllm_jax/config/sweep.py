@@ -80,7 +80,7 @@ def plan_sweep(stage: str, targets: Sequence[str], overrides: Sequence[str]) -> 
         except UserError as error:
             found = [str(error)]
         else:
-            config = config.model_copy(update={"run": RunConfig(dir=str(directory / name))})
+            config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(directory / name)})})
             runs.append(SweepRun(name, target, choice, own, config))
             found = _absent_files(config)
         for problem in dict.fromkeys(found):

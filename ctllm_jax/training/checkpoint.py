@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax behind one module.
+"""Checkpoints as they lie on disk: which there are, the MODEL that a name means, and its weights.
 
 RUN/checkpoints/STEP/ holds a resumable step: `params`, `trainer` (optimizer state and counters), `meta` (JSON).
 RUN/milestones/STEP/ holds weights kept for good: `params` and `meta`. Loading a MODEL reads `params` and `meta` alone.
@@ -9,13 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-import re
-import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,22 +19,21 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import yaml
-from orbax.checkpoint import checkpoint_managers as policies
 
 from ctllm_jax import sharding
+from ctllm_jax.cluster.distributed import tell_all
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.lora import LoraConfig
 from ctllm_jax.config.model import ModelConfig
-from ctllm_jax.config.pretrain import CheckpointConfig
 from ctllm_jax.huggingface import model as huggingface
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.model.lora import merge
+from ctllm_jax.training.checkpoint_files import CHECKPOINTS, MANIFEST, MILESTONES, find_damage, say_damage
 from ctllm_jax.training.fingerprint import flatten
-from ctllm_jax.training.state import State
 
-log = logging.getLogger(__name__)
-CHECKPOINTS, MILESTONES = "checkpoints", "milestones"
-TRASH, HUGGINGFACE = "trash", "huggingface"
+HUGGINGFACE = "huggingface"
+_checked: set[tuple[Path, int]] = set()
+"""What this process found whole: a step's weights, and when its manifest was written."""
 
 
 @dataclass(frozen=True)
@@ -57,166 +50,6 @@ class Kept:
     def run_dir(self) -> Path:
         """The run that it is of; a Hugging Face folder is its own."""
         return self.path if self.kind == HUGGINGFACE else self.path.parent.parent
-
-
-class Checkpointer:
-    """Saves and restores the states of one run, asynchronously.
-
-    Args:
-      run_dir: the run directory.
-      config: what is kept.
-      tokens_per_step: to find the steps of the milestones.
-      meta: what a checkpoint says of itself: the fingerprint, and what a MODEL needs.
-    """
-
-    def __init__(self, run_dir: Path, config: CheckpointConfig, *, tokens_per_step: int, meta: dict[str, Any]):
-        self.run_dir, self.config, self.meta, self.tokens_per_step = run_dir, config, meta, tokens_per_step
-        keep = [policies.LatestN(config.keep_last)]
-        if config.keep_every:
-            keep.append(policies.EveryNSteps(config.keep_every))
-        self._steps = _manager(run_dir / CHECKPOINTS, policies.AnyPreservationPolicy(keep))
-        self._milestones = _manager(run_dir / MILESTONES, None) if config.milestones else None
-
-    def is_due(self, step: int, *, last: bool = False) -> bool:
-        """Whether the config wants anything kept at this step."""
-        return last or step % self.config.every == 0 or self.is_milestone(step)
-
-    def save(self, state: State, *, step: int, last: bool = False) -> None:
-        """Begin to save what the config wants kept at this step, and with `last` a resumable step in any case, if it is
-        not kept already.
-
-        Raises:
-          UserError: no room for it, or the save before did not get onto the disk; what is already kept stays whole.
-        """
-        resumable = (last or step % self.config.every == 0) and step not in self._steps.all_steps()
-        milestone = self.is_milestone(step) and step not in self._milestones.all_steps()
-        if not (resumable or milestone):
-            return
-        self.wait()
-        meta = {**self.meta, "step": step, "tokens": step * self.tokens_per_step}
-        saves = []
-        if resumable:
-            saves.append((self._steps, _items(state, meta, trainer=True)))
-        if milestone:
-            saves.append((self._milestones, _items(state, meta, trainer=self.config.milestone_optimizer)))
-        self._check_room(step, [items for _, items in saves])
-        with self._disk_errors_told():
-            for manager, items in saves:
-                manager.save(step, args=items)
-
-    def is_milestone(self, step: int) -> bool:
-        """Whether `step` is the first at which one of the milestones is reached."""
-        before, after = (step - 1) * self.tokens_per_step, step * self.tokens_per_step
-        # Rounded, because 0.067 billion is 67,000,000.00000001 in floating point, and so would be reached a step late.
-        return any(before < round(milestone * 1e9) <= after for milestone in self.config.milestones)
-
-    def latest(self) -> int | None:
-        """The newest resumable step."""
-        return self._steps.latest_step()
-
-    def read_meta(self, step: int) -> dict[str, Any]:
-        """What a resumable step says of itself."""
-        return self._steps.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-
-    def restore(self, abstract: State, *, step: int) -> State:
-        """The state of a step, laid out as the shardings of `abstract` say, whatever mesh wrote it."""
-        trainer = {name: getattr(abstract, name) for name in ("opt_state", "step", "data_step", "bad_steps")}
-        restored = self._steps.restore(step, args=ocp.args.Composite(
-            params=_restore_args(abstract.params), trainer=_restore_args(trainer)))
-        return State(params=restored["params"], **restored["trainer"])
-
-    def wait(self) -> None:
-        """Block until what was begun is on disk, and what it displaced is gone.
-
-        Raises:
-          UserError: it could not be written; says where and why.
-        """
-        with self._disk_errors_told():
-            self._steps.wait_until_finished()
-            if self._milestones is not None:
-                self._milestones.wait_until_finished()
-        # Only now: the thread that saves also moves what it displaces into the trash.
-        _empty_trash(self._steps.directory)
-
-    def close(self) -> None:
-        """Finish what was begun."""
-        self.wait()
-        self._steps.close()
-        if self._milestones is not None:
-            self._milestones.close()
-
-    def _check_room(self, step: int, saves: list[ocp.args.Composite]) -> None:
-        """Better before than in the middle of writing; the other processes write to the same disk."""
-        arrays = [item.item for items in saves for name, item in items.items() if name != "meta"]
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-        free = shutil.disk_usage(self.run_dir).free
-        if free < needed and jax.process_index() == 0:
-            raise UserError(f"no room for the checkpoint of step {step}: it takes {needed / 2**20:,.1f} MiB, and"
-                            f" {self.run_dir} has {free / 2**20:,.1f} MiB free; {self._advice()}")
-
-    @contextmanager
-    def _disk_errors_told(self) -> Iterator[None]:
-        """A disk's errors in a user's words. What is half written goes at once: it would keep the disk full."""
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            # TensorStore raises ValueError, with the system's number in its text.
-            number = re.search(r"os_error_code='(\d+)'", str(error))
-            reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None)
-            if reason is None:
-                raise
-            _remove_half_written(self.run_dir)
-            raise UserError(f"a checkpoint could not be written below {self.run_dir}: {reason};"
-                            f" {self._advice()}") from error
-
-    def _advice(self) -> str:
-        steps = [int(path.name) for path in (self.run_dir / CHECKPOINTS).iterdir() if path.name.isdigit()]
-        goes_on = f"it goes on from step {max(steps)}" if steps else "nothing of this run is kept yet"
-        return f"make room there and give the same command again: {goes_on}"
-
-
-def write_weights(run_dir: Path, params: Any, *, meta: dict[str, Any]) -> None:
-    """Keep weights for good, as a milestone at `meta["step"]`."""
-    with _manager(run_dir / MILESTONES, None) as manager:
-        manager.save(meta["step"], args=ocp.args.Composite(params=ocp.args.StandardSave(params),
-                                                           meta=ocp.args.JsonSave(meta)))
-
-
-def _manager(directory: Path, preservation: Any) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(
-        # Retention in place leaves half-deleted steps that look whole when killed; renamed into the trash, none does.
-        todelete_subdir=TRASH, preservation_policy=preservation, create=True, cleanup_tmp_directories=True,
-        enable_async_checkpointing=True))
-
-
-def _items(state: State, meta: dict[str, Any], *, trainer: bool) -> ocp.args.Composite:
-    items = {"params": ocp.args.StandardSave(state.params), "meta": ocp.args.JsonSave(meta)}
-    if trainer:
-        items["trainer"] = ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step,
-                                                  "data_step": state.data_step, "bad_steps": state.bad_steps})
-    return ocp.args.Composite(**items)
-
-
-def _restore_args(abstract: Any) -> ocp.args.StandardRestore:
-    return ocp.args.StandardRestore(abstract)
-
-
-def _remove_half_written(run_dir: Path) -> None:
-    """Remove the folders of a failed save, until they have stayed away for a second (at most ten).
-
-    TensorStore's threads may still be writing other arrays of it, and make a folder again that is gone.
-    """
-    until, quiet_since = time.monotonic() + 10, time.monotonic()
-    while time.monotonic() < min(until, quiet_since + 1):
-        for path in run_dir.glob("*/*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)
-            quiet_since = time.monotonic()
-        time.sleep(0.05)
-
-
-def _empty_trash(directory: Any) -> None:
-    if jax.process_index() == 0:
-        shutil.rmtree(Path(directory) / TRASH, ignore_errors=True)
 
 
 def list_checkpoints(run_dir: Path) -> list[Kept]:
@@ -313,14 +146,39 @@ def find_base(origin: dict[str, Any], *, run_dir: Path, model: str | None = None
     raise UserError("\n  ".join(told) + (advice if model is None else ""))
 
 
+def refuse_damage(checkpoint: Kept) -> None:
+    """Compare the files of a checkpoint's weights with its manifest, once in a process; without one there is nothing to
+    compare with. Reading them for it takes little more than loading them: they are in the page cache then.
+
+    Raises:
+      UserError: they are not what was written; says which, and what else there is.
+    """
+    manifest = checkpoint.path / MANIFEST
+    if checkpoint.kind == HUGGINGFACE or not manifest.exists():
+        return
+    known = checkpoint.path.absolute(), manifest.stat().st_mtime_ns
+    if known in _checked:
+        return
+    problems = (find_damage(checkpoint.path, parts=("params", "meta")) or []) if jax.process_index() == 0 else []
+    if tell_all(int(bool(problems))):
+        others = sorted({other.step for other in list_checkpoints(checkpoint.run_dir)} - {checkpoint.step})
+        said = say_damage(problems) if problems else "the first process says what"
+        raise UserError(f"the weights of {checkpoint.path} are damaged: {said}; "
+                        + (f"{checkpoint.run_dir} also has step {', '.join(map(str, others))} (RUN@STEP)" if others else
+                           f"{checkpoint.run_dir} has no other step")
+                        + f". Without its {MANIFEST} nothing is compared, and they are loaded as they are")
+    _checked.add(known)
+
+
 def load_params(checkpoint: Kept, abstract_params: Any, *, base: str | None = None) -> Any:
     """The weights of a checkpoint, laid out as the shardings of `abstract_params` say, in its dtypes.
 
     Adapters are merged into their base, which is looked for where it was, or is the MODEL `base`.
 
     Raises:
-      UserError: parameters of other shapes than these, or no base; names each.
+      UserError: damaged files, parameters of other shapes than these, or no base; names each.
     """
+    refuse_damage(checkpoint)
     if checkpoint.meta.get("lora") is not None:
         return _load_merged(checkpoint, abstract_params, base=base)
     weights = huggingface.open_weights(checkpoint.path) if checkpoint.kind == HUGGINGFACE else None
@@ -343,6 +201,7 @@ def load_whole(checkpoint: Kept, *, base: str | None = None) -> Any:
 
 def load_adapters(checkpoint: Kept, placed: Any = None) -> dict[str, dict[str, jax.Array]]:
     """The adapters of a LoRA run's checkpoint, `{query: {a, b}, …}`, float32, whole on each device of `placed`."""
+    refuse_damage(checkpoint)
     placed = placed or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(placed, jax.sharding.NamedSharding):
         placed = sharding.replicated(placed.mesh)

@@ -34,6 +34,7 @@ from ctllm_jax.model.flops import flops_per_token
 from ctllm_jax.model.lora import attach, count_adapters, lora_parameters
 from ctllm_jax.model.parameters import count_parameters, decoder_parameters
 from ctllm_jax.training import checkpoint as checkpoints
+from ctllm_jax.training.checkpointer import Checkpointer
 from ctllm_jax.training.environment import choose_implementations, describe_environment, warn_of_processors
 from ctllm_jax.training.fingerprint import compare_fingerprints, make_fingerprint
 from ctllm_jax.training.loop import Hook, run_loop
@@ -119,7 +120,7 @@ class Run:
     state: State
     how: str
     train_step: Callable
-    checkpointer: checkpoints.Checkpointer
+    checkpointer: Checkpointer
     micro_rows: int
     accumulation: int
     compile_seconds: float
@@ -273,7 +274,7 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
     plan = plan_step(config, mesh, token_bytes=data.token_bytes, objective=objective)
     directory.mkdir(parents=True, exist_ok=True)
     fingerprint = make_fingerprint(config, data.fingerprint)
-    checkpointer = checkpoints.Checkpointer(
+    checkpointer = Checkpointer(
         directory, config.checkpoint, tokens_per_step=config.batch.tokens,
         meta={"fingerprint": fingerprint, "steps": config.steps, "eod_id": data.eod_id,
               "prefix_id": find_prefix_id(config, data.eod_id),

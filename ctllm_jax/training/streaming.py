@@ -23,7 +23,9 @@ from ctllm_jax.training.checkpoint import (
     find_base,
     load_adapters,
     read_tree,
+    refuse_damage,
 )
+from ctllm_jax.training.checkpoint_files import write_manifest
 
 _CHUNK = 64 << 20
 
@@ -44,8 +46,9 @@ def stream_parameters(checkpoint: Kept, *, base: str | None = None) -> Iterator[
       base: MODEL that adapters belong to, if it is not where it was.
 
     Raises:
-      UserError: the base is not there.
+      UserError: the base is not there, or files are damaged.
     """
+    refuse_damage(checkpoint)
     if checkpoint.meta.get("lora") is None:
         if checkpoint.kind == HUGGINGFACE:
             weights = open_weights(checkpoint.path)
@@ -92,7 +95,7 @@ def read_parameter(checkpoint: Kept, path: str) -> np.ndarray:
 def write_streamed(run_dir: Path, params: dict[str, Any], *, meta: dict[str, Any]) -> None:
     """Keep weights for good, as a milestone at `meta["step"]`; the leaves of `params` are `Lazy`.
 
-    What is kept is what `checkpoint.write_weights` keeps of the same arrays.
+    What is kept is what `checkpointer.write_weights` keeps of the same arrays.
     """
     registry = ocp.type_handlers.create_type_handler_registry(
         (Lazy, LazyHandler()), (jax.Array, ocp.type_handlers.ArrayHandler()))
@@ -105,6 +108,7 @@ def write_streamed(run_dir: Path, params: dict[str, Any], *, meta: dict[str, Any
             chunk_byte_size=_CHUNK, shard_axes=(0,) if len(lazy.shape) > 2 else ()), params)
         checkpointer.save(path, args=ocp.args.Composite(
             params=ocp.args.PyTreeSave(params, save_args=chunked), meta=ocp.args.JsonSave(meta)))
+    write_manifest(path)
 
 
 class LazyHandler(ocp.type_handlers.NumpyHandler):

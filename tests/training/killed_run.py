@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 
-from ctllm_jax.training import checkpoint
+from ctllm_jax.training import checkpoint_files, checkpointer
 
 MOMENTS = ("before", "during", "written", "displacing", "deleting", "after")
 
@@ -22,7 +22,7 @@ def die():
 
 def arrange(step, moment):
     """Set the trap."""
-    save, rename, replace, rmtree = checkpoint.Checkpointer.save, os.rename, os.replace, shutil.rmtree
+    save, rename, replace, rmtree = checkpointer.Checkpointer.save, os.rename, os.replace, shutil.rmtree
 
     def trapped_save(self, state, **options):
         if options["step"] == step and moment == "before":
@@ -48,7 +48,8 @@ def arrange(step, moment):
         replace(source, target, **options)
 
     def reached(target):
-        return checkpoint.TRASH in str(target) and os.path.isdir(os.path.join(os.path.dirname(target), "..", str(step)))
+        newest = os.path.join(os.path.dirname(target), "..", str(step))
+        return checkpoint_files.TRASH in str(target) and os.path.isdir(newest)
 
     def trapped_rmtree(path, **options):
         if moment == "deleting" and os.path.isdir(path) and os.path.isdir(os.path.join(path, "..", str(step))):
@@ -57,7 +58,7 @@ def arrange(step, moment):
             die()
         rmtree(path, **options)
 
-    checkpoint.Checkpointer.save = trapped_save
+    checkpointer.Checkpointer.save = trapped_save
     os.rename, os.replace, shutil.rmtree = trapped_rename, trapped_replace, trapped_rmtree
 
 

@@ -19,12 +19,8 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import CheckpointConfig, PretrainConfig
 from ctllm_jax.training import pretrain
-from ctllm_jax.training.checkpoint import (
-    Checkpointer,
-    find_checkpoint,
-    list_checkpoints,
-    load_params,
-)
+from ctllm_jax.training.checkpoint import find_checkpoint, list_checkpoints, load_params
+from ctllm_jax.training.checkpointer import Checkpointer
 from ctllm_jax.training.fingerprint import compare_fingerprints, make_fingerprint
 from ctllm_jax.training.pretrain import prepare_run
 from ctllm_jax.training.state import State, init_state

@@ -1,0 +1,327 @@
+"""What a run keeps of itself, and goes on from: Orbax behind one class.
+
+A step is written in the background into a folder with another name, gets its manifest there, and is renamed into
+place: one that has its number is whole, and can be checked. What this run does with its files, see `checkpoint_files`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from ctllm_jax.cluster.distributed import tell_all
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.pretrain import CheckpointConfig
+from ctllm_jax.training import checkpoint_files as files
+from ctllm_jax.training.checkpoint_arrays import find_structural_damage, refuse_other_arrays
+from ctllm_jax.training.checkpoint_files import CHECKPOINTS, MILESTONES, TRASH
+from ctllm_jax.training.state import State
+
+log = logging.getLogger(__name__)
+_NONE, _FAILED = -1, -2
+
+
+class NotWritten(UserError):
+    """A checkpoint did not get onto the disk; what was kept before is whole. `agreed`: every process knows."""
+
+    def __init__(self, message: str, *, agreed: bool):
+        super().__init__(message)
+        self.agreed = agreed
+
+
+class Checkpointer:
+    """Saves and restores the states of one run, asynchronously.
+
+    Args:
+      run_dir: the run directory.
+      config: what is kept.
+      tokens_per_step: to find the steps of the milestones.
+      meta: what a checkpoint says of itself: the fingerprint, and what a MODEL needs.
+
+    Raises:
+      UserError: the run directory cannot be written.
+    """
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, *, tokens_per_step: int, meta: dict[str, Any]):
+        self.run_dir, self.config, self.meta, self.tokens_per_step = run_dir, config, meta, tokens_per_step
+        keep = [policies.LatestN(config.keep_last)]
+        if config.keep_every:
+            keep.append(policies.EveryNSteps(config.keep_every))
+        with self._disk_errors_told():
+            self._steps = _Manager(run_dir / CHECKPOINTS, policies.AnyPreservationPolicy(keep))
+            self._milestones = _Manager(run_dir / MILESTONES, None) if config.milestones else None
+        self._managers = [manager for manager in (self._steps, self._milestones) if manager is not None]
+        self._empty_trash()
+        self._begun = False
+        self._failures = 0
+        self._error: NotWritten | None = None
+        self._warnings: list[str] = []
+        self._tell: Callable[[str], None] = self._warn
+
+    def listen(self, tell: Callable[[str], None], *, record: Callable[[str], None]) -> None:
+        """From now on `tell` is told of failures that are tolerated; `record` also of what was warned of before."""
+        for warning in self._warnings:
+            record(warning)
+
+        def both(text: str) -> None:
+            record(text)
+            tell(text)
+
+        self._tell = both
+
+    def is_due(self, step: int, *, last: bool = False) -> bool:
+        """Whether the config wants anything kept at this step."""
+        return last or step % self.config.every == 0 or self.is_milestone(step)
+
+    def save(self, state: State, *, step: int, last: bool = False) -> bool:
+        """Begin to save what the config wants kept at this step, and with `last` a resumable step in any case, if it is
+        not kept already; returns whether anything was begun.
+
+        Raises:
+          UserError: no room for it, or the save before did not get onto the disk, and more of them in a row than
+            `checkpoint.tolerate_failures`; what is already kept stays whole.
+        """
+        try:
+            self._settle()
+        except NotWritten as error:
+            self._tolerate(error)
+        resumable = (last or step % self.config.every == 0) and step not in self._steps.all_steps()
+        milestone = self.is_milestone(step) and step not in self._milestones.all_steps()
+        meta = {**self.meta, "step": step, "tokens": step * self.tokens_per_step}
+        saves = []
+        if resumable:
+            saves.append((self._steps, _items(state, meta, trainer=True)))
+        if milestone:
+            saves.append((self._milestones, _items(state, meta, trainer=self.config.milestone_optimizer)))
+        if not saves:
+            return False
+        try:
+            self._check_room(step, [items for _, items in saves])
+            with self._disk_errors_told():
+                for manager, items in saves:
+                    self._begun = True
+                    manager.save(step, items)
+        except NotWritten as error:
+            self._tolerate(error)
+            return False
+        return True
+
+    def is_milestone(self, step: int) -> bool:
+        """Whether `step` is the first at which one of the milestones is reached."""
+        before, after = (step - 1) * self.tokens_per_step, step * self.tokens_per_step
+        # Rounded, because 0.067 billion is 67,000,000.00000001 in floating point, and so would be reached a step late.
+        return any(before < round(milestone * 1e9) <= after for milestone in self.config.milestones)
+
+    def latest(self) -> int | None:
+        """The newest resumable step that is whole. Newer ones that are damaged go into quarantine, which is told.
+
+        The first process looks, at what `checkpoint.verify` says; every process gets its answer.
+
+        Raises:
+          UserError: there are steps, or were, and none of them is whole.
+        """
+        answer, problem = _NONE, None
+        if jax.process_index() == 0:
+            try:
+                answer = self._find_whole()
+            except (UserError, OSError) as error:
+                answer, problem = _FAILED, error
+        answer = tell_all(answer)
+        if isinstance(problem, OSError):
+            raise UserError(f"the checkpoints of {self.run_dir} cannot be checked: {problem}") from problem
+        if problem is not None:
+            raise problem
+        if answer == _FAILED:
+            raise UserError(f"no checkpoint of {self.run_dir} to go on from; the first process says why")
+        self._steps.reload()
+        return None if answer == _NONE else answer
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """What a resumable step says of itself."""
+        return self._steps.restore(step, meta=ocp.args.JsonRestore())["meta"]
+
+    def restore(self, abstract: State, *, step: int) -> State:
+        """The state of a step, laid out as the shardings of `abstract` say, whatever mesh wrote it.
+
+        Raises:
+          UserError: it holds other arrays, or others in shape or dtype; names each.
+        """
+        wanted = {"params": abstract.params, "trainer": _trainer(abstract)}
+        refuse_other_arrays(self._steps.directory / str(step), wanted)
+        restored = self._steps.restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()})
+        return State(params=restored["params"], **restored["trainer"])
+
+    def wait(self) -> None:
+        """Block until what was begun is on disk with its manifest, and what it displaced is gone.
+
+        Raises:
+          UserError: it could not be written; says where and why.
+        """
+        self._settle()
+
+    def close(self) -> None:
+        """Finish what was begun.
+
+        Raises:
+          UserError: the last save of this run was not written, whatever is tolerated.
+        """
+        try:
+            self._settle()
+        finally:
+            for manager in self._managers:
+                manager.close()
+        if self._error is not None:
+            raise self._error
+
+    def _settle(self) -> None:
+        """See what became of the save that was begun."""
+        begun, self._begun = self._begun, False
+        with self._disk_errors_told():
+            errors = []
+            for manager in self._managers:
+                try:
+                    manager.wait()
+                except (OSError, ValueError) as error:
+                    errors.append(error)
+            # Only now: the thread that saves also moves what it displaces into the trash.
+            self._empty_trash()
+            if errors:
+                raise errors[0]
+        if begun:
+            self._failures, self._error = 0, None
+
+    def _tolerate(self, error: NotWritten) -> None:
+        """Count a failure in a row; one too many is raised, as is one that other processes may not know of."""
+        self._failures += 1
+        allowed = self.config.tolerate_failures
+        if self._failures > allowed or not error.agreed:
+            raise error
+        self._error = error
+        if jax.process_index() == 0:
+            self._tell(f"{error} (failed save {self._failures} of {allowed} in a row that checkpoint.tolerate_failures"
+                       " allows: the run goes on)")
+
+    def _find_whole(self) -> int:
+        if self.config.verify == "off":
+            return max(self._steps.all_steps(), default=_NONE)
+        told = []
+        for step in sorted(self._steps.all_steps(), reverse=True):
+            folder = self._steps.directory / str(step)
+            problems = files.find_damage(folder, level=self.config.verify)
+            if problems is None:
+                problems = find_structural_damage(folder, read=self.config.verify == "full")
+                if not problems:
+                    seen = "can be read" if self.config.verify == "full" else "are listed"
+                    self._warn(f"{folder} has no manifest (an older version wrote it): its arrays {seen}; whether a bit"
+                               " of them was changed cannot be seen")
+            if not problems:
+                for text in told:
+                    self._warn(f"{text}; going on from step {step}")
+                return step
+            place = files.quarantine(folder, problems)
+            told.append(f"the checkpoint of step {step} is damaged, and is in {place} now:"
+                        f" {files.say_damage(problems)}")
+        for text in told:
+            self._warn(text)
+        if shelf := files.quarantined(self.run_dir):
+            raise UserError(f"no checkpoint of {self.run_dir} is whole: {', '.join(shelf)} in {self.run_dir}/"
+                            f"{files.QUARANTINE}, each with the reason beside it; to begin again, remove that folder or"
+                            " give another run.dir (init=RUN@STEP takes the weights of a milestone)")
+        return _NONE
+
+    def _warn(self, text: str) -> None:
+        self._warnings.append(text)
+        log.warning(text)
+
+    def _empty_trash(self) -> None:
+        if jax.process_index() == 0:
+            files.empty_trash(self._steps.directory)
+
+    def _check_room(self, step: int, saves: list[ocp.args.Composite]) -> None:
+        """Better before than in the middle of writing; the other processes write to the same disk."""
+        arrays = [item.item for items in saves for name, item in items.items() if name != "meta"]
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+        free = shutil.disk_usage(self.run_dir).free
+        if tell_all(int(free < needed)):
+            raise NotWritten(f"no room for the checkpoint of step {step}: it takes {needed / 2**20:,.1f} MiB, and"
+                             f" {self.run_dir} has {free / 2**20:,.1f} MiB free; {self._advice()}", agreed=True)
+
+    @contextmanager
+    def _disk_errors_told(self) -> Iterator[None]:
+        """A disk's errors in a user's words. What is half written goes at once: it would keep the disk full."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            # TensorStore raises ValueError, with the system's number in its text.
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None)
+            if reason is None:
+                raise
+            files.remove_half_written(self.run_dir)
+            raise NotWritten(f"a checkpoint could not be written below {self.run_dir}: {reason};"
+                             f" {self._advice()}", agreed=jax.process_count() == 1) from error
+
+    def _advice(self) -> str:
+        steps = [int(path.name) for path in (self.run_dir / CHECKPOINTS).glob("[0-9]*") if path.name.isdigit()]
+        goes_on = f"it goes on from step {max(steps)}" if steps else "nothing of this run is kept yet"
+        return f"make room there and give the same command again: {goes_on}"
+
+
+class _Manager:
+    """Orbax's manager of one folder of steps, whose steps get their manifest before they get their name."""
+
+    def __init__(self, directory: Path, preservation: Any):
+        self.directory, self._step = directory.absolute(), None
+        self._orbax = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
+            # Retention in place leaves half-deleted steps that look whole when killed; renamed to the trash, none does.
+            todelete_subdir=TRASH, preservation_policy=preservation, create=True, cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+            # Called by the thread that saves, in the first process, when all processes have written.
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest)))
+        self.all_steps, self.reload = self._orbax.all_steps, self._orbax.reload
+        self.wait, self.close = self._orbax.wait_until_finished, self._orbax.close
+
+    def save(self, step: int, items: ocp.args.Composite) -> None:
+        """Begin to save a step."""
+        self._step = step
+        self._orbax.save(step, args=items)
+
+    def restore(self, step: int, **items: Any) -> Any:
+        """Items of a step."""
+        return self._orbax.restore(step, args=ocp.args.Composite(**items))
+
+    def _write_manifest(self) -> None:
+        # On a bucket, where nothing is renamed, a step has its own name from the first.
+        unnamed = next(self.directory.glob(f"{self._step}.orbax-checkpoint-tmp*"), self.directory / str(self._step))
+        files.write_manifest(unnamed)
+
+
+def write_weights(run_dir: Path, params: Any, *, meta: dict[str, Any]) -> None:
+    """Keep weights for good, as a milestone at `meta["step"]`."""
+    manager = _Manager(run_dir / MILESTONES, None)
+    manager.save(meta["step"], ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)))
+    manager.wait()
+    manager.close()
+
+
+def _items(state: State, meta: dict[str, Any], *, trainer: bool) -> ocp.args.Composite:
+    items = {"params": ocp.args.StandardSave(state.params), "meta": ocp.args.JsonSave(meta)}
+    if trainer:
+        items["trainer"] = ocp.args.StandardSave(_trainer(state))
+    return ocp.args.Composite(**items)
+
+
+def _trainer(state: State) -> dict[str, Any]:
+    """All of a state but what is trained."""
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "params"}

@@ -1,0 +1,314 @@
+"""One owner for a run directory: a second trainer of the same run is refused, and told who has it.
+
+RUN/lock is a JSON text of the owner: host, process, since when, job, and a heartbeat that a thread counts up. It is
+made by a hard link (where there are none, by an exclusive create), of which exactly one succeeds, on NFS too. Who finds
+it there takes it over when its owner is dead: on the same machine, when the process is gone; else when the heartbeat
+has stood still for `run.stale_after` seconds, which is watched, so that no two clocks are compared. The owner is the
+first process of a run; the others go by its word.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shlex
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.statuses import FAILED
+
+log = logging.getLogger(__name__)
+LOCK, _TAKEOVER = "lock", "lock.takeover"
+_BEATS = 6
+"""Heartbeats in the time after which an owner without one counts as dead."""
+_LINE = 1000
+"""Bytes of the text: always as many, so that a heartbeat is one write in place."""
+_UNREADABLE = 5.0
+"""Seconds that an exclusive create may take to get its text; and a takeover in all."""
+
+
+class Lock:
+    """The lock of one run directory.
+
+    Args:
+      run_dir: made if it is not there.
+      stale_after: seconds without a heartbeat after which an owner on another machine counts as dead.
+      what: the command, for whoever is refused.
+    """
+
+    def __init__(self, run_dir: Path, *, stale_after: float, what: str = ""):
+        self.path, self._stale_after = run_dir / LOCK, stale_after
+        self._mine = {**_whoami(), "id": uuid.uuid4().hex, "since": round(time.time(), 3), "beat": 0,
+                      "stale_after": stale_after, "command": what[:200]}
+        self._file = -1
+        self._watched: tuple[Any, float] | None = None
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def attempt(self) -> dict[str, Any] | None:
+        """Try to become the owner; returns None, or an owner of whom it is not known yet whether it lives: to be asked
+        again.
+
+        Raises:
+          UserError: it lives (who, where, since when, and what can be done), or the directory cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            return self._attempt()
+        except OSError as error:
+            raise UserError(f"{self.path.parent} cannot be written: {error.strerror}") from error
+
+    def release(self) -> None:
+        """Give it back, if it is still this process's."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._file < 0:
+            return
+        os.close(self._file)
+        self._file = -1
+        try:
+            for _ in range(100):
+                with self._alone() as alone:
+                    if alone and _read(self.path).get("id") == self._mine["id"]:
+                        self.path.unlink()
+                if alone:
+                    return
+                time.sleep(0.02)
+        except OSError as error:
+            log.warning("%s cannot be removed (%s): the next start finds that its owner is gone", self.path,
+                        error.strerror)
+
+    def _attempt(self) -> dict[str, Any] | None:
+        if self._make(self.path):
+            self._begin()
+            return None
+        owner = _read(self.path)
+        dead = _is_gone(owner) if owner else None
+        if dead is False:
+            raise UserError(self._refusal(owner))
+        return self._take(owner) if dead or self._stands_still(owner) else owner
+
+    def _stands_still(self, owner: dict[str, Any]) -> bool:
+        """Whether a heartbeat did not move for long enough; one that is seen to move is that of a living owner."""
+        now, seen = time.monotonic(), (owner.get("id"), owner.get("beat"))
+        if self._watched is None or self._watched[0] != seen:
+            if owner and self._watched is not None and self._watched[0][0] == owner["id"]:
+                raise UserError(self._refusal(owner))
+            self._watched = seen, now - self._age(self.path)
+        return now - self._watched[1] > (owner.get("stale_after", self._stale_after) if owner else _UNREADABLE)
+
+    def _age(self, path: Path) -> float:
+        """Seconds since a file was written, by the clock that dates the files there; 0 when it is gone."""
+        probe = self.path.with_name(f".lock.{self._mine['id']}")
+        try:
+            probe.touch()
+            return max(0.0, probe.stat().st_mtime - path.stat().st_mtime)
+        except FileNotFoundError:
+            return 0.0
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _take(self, owner: dict[str, Any]) -> dict[str, Any] | None:
+        """Put this process in the place of a dead one: of several that want to, one does."""
+        with self._alone() as alone:
+            if not alone or _read(self.path).get("id") != owner.get("id"):
+                return owner
+            self.path.unlink(missing_ok=True)
+            if not self._make(self.path):
+                return owner  # somebody came in between, as if nothing had been there
+        if owner:
+            log.warning("%s was held by %s, which is gone: taken over", self.path, _say(owner))
+        self._begin()
+        return None
+
+    def _make(self, path: Path) -> bool:
+        """Make the file, with its text in it, unless it is there."""
+        candidate = path.with_name(f".{path.name}.{self._mine['id']}")
+        text = self._text()
+        try:
+            candidate.write_bytes(text)
+            try:
+                os.link(candidate, path)
+            finally:
+                candidate.unlink()
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK):
+                raise
+        try:
+            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        with open(file, "wb") as opened:
+            opened.write(text)
+        return True
+
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Whether this process alone may change who the owner is; a crash inside leaves that to nobody, for a while."""
+        guard = self.path.with_name(_TAKEOVER)
+        try:
+            os.close(os.open(guard, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
+            if self._age(guard) > _UNREADABLE:
+                guard.unlink(missing_ok=True)
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            guard.unlink(missing_ok=True)
+
+    def _begin(self) -> None:
+        # Heartbeats go through this opened file: should another process replace it, they never reach the other's.
+        self._file = os.open(self.path, os.O_RDWR)
+        self._ended.clear()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
+        self._thread.start()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._stale_after / _BEATS):
+            try:
+                owner = _read(self.path)
+                if owner and owner["id"] != self._mine["id"]:
+                    # Suspended for so long that it counted as dead. Nothing more may be written there.
+                    print(f"error: {self.path.parent} has another owner now, {_say(owner)}: ending at once",
+                          file=sys.stderr, flush=True)
+                    os._exit(FAILED)
+                if not self.path.exists() and self._make(self.path):
+                    os.close(self._file)
+                    self._file = os.open(self.path, os.O_RDWR)
+                self._mine["beat"] += 1
+                os.pwrite(self._file, self._text(), 0)
+                os.fsync(self._file)
+            except OSError as error:
+                log.warning("the heartbeat of %s failed (%s)", self.path, error.strerror)
+
+    def _text(self) -> bytes:
+        return json.dumps(self._mine).encode().ljust(_LINE - 1) + b"\n"
+
+    def _refusal(self, owner: dict[str, Any]) -> str:
+        here = owner.get("place") == self._mine["place"]
+        stop = f"kill {owner['pid']}" if here else f"on {owner['host']}: kill {owner['pid']}"
+        directory, limit = self.path.parent, owner.get("stale_after", self._stale_after)
+        lines = [f"{directory} is in use by {_say(owner)}",
+                 f"to stop that one behind a step, which is kept: touch {shlex.quote(str(directory / 'STOP'))}  (or"
+                 f" {stop})",
+                 "to take it over: give the same command again when that one has ended; if its machine is dead, that is"
+                 f" seen after {limit:g} s (its run.stale_after)", "to train something else: give another run.dir"]
+        return "\n  ".join(lines)
+
+
+@contextmanager
+def own(run_dir: Path, *, stale_after: float, what: str = "",
+        tell: Callable[[str], None] = log.warning) -> Iterator[None]:
+    """Be the one owner of a run directory while inside; all processes of a run call this, at the same point.
+
+    Args:
+      tell: told, in the first process, that it waits to see whether an owner elsewhere still lives.
+
+    Raises:
+      UserError: somebody else is; says who.
+    """
+    import jax
+
+    from ctllm_jax.cluster.distributed import tell_all
+
+    lock = Lock(run_dir, stale_after=stale_after, what=what) if jax.process_index() == 0 else None
+    problem, told, state = None, False, 0
+    try:
+        while state == 0:
+            if lock is not None:
+                try:
+                    owner = lock.attempt()
+                    state = 1 if owner is None else 0
+                    if owner and not told:
+                        tell(f"{run_dir} was in use by {_say(owner)}: watching for at most {stale_after:g} s whether it"
+                             " still is")
+                        told = True
+                except UserError as error:
+                    problem, state = error, 2
+            state = tell_all(state)
+            if state == 0:
+                time.sleep(min(1.0, stale_after / 20) if told else 0.05)
+        if state == 2:
+            raise problem or UserError(f"{run_dir} is in use; the first process says by whom")
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def read_owner(run_dir: Path) -> dict[str, Any] | None:
+    """Who has a run directory, by its own word; None: nobody."""
+    return _read(run_dir / LOCK) or None
+
+
+def _whoami() -> dict[str, Any]:
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "place": _place(), "pid": pid, "started": _started(pid),
+            "job": os.environ.get("SLURM_JOB_ID")}
+
+
+def _place() -> str:
+    """Where a process id means something: one boot of one machine, one namespace of it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in the kernel's ticks: a number that is used again does not pass for the same process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]  # a zombie does nothing any more
+
+
+def _is_gone(owner: dict[str, Any]) -> bool | None:
+    """Whether an owner on this machine has ended; None: it is on another one."""
+    if owner.get("place") != _place():
+        return None
+    if Path("/proc/self/stat").exists():
+        return _started(owner["pid"]) != owner.get("started")
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The owner; empty where there is none, or where its text is not there yet."""
+    try:
+        owner = json.loads(path.read_bytes())
+        return owner if {"id", "host", "pid", "beat", "since"} <= owner.keys() else {}
+    except (FileNotFoundError, ValueError, AttributeError):
+        return {}
+
+
+def _say(owner: dict[str, Any]) -> str:
+    since = datetime.fromtimestamp(owner["since"]).astimezone().isoformat(" ", "seconds")
+    job = f", job {owner['job']}" if owner.get("job") else ""
+    command = f" ({owner['command']})" if owner.get("command") else ""
+    return f"process {owner['pid']} on {owner['host']}{job}, since {since}{command}"
