@@ -40,7 +40,7 @@ COMMANDS = {
     "doctor": "what would stop a run here: versions, devices, network, data, room; each with its fix",
     "compile": "compile a run's step for hardware that is not here: does it fit, how fast at most",
     "job": "a training run as a job of a cluster (slurm, gke), to read before it is submitted",
-    "checkpoint": "list the checkpoints of a run (ls)",
+    "checkpoint": "a run's checkpoints: list them (ls), check them (verify), compare two (diff), delete some (prune)",
     "kernels": "attention and SwiGLU alone: numerics (check), speed (bench), compiles for chips not here (compile)",
     "report": "one HTML page of one run, or of several compared",
 }

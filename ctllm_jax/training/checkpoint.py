@@ -55,6 +55,8 @@ class Kept:
 def list_checkpoints(run_dir: Path) -> list[Kept]:
     """The finished checkpoints of a run, oldest first; a Hugging Face folder is one, at step 0.
 
+    `meta` is empty where it cannot be read.
+
     Raises:
       UserError: no run directory there, or a Hugging Face folder that cannot be read.
     """
@@ -65,11 +67,15 @@ def list_checkpoints(run_dir: Path) -> list[Kept]:
     kept = []
     for folder, kind in ((CHECKPOINTS, "resumable"), (MILESTONES, "milestone")):
         for path in (run_dir / folder).glob("[0-9]*"):
-            # Orbax writes its own metadata last and renames a finished step into place.
+            # A finished step is renamed into place.
             meta_file = path / "meta" / "metadata"
-            if path.name.isdigit() and meta_file.is_file():
+            if path.name.isdigit() and (meta_file.is_file() or (path / MANIFEST).is_file()):
+                try:
+                    meta = json.loads(meta_file.read_text(encoding="utf-8"))
+                except (OSError, ValueError):
+                    meta = {}  # damaged: who is about to use it is told
                 size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-                kept.append(Kept(int(path.name), kind, path, json.loads(meta_file.read_text()), size))
+                kept.append(Kept(int(path.name), kind, path, meta, size))
     return sorted(kept, key=lambda checkpoint: (checkpoint.step, checkpoint.kind))
 
 
@@ -92,6 +98,9 @@ def find_checkpoint(model: str) -> tuple[Path, Kept]:
     matching = [checkpoint for checkpoint in kept if checkpoint.step == step]
     if not matching:
         raise UserError(f"no model {model}: {run_dir} has no step {step}; it has {', '.join(map(str, steps))}")
+    if not matching[-1].meta:
+        refuse_damage(matching[-1])
+        raise UserError(f"{matching[-1].path}/meta/metadata is damaged: it does not say what this is a checkpoint of")
     return run_dir, matching[-1]
 
 

@@ -90,7 +90,7 @@ def refuse_other_arrays(step: Path, wanted: dict[str, Any]) -> None:
         there = {name: _say(entry) for name, entry in list_arrays(step / item).items()}
         here = {".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path):
                 _say(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        differing += [f"{item}/{name}: {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
+        differing += [f"{item}.{name}: {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
                       for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
     if differing:
         raise UserError("\n  ".join([f"what is kept in {step} is not what this run would go on with:", *differing]))

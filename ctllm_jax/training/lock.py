@@ -130,7 +130,7 @@ class Lock:
             if not self._make(self.path):
                 return owner  # somebody came in between, as if nothing had been there
         if owner:
-            log.warning("%s was held by %s, which is gone: taken over", self.path, _say(owner))
+            log.warning("%s was held by %s, which is gone: taken over", self.path, say_owner(owner))
         self._begin()
         return None
 
@@ -187,7 +187,7 @@ class Lock:
                 owner = _read(self.path)
                 if owner and owner["id"] != self._mine["id"]:
                     # Suspended for so long that it counted as dead. Nothing more may be written there.
-                    print(f"error: {self.path.parent} has another owner now, {_say(owner)}: ending at once",
+                    print(f"error: {self.path.parent} has another owner now, {say_owner(owner)}: ending at once",
                           file=sys.stderr, flush=True)
                     os._exit(FAILED)
                 if not self.path.exists() and self._make(self.path):
@@ -206,7 +206,7 @@ class Lock:
         here = owner.get("place") == self._mine["place"]
         stop = f"kill {owner['pid']}" if here else f"on {owner['host']}: kill {owner['pid']}"
         directory, limit = self.path.parent, owner.get("stale_after", self._stale_after)
-        lines = [f"{directory} is in use by {_say(owner)}",
+        lines = [f"{directory} is in use by {say_owner(owner)}",
                  f"to stop that one behind a step, which is kept: touch {shlex.quote(str(directory / 'STOP'))}  (or"
                  f" {stop})",
                  "to take it over: give the same command again when that one has ended; if its machine is dead, that is"
@@ -238,8 +238,8 @@ def own(run_dir: Path, *, stale_after: float, what: str = "",
                     owner = lock.attempt()
                     state = 1 if owner is None else 0
                     if owner and not told:
-                        tell(f"{run_dir} was in use by {_say(owner)}: watching for at most {stale_after:g} s whether it"
-                             " still is")
+                        tell(f"{run_dir} was in use by {say_owner(owner)}: watching for at most"
+                             f" {owner.get('stale_after', stale_after):g} s whether it still is")
                         told = True
                 except UserError as error:
                     problem, state = error, 2
@@ -307,7 +307,8 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _say(owner: dict[str, Any]) -> str:
+def say_owner(owner: dict[str, Any]) -> str:
+    """An owner in words: process, host, job, since when, command."""
     since = datetime.fromtimestamp(owner["since"]).astimezone().isoformat(" ", "seconds")
     job = f", job {owner['job']}" if owner.get("job") else ""
     command = f" ({owner['command']})" if owner.get("command") else ""
