@@ -58,11 +58,15 @@ class Checkpointer:
         keep = [policies.LatestN(config.keep_last)]
         if config.keep_every:
             keep.append(policies.EveryNSteps(config.keep_every))
+        if jax.process_index() == 0:
+            # What a killed process left; this one is the owner of the directory. Orbax removes only some of it.
+            for path in run_dir.glob("*/*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+            files.empty_trash(run_dir / CHECKPOINTS)
         with self._disk_errors_told():
             self._steps = _Manager(run_dir / CHECKPOINTS, policies.AnyPreservationPolicy(keep))
             self._milestones = _Manager(run_dir / MILESTONES, None) if config.milestones else None
         self._managers = [manager for manager in (self._steps, self._milestones) if manager is not None]
-        self._empty_trash()
         self._begun = False
         self._failures = 0
         self._error: NotWritten | None = None
@@ -287,8 +291,10 @@ class _Manager:
             # Retention in place leaves half-deleted steps that look whole when killed; renamed to the trash, none does.
             todelete_subdir=TRASH, preservation_policy=preservation, create=True, cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
-            # Called by the thread that saves, in the first process, when all processes have written.
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest)))
+            # Folders made by a thread that fails leave others waiting for them, and the process ends 20 minutes late.
+            # The callback comes from the thread that saves, in the first process, when all processes have written.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False,
+                                           post_finalization_callback=self._write_manifest)))
         self.all_steps, self.reload = self._orbax.all_steps, self._orbax.reload
         self.wait, self.close = self._orbax.wait_until_finished, self._orbax.close
 

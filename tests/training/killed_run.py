@@ -1,18 +1,26 @@
 """`killed_run.py STEP MOMENT key=value …`: the debug run, killed by SIGKILL at a moment of the checkpoint of STEP.
 
-before: the step is taken, its checkpoint not begun. during: begun a moment ago, whatever is on disk by then. written:
-all its files are there, but not yet under its name. displacing: it is whole, and the oldest is about to go.
-deleting: in the middle of taking the oldest off the disk. after: all is done.
+before: the step is taken, its checkpoint not begun. during: begun a moment ago, whatever is on disk by then. manifest:
+all its files are there, but not yet the manifest. written: the manifest, too, but it has not yet its name. displacing:
+it is whole, and the oldest is about to go. deleting: in the middle of taking the oldest off the disk. after: all is
+done.
+
+`killed_run.py rounds ROUNDS SEED DIRECTORY key=value …`: the debug run in DIRECTORY/0, begun so many times, and killed
+each time at any moment behind its first step; when it came to its end all the same, DIRECTORY/1, and so on. The last
+one is brought to its end. Prints how many were killed, and how many runs there are. Each round is a fork of a process
+that has imported everything and computed nothing: an import takes three times as long as the run.
 """
 
 import os
+import random
 import shutil
 import signal
 import sys
+import time
 
 from ctllm_jax.training import checkpoint_files, checkpointer
 
-MOMENTS = ("before", "during", "written", "displacing", "deleting", "after")
+MOMENTS = ("before", "during", "manifest", "written", "displacing", "deleting", "after")
 
 
 def die():
@@ -45,6 +53,8 @@ def arrange(step, moment):
     def trapped_replace(source, target, **options):
         if moment == "displacing" and reached(target):
             die()
+        if moment == "manifest" and str(target).endswith(f"/{step}.orbax-checkpoint-tmp/{checkpoint_files.MANIFEST}"):
+            die()
         replace(source, target, **options)
 
     def reached(target):
@@ -62,8 +72,48 @@ def arrange(step, moment):
     os.rename, os.replace, shutil.rmtree = trapped_rename, trapped_replace, trapped_rmtree
 
 
+def train(directory, overrides, tell=-1):
+    """The run in a fork of this process; its first save writes into the pipe `tell`."""
+    if pid := os.fork():
+        return pid
+    save = checkpointer.Checkpointer.save
+
+    def told(self, state, **options):
+        os.write(tell, b".")
+        return save(self, state, **options)
+
+    if tell >= 0:
+        checkpointer.Checkpointer.save = told
+    os._exit(main(["pretrain", "debug/pretrain", f"run.dir={directory}", *overrides]))
+
+
+def kill_rounds(rounds, seed, directory, overrides):
+    """(rounds that were killed, runs that came to their end)"""
+    moments, killed, runs = random.Random(seed), 0, 0
+    for _ in range(rounds):
+        reading, writing = os.pipe()
+        pid = train(f"{directory}/{runs}", overrides, writing)
+        os.close(writing)
+        os.read(reading, 1)
+        time.sleep(moments.uniform(0, 0.6))
+        os.kill(pid, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        os.close(reading)
+        assert status in (0, -signal.SIGKILL), status
+        killed += status != 0
+        runs += status == 0
+    assert os.waitpid(train(f"{directory}/{runs}", overrides), 0)[1] == 0
+    return killed, runs + 1
+
+
 if __name__ == "__main__":
     from ctllm_jax.cli import main
 
+    if sys.argv[1] == "rounds":
+        import ctllm_jax.cli.pretrain
+        import ctllm_jax.training.pretrain  # noqa: F401
+
+        print(*kill_rounds(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:]))
+        sys.exit()
     arrange(int(sys.argv[1]), sys.argv[2])
     sys.exit(main(["pretrain", "debug/pretrain", *sys.argv[3:]]))

@@ -66,7 +66,7 @@ def test_killed_at_every_step(tmp_path, uninterrupted, cache):
         moment = MOMENTS[step % len(MOMENTS)]
         whole = kill(tmp_path, step, moment, cache)
         if moment != "during":
-            assert (step in whole) == (moment not in ("before", "written"))
+            assert (step in whole) == (moment not in ("before", "manifest", "written"))
         if moment == "displacing":
             assert len(whole) == 3
         if moment == "deleting":
@@ -76,6 +76,17 @@ def test_killed_at_every_step(tmp_path, uninterrupted, cache):
     run = check(tmp_path, uninterrupted)
     assert [start["how"] for start in run.starts][0] == "scratch" and len(run.starts) == STEPS
     assert {start["how"] for start in run.starts[2:]} == {"resume"}
+
+
+@pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(tmp_path, uninterrupted, cache, rounds):
+    """Whenever it is killed while it steps, saves and deletes: every run ends as the one that was left alone."""
+    done = start("rounds", rounds, rounds, tmp_path, *OVERRIDES, script=SCRIPT, devices=2, **cache).wait_for_text(550)
+    assert done.returncode == 0, done.stdout
+    killed, runs = map(int, done.stdout.splitlines()[-1].split())
+    assert killed >= rounds / 3
+    for number in range(runs):
+        check(tmp_path / str(number), uninterrupted)
 
 
 @pytest.mark.slow
