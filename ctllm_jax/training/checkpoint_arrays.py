@@ -43,8 +43,8 @@ def list_arrays(item: Path) -> dict[str, Any]:
 
 def read_array(item: Path, name: str) -> np.ndarray:
     """One array, in the dtype that it is kept in."""
-    stored = {"driver": "ocdbt", "base": f"file://{item.absolute()}/", "path": f"{name}/"}
-    return np.asarray(ts.open({"driver": "zarr", "kvstore": stored}, open=True).result().read().result())
+    stored = {"driver": "zarr", "kvstore": {**_store(item), "path": f"{name}/"}}
+    return np.asarray(ts.open(stored, open=True).result().read().result())
 
 
 def find_structural_damage(step: Path, *, read: bool = True) -> list[str]:
@@ -64,6 +64,8 @@ def find_structural_damage(step: Path, *, read: bool = True) -> list[str]:
             continue
         # Whatever it is that Orbax and TensorStore raise on files that are not what they were.
         try:
+            # Before Orbax, which would leave unfinished reads behind.
+            ts.KvStore.open(_store(step / item)).result().list().result()
             arrays = list_arrays(step / item)
         except Exception as error:
             problems.append(f"{item}: its list of arrays cannot be read ({_first_line(error)})")
@@ -109,6 +111,10 @@ def compare_arrays(first: Path, second: Path, *, item: str) -> Iterator[Differen
         wide, other_wide = ours.astype(np.float64), other.astype(np.float64)
         norms = float(np.linalg.norm(wide)), float(np.linalg.norm(other_wide))
         yield Difference(name, *said, norms, 0.0 if same else float(np.max(np.abs(wide - other_wide), initial=0)), same)
+
+
+def _store(item: Path) -> dict[str, Any]:
+    return {"driver": "ocdbt", "base": f"file://{item.absolute()}/"}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

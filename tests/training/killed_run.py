@@ -5,18 +5,25 @@ all its files are there, but not yet the manifest. written: the manifest, too, b
 it is whole, and the oldest is about to go. deleting: in the middle of taking the oldest off the disk. after: all is
 done.
 
+`killed_run.py each DIRECTORY key=value …`: one run, killed at each of its steps, at each of the moments in turn; prints
+what it left each time, as JSON.
+
 `killed_run.py rounds ROUNDS SEED DIRECTORY key=value …`: the debug run in DIRECTORY/0, begun so many times, and killed
 each time at any moment behind its first step; when it came to its end all the same, DIRECTORY/1, and so on. The last
-one is brought to its end. Prints how many were killed, and how many runs there are. Each round is a fork of a process
-that has imported everything and computed nothing: an import takes three times as long as the run.
+one is brought to its end. Prints how many were killed, and how many runs there are.
+
+In both, a round is a fork of a process that has imported everything and computed nothing: an import takes three times
+as long as the run.
 """
 
+import json
 import os
 import random
 import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 from ctllm_jax.training import checkpoint_files, checkpointer
 
@@ -72,10 +79,12 @@ def arrange(step, moment):
     os.rename, os.replace, shutil.rmtree = trapped_rename, trapped_replace, trapped_rmtree
 
 
-def train(directory, overrides, tell=-1):
-    """The run in a fork of this process; its first save writes into the pipe `tell`."""
+def train(directory, overrides, *, tell=-1, trap=None):
+    """The run in a fork of this process, with a trap `(step, moment)`; its first save writes into the pipe `tell`."""
     if pid := os.fork():
         return pid
+    if trap:
+        arrange(*trap)
     save = checkpointer.Checkpointer.save
 
     def told(self, state, **options):
@@ -92,7 +101,7 @@ def kill_rounds(rounds, seed, directory, overrides):
     moments, killed, runs = random.Random(seed), 0, 0
     for _ in range(rounds):
         reading, writing = os.pipe()
-        pid = train(f"{directory}/{runs}", overrides, writing)
+        pid = train(f"{directory}/{runs}", overrides, tell=writing)
         os.close(writing)
         os.read(reading, 1)
         time.sleep(moments.uniform(0, 0.6))
@@ -106,14 +115,30 @@ def kill_rounds(rounds, seed, directory, overrides):
     return killed, runs + 1
 
 
+def kill_each(directory, overrides, steps=10):
+    """What is there when the run was killed at a step: the whole ones, and what is left of those in the trash."""
+    for step in range(1, steps):
+        moment = MOMENTS[step % len(MOMENTS)]
+        status = os.waitstatus_to_exitcode(os.waitpid(train(directory, overrides, trap=(step, moment)), 0)[1])
+        assert status == -signal.SIGKILL, status
+        kept = Path(directory) / "checkpoints"
+        whole = [int(path.name) for path in kept.iterdir() if path.name.isdigit()]
+        trash = [sorted(path.name for path in half.iterdir()) for half in kept.glob("trash/*")]
+        yield {"step": step, "moment": moment, "whole": whole, "trash": trash}
+    assert os.waitpid(train(directory, overrides), 0)[1] == 0
+
+
 if __name__ == "__main__":
     from ctllm_jax.cli import main
 
-    if sys.argv[1] == "rounds":
+    if sys.argv[1] in ("each", "rounds"):
         import ctllm_jax.cli.pretrain
         import ctllm_jax.training.pretrain  # noqa: F401
 
-        print(*kill_rounds(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:]))
+        if sys.argv[1] == "each":
+            print(json.dumps(list(kill_each(sys.argv[2], sys.argv[3:]))))
+        else:
+            print(*kill_rounds(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:]))
         sys.exit()
     arrange(int(sys.argv[1]), sys.argv[2])
     sys.exit(main(["pretrain", "debug/pretrain", *sys.argv[3:]]))

@@ -146,11 +146,11 @@ def test_steps_of_before_there_were_manifests(run_dir, caplog):
     assert checkpointer.latest() == 2
     assert "2 has no manifest (an older version wrote it): its arrays can be read" in caplog.text
     checkpointer.close()
-    for path in run_dir.glob("checkpoints/2/trainer/ocdbt.process_0/d/*"):
+    for path in run_dir.glob("checkpoints/2/trainer/**/d/*"):
         truncate(path)
     checkpointer = open_run(run_dir)
     assert checkpointer.latest() == 1
-    assert re.search(r"trainer: \S+ cannot be read", (run_dir / "quarantine/2.txt").read_text())
+    assert re.search("trainer: .* cannot be read", (run_dir / "quarantine/2.txt").read_text())
     checkpointer.close()
 
 

@@ -1,5 +1,6 @@
 """A run that is killed at any moment goes on as if nothing had happened: bit for bit."""
 
+import json
 import shutil
 import signal
 
@@ -62,17 +63,19 @@ def check(directory, uninterrupted):
 
 def test_killed_at_every_step(tmp_path, uninterrupted, cache):
     """One run, killed nine times: at each step, at each moment in turn."""
-    for step in range(1, STEPS):
-        moment = MOMENTS[step % len(MOMENTS)]
-        whole = kill(tmp_path, step, moment, cache)
-        if moment != "during":
-            assert (step in whole) == (moment not in ("before", "manifest", "written"))
-        if moment == "displacing":
-            assert len(whole) == 3
-        if moment == "deleting":
-            (half_deleted, *_) = (tmp_path / "checkpoints/trash").iterdir()
-            assert (half_deleted / "trainer").exists() and not (half_deleted / "params").exists()
-    assert "resuming" in resume(tmp_path, cache)
+    done = start("each", tmp_path, *OVERRIDES, script=SCRIPT, devices=2, **cache).wait_for_text()
+    assert done.returncode == 0 and "resuming" in done.stdout, done.stdout
+    left = json.loads(done.stdout.splitlines()[-1])
+    assert [each["step"] for each in left] == list(range(1, STEPS)) and {each["moment"] for each in left} == {*MOMENTS}
+    for each in left:
+        if each["moment"] != "during":
+            assert (each["step"] in each["whole"]) == (each["moment"] not in ("before", "manifest", "written"))
+        if each["moment"] == "displacing":
+            assert len(each["whole"]) == 3
+        if each["moment"] == "deleting":
+            # Two: the run before was killed when it was about to displace one.
+            assert len(each["trash"]) == 2
+            assert all("trainer" in half_deleted and "params" not in half_deleted for half_deleted in each["trash"])
     run = check(tmp_path, uninterrupted)
     assert [start["how"] for start in run.starts][0] == "scratch" and len(run.starts) == STEPS
     assert {start["how"] for start in run.starts[2:]} == {"resume"}
