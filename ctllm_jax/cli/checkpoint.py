@@ -206,8 +206,6 @@ def compare(context: Context) -> int:
 
 def prune(context: Context) -> int:
     """Say what goes, and with delete=true remove it."""
-    from contextlib import nullcontext
-
     from rich.markup import escape
 
     from ctllm_jax.config.pretrain import RunConfig
@@ -222,8 +220,7 @@ def prune(context: Context) -> int:
         if is_huggingface(Path(target)):
             raise UserError(f"{target} is a Hugging Face folder, and no run")
         list_checkpoints(Path(target))  # a run directory?
-        with (own(Path(target), stale_after=RunConfig().stale_after, what="checkpoint prune") if delete
-              else nullcontext()):
+        with own(RunConfig(dir=target), what="checkpoint prune", free=not delete):
             kept = list_checkpoints(Path(target))
             gone = [checkpoint for kind in ["resumable", *["milestone"] * config.milestones] for checkpoint in
                     choose_pruned([each for each in kept if each.kind == kind], keep=config.keep, every=config.every)]

@@ -41,12 +41,14 @@ def run(context: Context) -> int:
 
     from ctllm_jax.cli.sft import print_plan
     from ctllm_jax.training.dpo import needs_reference, open_preferences
+    from ctllm_jax.training.lock import own
     from ctllm_jax.training.reference import attach_reference
     from ctllm_jax.training.signals import Signals
 
     console, first = context.console, jax.process_index() == 0
-    with Signals() as signals:
-        config, data, objective, meta = opened = open_preferences(with_run_dir(context.config, context.targets[0]))
+    config = with_run_dir(context.config, context.targets[0])
+    with Signals() as signals, own(config.run, what="dpo", tell=console.print, free=context.dry_run):
+        config, data, objective, meta = opened = open_preferences(config)
         if first:
             show_data(data.report, console)
         if context.dry_run:

@@ -79,7 +79,8 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
     """A whole run; returns its last evaluation per source (empty without one).
 
     `name`, `data`, `meta` and `objective` are another stage's: its name, its batches, what its checkpoints say of
-    themselves, and its loss. `signals` are those of a stage that had to be told of them before.
+    themselves, and its loss. `signals` are those of a stage that had to be told of them before, and owns the run
+    directory.
 
     Raises:
       Stopped: the run was ended before its last step, and is kept; its code is the exit status.
@@ -87,21 +88,13 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
     from ctllm_jax.cluster import distributed
 
     distributed.initialize()
+    from ctllm_jax.training.lock import own
     from ctllm_jax.training.signals import Signals
 
     if signals is None:
-        with Signals() as signals:
+        with Signals() as signals, own(config.run, what=name, tell=console.print):
             return train(config, console, next_command=next_command, name=name, data=data, meta=meta,
                          objective=objective, signals=signals)
-    from ctllm_jax.training.lock import own
-
-    with own(Path(config.run.dir), stale_after=config.run.stale_after, what=name, tell=console.print):
-        return _train(config, console, next_command=next_command, name=name, data=data, meta=meta,
-                      objective=objective, signals=signals)
-
-
-def _train(config: PretrainConfig, console: Any, *, next_command: bool, name: str, data: Any,
-           meta: dict[str, Any] | None, objective: Any, signals: Any) -> dict[str, Any]:
     import jax
     from rich.markup import escape
 
@@ -128,7 +121,6 @@ def _train(config: PretrainConfig, console: Any, *, next_command: bool, name: st
                         config=start["config"], steps=config.steps) as writer,
           TrainingConsole(console if first else None, total_steps=config.steps) as shown):
         writer.event("start", **start)
-        run.checkpointer.listen(shown.message, record=lambda text: writer.event("warning", message=text))
         reached = run.start
 
         def record(step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
@@ -173,6 +165,7 @@ def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any], reque
     from ctllm_jax.training.loop import Hook, every
 
     config, last = run.config, run.config.steps
+    run.checkpointer.listen(shown.message, record=lambda text: writer.event("warning", message=text))
 
     def save(step: int, state: Any) -> None:
         began = time.perf_counter()

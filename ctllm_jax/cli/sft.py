@@ -33,11 +33,12 @@ def run(context: Context) -> int:
     if (status := run_in_processes(context)) is not None:
         return status
     distributed.initialize()
+    from ctllm_jax.training.lock import own
     from ctllm_jax.training.sft import open_tuning
     from ctllm_jax.training.signals import Signals
 
     config = with_run_dir(context.config, context.targets[0])
-    with Signals() as signals:
+    with Signals() as signals, own(config.run, what="sft", tell=context.console.print, free=context.dry_run):
         tuning = open_tuning(config)
         show_data(tuning.data.report, context.console)
         if context.dry_run:

@@ -128,7 +128,8 @@ class Checkpointer:
         return any(before < round(milestone * 1e9) <= after for milestone in self.config.milestones)
 
     def latest(self) -> int | None:
-        """The newest resumable step that is whole. Newer ones that are damaged go into quarantine, which is told.
+        """The newest resumable step on the disk that is whole. Damaged ones that are newer go into quarantine, and are
+        told of.
 
         The first process looks, at what `checkpoint.verify` says; every process gets its answer.
 
@@ -148,7 +149,8 @@ class Checkpointer:
             raise problem
         if answer == _FAILED:
             raise UserError(f"no checkpoint of {self.run_dir} to go on from; the first process says why")
-        self._steps.reload()
+        for manager in self._managers:
+            manager.reload()
         return None if answer == _NONE else answer
 
     def read_meta(self, step: int) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import logging
 import os
 import shlex
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.pretrain import RunConfig
 from ctllm_jax.config.statuses import FAILED
 
 log = logging.getLogger(__name__)
@@ -187,8 +187,7 @@ class Lock:
                 owner = _read(self.path)
                 if owner and owner["id"] != self._mine["id"]:
                     # Suspended for so long that it counted as dead. Nothing more may be written there.
-                    print(f"error: {self.path.parent} has another owner now, {say_owner(owner)}: ending at once",
-                          file=sys.stderr, flush=True)
+                    log.critical("%s has another owner now, %s: ending at once", self.path.parent, say_owner(owner))
                     os._exit(FAILED)
                 if not self.path.exists() and self._make(self.path):
                     os.close(self._file)
@@ -215,20 +214,25 @@ class Lock:
 
 
 @contextmanager
-def own(run_dir: Path, *, stale_after: float, what: str = "",
-        tell: Callable[[str], None] = log.warning) -> Iterator[None]:
+def own(run: RunConfig, *, what: str, tell: Callable[[str], None] = log.warning, free: bool = False) -> Iterator[None]:
     """Be the one owner of a run directory while inside; all processes of a run call this, at the same point.
 
     Args:
+      what: the command.
       tell: told, in the first process, that it waits to see whether an owner elsewhere still lives.
+      free: nothing will be written there; no owner is needed.
 
     Raises:
       UserError: somebody else is; says who.
     """
+    if free:
+        yield
+        return
     import jax
 
     from ctllm_jax.cluster.distributed import tell_all
 
+    run_dir, stale_after = Path(run.dir), run.stale_after
     lock = Lock(run_dir, stale_after=stale_after, what=what) if jax.process_index() == 0 else None
     problem, told, state = None, False, 0
     try:

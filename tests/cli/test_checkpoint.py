@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from ctllm_jax.config.pretrain import RunConfig
 from ctllm_jax.training.lock import own
 from tests.cli.conftest import call
 from tests.runs import read_arrays
@@ -110,7 +111,7 @@ def test_prune_keeps_the_newest_that_is_whole(run_dir):
     listed = call("checkpoint", "prune", run_dir, "keep=1", "every=4")
     assert listed.status == 0 and "nothing was deleted: give delete=true" in listed.out
     assert re.findall(r"would delete \S+/(\S+/\d+) ", listed.out) == ["checkpoints/2", "checkpoints/3"]
-    with own(run_dir, stale_after=60):
+    with own(RunConfig(dir=str(run_dir)), what="a test"):
         refused = call("checkpoint", "prune", run_dir, "keep=1", "every=4", "delete=true")
         assert refused.status == 2 and f"in use by process {os.getpid()}" in refused.err
     assert len(list((run_dir / "checkpoints").iterdir())) == 5

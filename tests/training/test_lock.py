@@ -12,6 +12,7 @@ from datetime import datetime
 import pytest
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.pretrain import RunConfig
 from ctllm_jax.training.lock import LOCK, Lock, own, read_owner
 from tests.runs import DEBUG, REPOSITORY, cached, environment, launch, start
 
@@ -19,6 +20,7 @@ PROCESS = """
 import errno, os, sys, time
 from pathlib import Path
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.pretrain import RunConfig
 from ctllm_jax.training.lock import Lock
 
 def no_links(source, target):
@@ -87,26 +89,26 @@ def test_of_eight_at_once_one_wins(tmp_path, how):
 def test_who_it_is_and_what_to_do(tmp_path):
     with process(tmp_path) as owner:
         assert owner.stdout.readline() == "owner\n"
-        with pytest.raises(UserError) as caught, own(tmp_path, stale_after=60):
+        with pytest.raises(UserError) as caught, own(RunConfig(dir=str(tmp_path)), what="a test"):
             raise AssertionError
         head, *advice = str(caught.value).splitlines()
         since = datetime.fromtimestamp(read_owner(tmp_path)["since"]).astimezone().isoformat(" ", "seconds")
         assert head == (f"{tmp_path} is in use by process {owner.pid} on {os.uname().nodename}, since {since} (a test)")
         assert f"touch {tmp_path}/STOP  (or kill {owner.pid})" in advice[0] and "another run.dir" in advice[2]
-    with own(tmp_path, stale_after=60):
+    with own(RunConfig(dir=str(tmp_path)), what="a test"):
         assert read_owner(tmp_path)["pid"] == os.getpid()
     assert os.listdir(tmp_path) == []
 
 
 def test_given_back_when_the_run_ends_by_an_error(tmp_path):
-    with pytest.raises(KeyboardInterrupt), own(tmp_path, stale_after=60):
+    with pytest.raises(KeyboardInterrupt), own(RunConfig(dir=str(tmp_path)), what="a test"):
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []
 
 
 def test_one_on_this_machine_that_is_gone_is_replaced_at_once(left, caplog):
     before = read_owner(left)
-    with own(left, stale_after=1e6):
+    with own(RunConfig(dir=str(left), stale_after=1e6), what="a test"):
         assert read_owner(left)["id"] != before["id"]
     assert f"was held by process {before['pid']}" in caplog.text
 
@@ -114,14 +116,14 @@ def test_one_on_this_machine_that_is_gone_is_replaced_at_once(left, caplog):
 def test_the_same_number_of_another_process(left):
     """Process ids are used again: this one is alive, and is not the owner."""
     another_machine(left, place=json.loads((left / LOCK).read_text())["place"], pid=os.getpid())
-    with own(left, stale_after=1e6):
+    with own(RunConfig(dir=str(left), stale_after=1e6), what="a test"):
         pass
 
 
 def test_one_elsewhere_is_replaced_when_its_heart_stands_still(left, caplog):
     another_machine(left, stale_after=1.0)
     told, began = [], time.monotonic()
-    with own(left, stale_after=1e6, tell=told.append):
+    with own(RunConfig(dir=str(left), stale_after=1e6), what="a test", tell=told.append):
         assert 0.5 < time.monotonic() - began < 10
     assert len(told) == 1 and "on n7" in told[0] and "watching for at most 1 s" in told[0]
     # One that stood still long ago is not watched any more.
@@ -129,7 +131,7 @@ def test_one_elsewhere_is_replaced_when_its_heart_stands_still(left, caplog):
         dead.wait()
     another_machine(left, stale_after=30.0)
     os.utime(left / LOCK, (time.time() - 40,) * 2)
-    with own(left, stale_after=1e6, tell=told.append):
+    with own(RunConfig(dir=str(left), stale_after=1e6), what="a test", tell=told.append):
         assert len(told) == 1
 
 
@@ -155,7 +157,7 @@ def test_an_owner_that_slept_too_long_ends_when_it_wakes(tmp_path):
         assert owner.stdout.readline() == "owner\n"
         owner.send_signal(signal.SIGSTOP)
         another_machine(tmp_path)
-        with own(tmp_path, stale_after=1e6):
+        with own(RunConfig(dir=str(tmp_path), stale_after=1e6), what="a test"):
             owner.send_signal(signal.SIGCONT)
             assert owner.wait(timeout=30) == 1
             assert "has another owner now" in owner.stderr.read()
@@ -167,9 +169,9 @@ def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(os, "link", refuse)
-    with pytest.raises(UserError, match=f"{tmp_path} cannot be written: Read-only file system"), own(
-            tmp_path, stale_after=60):
-        raise AssertionError
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be written: Read-only file system"):
+        with own(RunConfig(dir=str(tmp_path)), what="a test"):
+            raise AssertionError
 
 
 def test_two_trainers_of_one_run(tmp_path, tmp_path_factory):

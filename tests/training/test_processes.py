@@ -5,6 +5,7 @@ import socket
 
 import pytest
 
+from ctllm_jax.config.pretrain import RunConfig
 from ctllm_jax.report.run import read_run
 from ctllm_jax.training.lock import own
 from tests.runs import DEBUG, assert_same_bits, cached, launch, read_arrays, start
@@ -62,7 +63,7 @@ def test_two_replicas_give_the_bits_of_two_devices(tmp_path, cache):
 
 def test_one_owner_for_all_of_them(tmp_path, cache):
     """Somebody has the directory: the first process finds out, and all of them end with status 2."""
-    with own(tmp_path, stale_after=60):
+    with own(RunConfig(dir=str(tmp_path)), what="a test"):
         texts = launch_processes(2, "pretrain", DEBUG, f"run.dir={tmp_path}", "mesh.data=2", status=2, **cache)
     assert sorted(f"is in use by process {os.getpid()}" in text for text in texts) == [False, True]
     assert sum("the first process says by whom" in text for text in texts) == 1
