@@ -47,7 +47,7 @@ def run(context: Context) -> int:
 
     console, first = context.console, jax.process_index() == 0
     config = with_run_dir(context.config, context.targets[0])
-    with Signals() as signals, own(config.run, what="dpo", tell=console.print, free=context.dry_run):
+    with Signals() as signals, own(config.run, what="dpo", free=context.dry_run):
         config, data, objective, meta = opened = open_preferences(config)
         if first:
             show_data(data.report, console)

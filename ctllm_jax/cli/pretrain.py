@@ -92,7 +92,7 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
     from ctllm_jax.training.signals import Signals
 
     if signals is None:
-        with Signals() as signals, own(config.run, what=name, tell=console.print):
+        with Signals() as signals, own(config.run, what=name):
             return train(config, console, next_command=next_command, name=name, data=data, meta=meta,
                          objective=objective, signals=signals)
     import jax

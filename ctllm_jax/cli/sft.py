@@ -38,7 +38,7 @@ def run(context: Context) -> int:
     from ctllm_jax.training.signals import Signals
 
     config = with_run_dir(context.config, context.targets[0])
-    with Signals() as signals, own(config.run, what="sft", tell=context.console.print, free=context.dry_run):
+    with Signals() as signals, own(config.run, what="sft", free=context.dry_run):
         tuning = open_tuning(config)
         show_data(tuning.data.report, context.console)
         if context.dry_run:

@@ -35,7 +35,7 @@ _MOST_THREADS = 4
 def write_manifest(folder: Path) -> None:
     """Write down the size and checksum of every file below `folder`, when all of them are safe from a power cut.
 
-    crc32 runs at 1.9 GiB/s a thread, and lets go of the interpreter.
+    A GiB takes 0.3 seconds of a processor, and zlib lets go of the interpreter.
 
     Raises:
       OSError: a file cannot be read, or the manifest not be written.
@@ -162,8 +162,9 @@ def _measure(path: Path, *, sync: bool = False) -> list[Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         content.pop("commit_timestamp_nsecs", None)
         return [0, _checksum(json.dumps(content, sort_keys=True))]
-    crc, size, block = 0, 0, memoryview(bytearray(_BLOCK))
+    crc, size = 0, 0
     with open(path, "rb", buffering=0) as file:
+        block = memoryview(bytearray(min(_BLOCK, os.fstat(file.fileno()).st_size) or 1))
         while count := file.readinto(block):
             crc, size = zlib.crc32(block[:count], crc), size + count
         if sync:

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -214,12 +214,11 @@ class Lock:
 
 
 @contextmanager
-def own(run: RunConfig, *, what: str, tell: Callable[[str], None] = log.warning, free: bool = False) -> Iterator[None]:
+def own(run: RunConfig, *, what: str, free: bool = False) -> Iterator[None]:
     """Be the one owner of a run directory while inside; all processes of a run call this, at the same point.
 
     Args:
       what: the command.
-      tell: told, in the first process, that it waits to see whether an owner elsewhere still lives.
       free: nothing will be written there; no owner is needed.
 
     Raises:
@@ -242,8 +241,8 @@ def own(run: RunConfig, *, what: str, tell: Callable[[str], None] = log.warning,
                     owner = lock.attempt()
                     state = 1 if owner is None else 0
                     if owner and not told:
-                        tell(f"{run_dir} was in use by {say_owner(owner)}: watching for at most"
-                             f" {owner.get('stale_after', stale_after):g} s whether it still is")
+                        log.warning("%s was in use by %s: watching for at most %g s whether it still is", run_dir,
+                                    say_owner(owner), owner.get("stale_after", stale_after))
                         told = True
                 except UserError as error:
                     problem, state = error, 2

@@ -76,7 +76,8 @@ def attach_reference(config: DPOConfig, data: PreferenceData, objective: Objecti
     _, checkpoint = find_checkpoint(config.init)
     identity = identify(config, data, checkpoint)
     data.reference_identity = identity["reference"]
-    begun = [kept for kept in list_checkpoints(directory) if kept.kind == "resumable"] if _is_run(directory) else []
+    begun = [kept for kept in list_checkpoints(directory) if kept.kind == "resumable" and kept.meta] if _is_run(
+        directory) else []
     if begun:  # before anything is computed
         compare_fingerprints(begun[-1].meta["fingerprint"], make_fingerprint(config, data.fingerprint),
                              run_dir=directory)

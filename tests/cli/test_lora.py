@@ -158,6 +158,7 @@ def test_a_base_that_moved(tuned, text_run, tmp_path):
     for kept in list_checkpoints(tmp_path / "run"):
         meta = kept.meta | {"init": kept.meta["init"] | {"path": "/gone/base", "relative": "../base"}}
         (kept.path / "meta" / "metadata").write_text(json.dumps(meta))
+        (kept.path / "manifest.json").unlink()
     gone = call("chat", tmp_path / "run")
     assert gone.status == 2 and f"{tmp_path / 'run'} holds adapters of /gone/base@3" in gone.err
     assert "/gone/base is no directory" in gone.err and f"lora merge {tmp_path / 'run'} base=MODEL" in gone.err
