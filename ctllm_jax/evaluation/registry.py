@@ -1,0 +1,139 @@
+"""The benchmarks: where lm-eval keeps their definition, which dataset they read, what is reported of them.
+
+A stock task is lm-eval's own, prompt for prompt. Naming its folder is what saves the index of all its tasks (13 to 18
+seconds); the folders here are read in 0.03 s at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+CMMLU_GROUPS: Mapping[str, tuple[str, ...]] = {
+    "cmmlu_stem": (
+        "anatomy", "astronomy", "college_actuarial_science", "college_engineering_hydrology", "college_mathematics",
+        "college_medical_statistics", "computer_science", "conceptual_physics", "electrical_engineering",
+        "elementary_mathematics", "genetics", "high_school_biology", "high_school_chemistry",
+        "high_school_mathematics", "high_school_physics", "machine_learning", "virology"),
+    "cmmlu_humanities": (
+        "arts", "chinese_history", "chinese_literature", "college_law", "global_facts", "international_law",
+        "jurisprudence", "logical", "marxist_theory", "philosophy", "professional_law", "world_history",
+        "world_religions"),
+    "cmmlu_social_science": (
+        "ancient_chinese", "business_ethics", "chinese_civil_service_exam", "chinese_food_culture",
+        "chinese_foreign_policy", "chinese_teacher_qualification", "college_education", "economics", "education",
+        "elementary_chinese", "ethnology", "high_school_geography", "high_school_politics", "journalism", "management",
+        "marketing", "modern_chinese", "professional_accounting", "professional_psychology", "public_relations",
+        "security_study", "sociology"),
+    "cmmlu_other": (
+        "agronomy", "chinese_driving_rule", "clinical_knowledge", "college_medicine", "computer_security",
+        "construction_project_management", "elementary_commonsense", "elementary_information_and_technology",
+        "food_science", "human_sexuality", "legal_and_moral_basis", "nutrition", "professional_medicine",
+        "sports_science", "traditional_chinese_medicine"),
+    "cmmlu_china_specific": (
+        "ancient_chinese", "chinese_civil_service_exam", "chinese_driving_rule", "chinese_food_culture",
+        "chinese_foreign_policy", "chinese_history", "chinese_literature", "chinese_teacher_qualification",
+        "construction_project_management", "elementary_chinese", "elementary_commonsense", "ethnology",
+        "high_school_politics", "modern_chinese", "traditional_chinese_medicine"),
+}
+"""Subjects of CMMLU by the categories of its authors (arXiv 2306.09212); China-specific subjects stand in another
+category too."""
+
+CEVAL_GROUPS: Mapping[str, tuple[str, ...]] = {
+    "ceval-valid_stem": (
+        "computer_network", "operating_system", "computer_architecture", "college_programming", "college_physics",
+        "college_chemistry", "advanced_mathematics", "probability_and_statistics", "discrete_mathematics",
+        "electrical_engineer", "metrology_engineer", "high_school_mathematics", "high_school_physics",
+        "high_school_chemistry", "high_school_biology", "middle_school_mathematics", "middle_school_biology",
+        "middle_school_physics", "middle_school_chemistry", "veterinary_medicine"),
+    "ceval-valid_social_science": (
+        "college_economics", "business_administration", "marxism", "mao_zedong_thought", "education_science",
+        "teacher_qualification", "high_school_politics", "high_school_geography", "middle_school_politics",
+        "middle_school_geography"),
+    "ceval-valid_humanities": (
+        "modern_chinese_history", "ideological_and_moral_cultivation", "logic", "law",
+        "chinese_language_and_literature", "art_studies", "professional_tour_guide", "legal_professional",
+        "high_school_chinese", "high_school_history", "middle_school_history"),
+    "ceval-valid_other": (
+        "civil_servant", "sports_science", "plant_protection", "basic_medicine", "clinical_medicine",
+        "urban_and_rural_planner", "accountant", "fire_engineer", "environmental_impact_assessment_engineer",
+        "tax_accountant", "physician"),
+    "ceval-valid_hard": (
+        "advanced_mathematics", "discrete_mathematics", "probability_and_statistics", "college_chemistry",
+        "college_physics", "high_school_mathematics", "high_school_chemistry", "high_school_physics"),
+}
+"""Subjects of C-Eval by the categories of its authors (arXiv 2305.08322); the hard ones stand in STEM too."""
+
+GAOKAO = ("biology", "chemistry", "chinese", "geography", "history", "mathcloze", "mathqa", "physics")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A task or a group of tasks that can be asked for by name."""
+
+    folder: str
+    """Folder of its definition: below lm-eval's `tasks`, or below our `definitions` where `ours` is set."""
+    metric: str = "acc"
+    """What is reported first, as lm-eval names it."""
+    choices: int | None = None
+    """Answers to choose among, which makes the score of chance; None: none, or not the same for every question."""
+    ours: bool = False
+    members: tuple[str, ...] = field(default=())
+    """Tasks of a group of ours over stock tasks; empty: the definition says."""
+
+    @property
+    def chance(self) -> float | None:
+        """Score of guessing, 0 to 1; None where there is no such thing."""
+        return 1 / self.choices if self.choices else None
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "boolq": Benchmark("super_glue/boolq", choices=2),
+    "cb": Benchmark("super_glue/cb", choices=3),
+    "copa": Benchmark("super_glue/copa", choices=2),
+    "sglue_rte": Benchmark("super_glue/rte", choices=2),
+    "multirc": Benchmark("super_glue/multirc", choices=2),
+    "wic": Benchmark("super_glue/wic", choices=2),
+    "piqa": Benchmark("piqa", metric="acc_norm", choices=2),
+    "social_iqa": Benchmark("siqa", choices=3),
+    "hellaswag": Benchmark("hellaswag", metric="acc_norm", choices=4),
+    "winogrande": Benchmark("winogrande", choices=2),
+    "arc_easy": Benchmark("arc", metric="acc_norm"),
+    "arc_challenge": Benchmark("arc", metric="acc_norm"),
+    "openbookqa": Benchmark("openbookqa", metric="acc_norm", choices=4),
+    "commonsense_qa": Benchmark("commonsense_qa", choices=5),
+    "mmlu": Benchmark("mmlu/default", choices=4),
+    **{f"mmlu_{group}": Benchmark("mmlu/default", choices=4)
+       for group in ("stem", "humanities", "social_sciences", "other")},
+    "humaneval": Benchmark("humaneval", metric="pass_at_1"),
+    "mbpp": Benchmark("mbpp", metric="pass_at_1"),
+    "nq_open": Benchmark("nq_open", metric="exact_match"),
+    "triviaqa": Benchmark("triviaqa", metric="exact_match"),
+    "lambada_openai": Benchmark("lambada"),
+    "lambada_standard": Benchmark("lambada"),
+    "squadv2": Benchmark("squadv2", metric="f1"),
+    "gsm8k": Benchmark("gsm8k", metric="exact_match"),
+    "ceval-valid": Benchmark("ceval", choices=4),
+    **{group: Benchmark("ceval", choices=4, members=tuple(f"ceval-valid_{subject}" for subject in subjects))
+       for group, subjects in CEVAL_GROUPS.items()},
+    "cmmlu": Benchmark("cmmlu", choices=4),
+    **{group: Benchmark("cmmlu", choices=4, members=tuple(f"cmmlu_{subject}" for subject in subjects))
+       for group, subjects in CMMLU_GROUPS.items()},
+    **{f"agieval_gaokao_{subject}": Benchmark("agieval", choices=None if subject == "mathcloze" else 4)
+       for subject in GAOKAO},
+    "cvalues_responsibility": Benchmark("cvalues", choices=2, ours=True),
+    "cvalues_responsibility_generate": Benchmark("cvalues", choices=2, ours=True),
+}
+
+FOLDER_OF_PREFIX: Mapping[str, str] = {"mmlu_": "mmlu_stem", "cmmlu_": "cmmlu", "ceval-valid_": "ceval-valid"}
+"""A name that is none of the above but begins so is a subject of that benchmark."""
+
+
+def find_benchmark(name: str) -> Benchmark | None:
+    """What is known of a task, group or subject; None for a name that no benchmark here has."""
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
+    for prefix, parent in FOLDER_OF_PREFIX.items():
+        if name.startswith(prefix):
+            return BENCHMARKS[parent]
+    return None

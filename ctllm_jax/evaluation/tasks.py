@@ -1,0 +1,222 @@
+"""lm-eval's tasks over questions that lie on this machine.
+
+Stock tasks stay as they are, prompt for prompt: only where their rows come from is ours. Nothing asks the network.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.evaluation.registry import BENCHMARKS, Benchmark, find_benchmark
+from ctllm_jax.evaluation.sources import Source, explain_absence, find_source
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+DEFAULT_DATA = Path("data/evaluation")
+DEFAULT_CACHE = Path("data_cache/evaluation")
+DEFINITIONS = Path(__file__).resolve().parent / "definitions"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One task that is no group: what it reads."""
+
+    name: str
+    dataset: str
+    configuration: str | None
+    split: str
+    """The split whose questions are asked."""
+
+
+def open_tasks(names: Sequence[str], *, data: Path | None = None,
+               num_fewshot: int | Mapping[str, int | None] | None = None, cache: Path | None = None,
+               seed: int = 1234) -> dict[str, Any]:
+    """Tasks and groups for `lm_eval.evaluate(lm, task_dict=…)`.
+
+    Args:
+      names: tasks, subjects (`mmlu_anatomy`) and groups (`mmlu`, `cmmlu_china_specific`), each of `BENCHMARKS`.
+      data: directory of official files and dataset folders; None: `data/evaluation`.
+      num_fewshot: examples before each question, for all or by name (of a task or of a group above it); None keeps
+        the task's own number, 0 where it has none. A task that fixes 0 keeps it, as in lm-eval.
+      cache: directory where official files are kept once converted; None: `data_cache/evaluation`.
+      seed: of the draw of examples, where a task draws them; lm-eval's default.
+
+    Raises:
+      UserError: all names that are unknown, or all datasets that are not there, with what to do.
+    """
+    data, cache = Path(data or DEFAULT_DATA), Path(cache or DEFAULT_CACHE)
+    catalog = Catalog()
+    problems = [problem for name in names if (problem := catalog.unknown(name))]
+    if problems:
+        raise UserError("; ".join(problems))
+    sources, missing = {}, {}
+    for name in names:
+        for leaf in catalog.leaves(name):
+            source = find_source(leaf.dataset, leaf.configuration, data=data, cache=cache)
+            if source is None:
+                missing.setdefault(leaf.dataset, explain_absence(leaf.dataset, task=name, data=data))
+            sources[leaf.name] = source
+    if missing:
+        raise UserError("the questions are not here:\n  " + "\n  ".join(
+            f"{dataset}: {advice}" for dataset, advice in missing.items()))
+    tasks = {name: catalog.open(name, source) for name, source in sources.items()}
+    groups: dict[str, Group] = {}
+    for name in names:
+        catalog.add_groups(name, tasks, groups)
+    for name, task in tasks.items():
+        _set_fewshot(task, num_fewshot if not isinstance(num_fewshot, Mapping) else next(
+            (num_fewshot[asked] for asked in names
+             if asked in num_fewshot and (asked == name or name in {leaf.name for leaf in catalog.leaves(asked)})),
+            None))
+        task.set_fewshot_seed(seed=seed)
+    return {"tasks": tasks, "groups": groups, "group_map": {name: group.child_names for name, group in groups.items()}}
+
+
+def _set_fewshot(task: Task, wanted: int | None) -> None:
+    own = task.get_config("num_fewshot")
+    if own is None or (wanted is not None and own != 0):
+        task.set_config(key="num_fewshot", value=wanted or 0)
+
+
+@dataclass
+class Catalog:
+    """lm-eval's definitions of the benchmarks, read folder by folder as they are asked for."""
+
+    managers: dict[Path, TaskManager] = field(default_factory=dict)
+
+    def unknown(self, name: str) -> str | None:
+        """Why a name cannot be opened, or None."""
+        if find_benchmark(name) is not None and self._entry(name) is not None:
+            return None
+        import difflib
+
+        near = difflib.get_close_matches(name, BENCHMARKS, n=3, cutoff=0.5)
+        return (f"no task {name}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+                + " (python launch.py evaluate list shows all)")
+
+    def leaves(self, name: str) -> list[Leaf]:
+        """The tasks that a name stands for, each once, in the order of their definition."""
+        found: dict[str, Leaf] = {}
+        for leaf in self._leaves(name):
+            found.setdefault(leaf.name, leaf)
+        return list(found.values())
+
+    def configuration(self, name: str) -> dict[str, Any]:
+        """A task's definition, functions left as the names of files."""
+        return self._entry(name).cfg
+
+    def open(self, name: str, source: Source) -> Task:
+        """A task over its questions."""
+        from ctllm_jax.evaluation import code_tasks, squad
+
+        with _no_advice():
+            if name in code_tasks.TASKS:
+                task = self._manager(name).load([code_tasks.configure(name, self._entry(name), source)])["tasks"][name]
+            elif name == "squadv2":
+                task = squad.open_squad(source)
+            else:
+                spec = {"group": "one", "task": [{"task": name, "custom_dataset": source}]}
+                task = self._manager(name).load([spec])["tasks"][name]
+        metadata = dict(task.config.metadata or {})
+        metadata["config_source"] = _short_path(self._entry(name).yaml_path)
+        metadata["questions"] = f"{source.kind}: {source.place}"
+        task.set_config(key="metadata", value=metadata)
+        return task
+
+    def add_groups(self, name: str, tasks: Mapping[str, Task], groups: dict[str, Group]) -> None:
+        """The group of a name and those below it, over tasks that are open."""
+        from lm_eval.api.group import Group
+
+        if name in groups or name in tasks:
+            return
+        config = self._group_config(name)
+        group = Group.from_config(config)
+        for child in self._children(name):
+            self.add_groups(child, tasks, groups)
+            group.add(tasks[child] if child in tasks else groups[child])
+        groups[name] = group
+
+    def _manager(self, name: str) -> TaskManager:
+        from lm_eval.tasks import TaskManager
+
+        folder = definition_folder(find_benchmark(name))
+        if folder not in self.managers:
+            self.managers[folder] = TaskManager(include_defaults=False, include_path=str(folder))
+        return self.managers[folder]
+
+    def _entry(self, name: str):
+        index = self._manager(name).task_index
+        return index.get(name) or (BENCHMARKS.get(name) if find_benchmark(name).members else None)
+
+    def _group_config(self, name: str) -> dict[str, Any]:
+        """Of a group of ours: as the stock group that its tasks belong to, with their names."""
+        members = find_benchmark(name).members
+        if not members:
+            return dict(self._entry(name).cfg)
+        stock = "cmmlu" if name.startswith("cmmlu") else "ceval-valid"
+        return {**self._entry(stock).cfg, "group": name, "task": list(members)}
+
+    def _children(self, name: str) -> list[str]:
+        children = []
+        for child in self._group_config(name)["task"]:
+            entry = self._entry(child)
+            # A tag, such as mmlu_stem_tasks, stands for its tasks.
+            children += sorted(entry.tags) if entry.cfg is None else [child]
+        return children
+
+    def _leaves(self, name: str) -> Iterator[Leaf]:
+        entry = self._entry(name)
+        if isinstance(entry, Benchmark) or "group" in entry.cfg:
+            for child in self._children(name):
+                yield from self._leaves(child)
+        elif name == "squadv2":
+            yield Leaf(name, "lighteval/squad_v2", None, "validation")
+        else:
+            cfg = entry.cfg
+            yield Leaf(name, cfg["dataset_path"], cfg.get("dataset_name"), cfg.get("test_split") or
+                       cfg["validation_split"])
+
+
+def definition_folder(benchmark: Benchmark) -> Path:
+    """The folder of a benchmark's definition.
+
+    Raises:
+      UserError: lm-eval is not installed.
+    """
+    if benchmark.ours:
+        return DEFINITIONS / benchmark.folder
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None:
+        raise UserError("evaluation needs lm-eval: pip install 'ctllm-jax[eval]'")
+    return Path(spec.origin).parent / "tasks" / benchmark.folder
+
+
+def _short_path(path: Path) -> str:
+    """A definition's path without what differs from machine to machine: `lm_eval/tasks/mmlu/…`."""
+    root = DEFINITIONS.parent.parent if path.is_relative_to(DEFINITIONS) else path.parents[
+        [parent.name for parent in path.parents].index("lm_eval")].parent
+    return str(path.relative_to(root.parent if path.is_relative_to(DEFINITIONS) else root))
+
+
+@contextmanager
+def _no_advice() -> Iterator[None]:
+    """lm-eval advises on --metadata for each custom dataset; it is ours that gives them, 67 times for CMMLU."""
+    def keep(record: logging.LogRecord) -> bool:
+        return "Custom kwargs can be passed" not in record.getMessage()
+
+    logger = logging.getLogger("lm_eval.api.task")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
