@@ -1,0 +1,276 @@
+"""Log-probabilities of many continuations behind many contexts, each token through the model as seldom as can be.
+
+`score_plan` says which tokens those are; here are the programs: packed rows through the decoder as it is, and rows
+behind a prefix whose keys and values were computed once. Figures are those of a plain pass for each request.
+
+Legend: B rows, S tokens of a row, G groups, R rows of a group, P tokens of a prefix, D hidden, N query heads, K kv
+heads, M query heads of one kv head, H head dim, V vocabulary, U scored places, C targets of a place, L layers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ctllm_jax import sharding
+from ctllm_jax.evaluation.score_plan import Packed, Shared, collect_inputs, plan
+from ctllm_jax.inference.model import Model
+from ctllm_jax.model.decoder import Block, Decoder, head_weights, rms_norm
+from ctllm_jax.model.rope import rope_angles
+
+BATCH_TOKENS = 8192
+CHOICES = 4
+"""Targets of one place that share its logits; a place with more of them is there again."""
+_LOGITS = 2**25
+"""Logits that are held at once: 128 MB."""
+_MASKED = -1e30
+_AHEAD = 2
+"""Batches that the device has before the first one's figures are asked for."""
+
+
+class Score(NamedTuple):
+    """Sum of log p over a continuation, in nats, and whether each of its tokens was the likeliest one."""
+
+    logp: float
+    is_greedy: bool
+
+
+class Scorer:
+    """A model that is asked for log-probabilities.
+
+    Args:
+      batch_tokens: tokens that go through the model at once, padding included.
+      max_length: tokens that it sees at once; None: its context.
+      share: False computes each request by itself, for comparison.
+
+    Attributes:
+      counts: `requests`, `inputs` (different ones), `tokens` (that had to go through the model) and `padded` (that did).
+    """
+
+    def __init__(self, model: Model, *, batch_tokens: int = BATCH_TOKENS, max_length: int | None = None,
+                 share: bool = True):
+        decoder = model.decoder
+        attention = decoder.attention if model.mesh is None else sharding.attention_on(model.mesh,
+                                                                                       implementation="auto")
+        # Of two decoders that compute the same, one program; scanned, since there are some programs to compile.
+        self._decoder = Decoder(decoder.config, decoder.dtype, attention, decoder.swiglu, scan_layers=True)
+        self._params = model.params if decoder.dtype == jnp.float32 else _cast(model.params, decoder.dtype)
+        self._mesh = model.mesh
+        self._multiple = 1 if model.mesh is None else sharding.axis_size(model.mesh, sharding.BATCH_AXES)
+        self._batch_tokens, self._share = batch_tokens, share
+        self.max_length = max_length or decoder.config.context_length
+        self.counts: Counter[str] = Counter()
+        # The prefix of the batches before, and its keys and values.
+        self._prefix: tuple[np.ndarray | None, Any] = (None, None)
+
+    def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], *,
+              report: Callable[[list[tuple[int, Score]]], None] = lambda new: None) -> list[Score]:
+        """The score of each request: ids of a context, and of what stands behind it.
+
+        Args:
+          report: is told (place, score) of those that became known, batch by batch.
+
+        Raises:
+          ValueError: an empty context, or a continuation longer than `max_length`.
+        """
+        scores = [Score(0.0, True)] * len(requests)
+        report([(place, scores[place]) for place, (_, continuation) in enumerate(requests) if not len(continuation)])
+        for new in self._run(requests):
+            for place, score in new:
+                scores[place] = score
+            report(new)
+        return scores
+
+    def _run(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[list[tuple[int, Score]]]:
+        inputs = collect_inputs(requests, max_length=self.max_length)
+        self.counts.update(requests=len(requests), inputs=len(inputs))
+        under_way: deque[tuple[Packed | Shared, list[Any]]] = deque()
+        for batch in plan(inputs, batch_tokens=self._batch_tokens, multiple=self._multiple, share=self._share):
+            under_way.append((batch, self._begin(batch)))
+            if len(under_way) > _AHEAD:
+                yield _finish(*under_way.popleft())
+        self._prefix = (None, None)
+        while under_way:
+            yield _finish(*under_way.popleft())
+
+    def _begin(self, batch: Packed | Shared) -> list[Any]:
+        """Start the computation of a batch: (places, targets, and what becomes of them), part by part."""
+        place = self._place
+        if isinstance(batch, Shared):
+            real, keys_values = int((batch.ends > 0).sum()), self._keys_values(batch)
+            hidden_BSD = extend(self._decoder, self._params, *keys_values, batch.prefix_lengths, place(batch.tokens),
+                                place(batch.ends), place(batch.positions))
+        else:
+            real = int((batch.segment_ids > 0).sum())
+            hidden_BSD = _pass(self._decoder, self._params, *map(place, batch[:3]))
+        self.counts.update(tokens=real, padded=batch.tokens.size)
+        return [(order, score_places(self._decoder, self._params, hidden_BSD, places_U, targets_UC, mesh=self._mesh))
+                for order, places_U, targets_UC in split_places(batch.places, batch.targets,
+                                                                vocabulary=self._decoder.config.padded_vocab_size)]
+
+    def _keys_values(self, batch: Shared) -> Any:
+        if self._prefix[0] is not batch.prefix:
+            groups, length = batch.prefix.shape
+            rows = -(-groups // self._multiple) * self._multiple
+            tokens_GP = np.zeros((rows, length), np.int32)
+            tokens_GP[:groups] = batch.prefix
+            self._prefix = (None, None)  # The memory of the one before is free before there is a new one.
+            self._prefix = batch.prefix, prefill(self._decoder, self._params, self._place(tokens_GP), groups=groups)
+            self.counts.update(tokens=int(batch.prefix_lengths.sum()), padded=tokens_GP.size)
+        return self._prefix[1]
+
+    def _place(self, rows: np.ndarray) -> Any:
+        return rows if self._mesh is None else jax.device_put(rows, sharding.batch_sharding(self._mesh))
+
+
+def split_places(places_N: np.ndarray, targets_N: np.ndarray, *,
+                 vocabulary: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(order, places [U], targets [U, C]): of the parts, `order` [N'] says where in N the targets of ids ≥ 0 belong."""
+    by_place = np.argsort(places_N, kind="stable")
+    sorted_N = places_N[by_place]
+    begins = np.flatnonzero(np.r_[True, sorted_N[1:] != sorted_N[:-1]])
+    rank_N = np.arange(len(sorted_N)) - np.repeat(begins, np.diff(np.r_[begins, len(sorted_N)]))
+    row_N = np.cumsum(rank_N % CHOICES == 0) - 1
+    total = int(row_N[-1]) + 1
+    most = max(64, 1 << (_LOGITS // vocabulary).bit_length() - 1)
+    for start in range(0, total, most):
+        mine = (row_N >= start) & (row_N < start + most)
+        count = min(total - start, most)
+        size = min(most, 64 << 2 * max(0, -(-((count - 1) // 64).bit_length() // 2)))
+        places_U, targets_UC = np.zeros(size, np.int32), np.full((size, CHOICES), -1, np.int32)
+        places_U[row_N[mine] - start] = sorted_N[mine]
+        targets_UC[row_N[mine] - start, rank_N[mine] % CHOICES] = targets_N[by_place[mine]]
+        yield by_place[mine], places_U, targets_UC
+
+
+def _finish(batch: Packed | Shared, parts: list[Any]) -> list[tuple[int, Score]]:
+    """The scores of a batch's requests."""
+    logps_N, greedy_N = np.zeros(len(batch.places)), np.zeros(len(batch.places), bool)
+    for order, (logps_UC, greedy_UC, is_there_UC) in jax.device_get(parts):
+        logps_N[order], greedy_N[order] = logps_UC[is_there_UC], greedy_UC[is_there_UC]
+    requests, row_N = np.unique(batch.requests, return_inverse=True)
+    sums, wrong = np.bincount(row_N, weights=logps_N), np.bincount(row_N, weights=~greedy_N)
+    return [(request, Score(logp, not missed)) for request, logp, missed in
+            zip(requests.tolist(), sums.tolist(), wrong.tolist(), strict=True)]
+
+
+@partial(jax.jit, static_argnums=1)
+def _cast(params: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+@partial(jax.jit, static_argnums=0)
+def _pass(decoder: Decoder, params: Any, tokens_BS, segment_ids_BS, positions_BS) -> jax.Array:
+    return decoder.apply({"params": params}, tokens_BS, segment_ids_BS, positions_BS)[0]
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="groups")
+def prefill(decoder: Decoder, params: Any, tokens_GP: jax.Array, *, groups: int) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [L, G, P, K, H] of the first `groups` prefixes; what pads one on the right is computed too."""
+    positions_1P = jnp.arange(tokens_GP.shape[1], dtype=jnp.int32)[None]
+
+    def attend(query, key, value, _, **options):
+        return decoder.attention(query, key, value, segment_ids=None, **options)
+
+    _, kept = _through_layers(decoder, params, tokens_GP, positions_1P, attend, (), keep=True)
+    return jax.tree.map(lambda stack: stack[:, :groups], kept)
+
+
+@partial(jax.jit, static_argnums=0)
+def extend(decoder: Decoder, params: Any, keys_LGPKH, values_LGPKH, lengths_G, tokens_BS, ends_BS,
+           positions_BS) -> jax.Array:
+    """Hidden states [B, S, D] of rows behind prefixes, B / G rows behind each; see `score_plan.Shared`."""
+    window = decoder.config.sliding_window
+    groups, prefix = keys_LGPKH.shape[1:3]
+    rows, length = tokens_BS.shape
+    place_S = jnp.arange(length)
+    # [G, R, S, keys]
+    own = (place_S[None, None, :] <= place_S[None, :, None]) & (place_S[None, :, None] < ends_BS[:, None, :])
+    before = jnp.broadcast_to(jnp.arange(prefix)[None, None] < jnp.repeat(lengths_G, rows // groups)[:, None, None],
+                              (rows, length, prefix))
+    if window is not None:
+        own &= positions_BS[:, :, None] - positions_BS[:, None, :] < window
+        before &= positions_BS[:, :, None] - jnp.arange(prefix)[None, None] < window
+    seen = [mask.reshape(groups, rows // groups, length, -1)[:, :, None, None] for mask in (before, own)]
+
+    def attend(query_BSNH, key_BSKH, value_BSKH, prefix_GPKH, sliding_window):
+        return attend_behind(query_BSNH, key_BSKH, value_BSKH, *prefix_GPKH, seen)
+
+    hidden_BSD, _ = _through_layers(decoder, params, tokens_BS, positions_BS, attend, (keys_LGPKH, values_LGPKH))
+    return rms_norm(hidden_BSD, params["final_norm"], eps=decoder.config.norm_eps)
+
+
+def attend_behind(query_BSNH, key_BSKH, value_BSKH, prefix_key_GPKH, prefix_value_GPKH, seen) -> jax.Array:
+    """Attention of rows to the prefix of their group and to their own tokens, softmax in float32.
+
+    Args:
+      seen: (prefix, own): bool [G, R, 1, 1, S, P] and [G, R, 1, 1, S, S], which key a query sees.
+    """
+    rows, length, heads, head_dim = query_BSNH.shape
+    groups, _, kv_heads, _ = prefix_key_GPKH.shape
+    own_shape = (groups, rows // groups, length, kv_heads)
+    query = query_BSNH.reshape(*own_shape, heads // kv_heads, head_dim) * head_dim**-0.5
+    key, value = (x.reshape(*own_shape, head_dim) for x in (key_BSKH, value_BSKH))
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = [product("GRSKMH,GPKH->GRKMSP", query, prefix_key_GPKH), product("GRSKMH,GRTKH->GRKMST", query, key)]
+    scores = [jnp.where(mask, each, _MASKED) for mask, each in zip(seen, scores, strict=True)]
+    # One softmax over both, without putting them together: all of a token's scores less their common maximum.
+    highest = jnp.maximum(*(jnp.max(each, axis=-1, keepdims=True) for each in scores))
+    shares = [jnp.exp(each - highest) for each in scores]
+    total = sum(jnp.sum(each, axis=-1) for each in shares)
+    shares = [each.astype(value.dtype) for each in shares]
+    out = (product("GRKMSP,GPKH->GRSKMH", shares[0], prefix_value_GPKH)
+           + product("GRKMST,GRTKH->GRSKMH", shares[1], value))
+    out = out / total.transpose(0, 1, 4, 2, 3)[..., None]
+    return out.reshape(query_BSNH.shape).astype(query_BSNH.dtype)
+
+
+def _through_layers(decoder: Decoder, params: Any, tokens_BS, positions_BS, attend: Callable, each_layer: Any, *,
+                    keep: bool = False) -> tuple[jax.Array, Any]:
+    """Hidden states before the last norm, and with `keep` the keys and values of all layers.
+
+    Args:
+      attend: `(query, key, value, what is of this layer, sliding_window)`.
+      each_layer: arrays [L, …].
+    """
+    config = decoder.config
+    angles = rope_angles(positions_BS, head_dim=config.head_dim, theta=config.rope_theta)
+    x_BSD = jnp.take(params["embedding"], tokens_BS, axis=0).astype(decoder.dtype)
+
+    def step(x_BSD, layer):
+        weights, own = layer
+        kept = []
+
+        def attention(query, key, value, *, segment_ids, sliding_window):
+            kept.append((key, value))
+            return attend(query, key, value, own, sliding_window=sliding_window)
+
+        block = Block(config, attention, decoder.swiglu, parent=None)
+        x_BSD, _ = block.apply({"params": weights}, x_BSD, angles)
+        return x_BSD, kept[0] if keep else None
+
+    return jax.lax.scan(step, x_BSD, ({**params["blocks"], "lora": params.get("lora", {})}, each_layer))
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="mesh")
+def score_places(decoder: Decoder, params: Any, hidden_BSD, places_U, targets_UC, *,
+                 mesh: Mesh | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """log p of targets behind places of the flattened rows, whether each is the likeliest, and whether it is one: [U, C].
+
+    Targets of -1 are none.
+    """
+    head_DV = head_weights(params)
+    hidden_UD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[places_U].astype(head_DV.dtype)
+    logits_UV = jnp.einsum("UD,DV->UV", hidden_UD, head_DV, preferred_element_type=jnp.float32)
+    logits_UV = jnp.where(jnp.arange(logits_UV.shape[1])[None] < decoder.config.vocab_size, logits_UV, -jnp.inf)
+    told_UC = jnp.take_along_axis(logits_UV, jnp.maximum(targets_UC, 0), axis=1)
+    found = (told_UC - jax.nn.logsumexp(logits_UV, axis=-1, keepdims=True),
+             jnp.argmax(logits_UV, axis=-1)[:, None] == targets_UC, targets_UC >= 0)
+    return found if mesh is None else jax.lax.with_sharding_constraint(found, sharding.replicated(mesh))
