@@ -175,6 +175,23 @@ class ChatTemplate(ABC):
         texts = iter(self._encode([part.text for part in parts if part.ids is None]))
         return [token for part in parts for token in (part.ids if part.ids is not None else next(texts))]
 
+    def stretches(self, messages: Sequence[Message]) -> list[tuple[int, ...] | str]:
+        """What `prompt_ids` is made of: ids, and texts that are tokenized each on its own (`encode_texts`).
+
+        Where the last message is the assistant's, it ends with that text: an answer to be gone on with.
+        """
+        completed = self._completed(messages)
+        goes_on = completed[-1].role == "assistant"
+        parts = self._parts(completed, prompt=not goes_on)
+        if goes_on:
+            last = max(index for index, part in enumerate(parts) if part.ids is None and part.is_answer)
+            parts = parts[:last + 1]
+        return [part.text if part.ids is None else part.ids for part in parts if part.text or part.ids]
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts as they stand within a dialogue. UserError where one would hold a marker."""
+        return self._encode(list(texts))
+
     def fingerprint(self) -> str:
         """Hash of all that decides the ids of a dialogue but the tokenizer's treatment of its texts."""
         return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
