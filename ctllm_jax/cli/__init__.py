@@ -41,6 +41,8 @@ COMMANDS = {
     "compile": "compile a run's step for hardware that is not here: does it fit, how fast at most",
     "job": "a training run as a job of a cluster (slurm, gke), to read before it is submitted",
     "checkpoint": "a run's checkpoints: list them (ls), check them (verify), compare two (diff), delete some (prune)",
+    "evaluate": "benchmarks on a model (mmlu, cmmlu, ceval, …), with lm-eval's own tasks",
+    "checkpoint": "list the checkpoints of a run (ls)",
     "kernels": "attention and SwiGLU alone: numerics (check), speed (bench), compiles for chips not here (compile)",
     "report": "one HTML page of one run, or of several compared",
 }

@@ -1,4 +1,4 @@
-"""What a model answered, by what it was asked: an evaluation that was stopped goes on, and none asks twice. No jax here.
+"""What a model answered, by what it was asked: an evaluation goes on where it was stopped. No jax here.
 
 A file of JSON lines [key, answer], appended to as answers come. The key is a hash of all that decides the answer, the
 model's weights included, so that one file serves every task, and answers of another model are never taken.

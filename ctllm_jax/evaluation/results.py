@@ -1,0 +1,181 @@
+"""What an evaluation came to: lm-eval's own JSON with a part of ours, where it is kept, how sure it is. No jax here.
+
+RUN/evaluation/STEP/ has a file for each set of tasks and number of examples, such as `cmmlu+mmlu-5shot.json` (with
+`-limit100` where not all questions were asked, `-chat` behind a chat template), beside it `….samples.jsonl` if asked
+for, and `answers.jsonl`, what was answered so far. `read_results` gives all results of a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ctllm_jax.config.errors import UserError
+
+FOLDER = "evaluation"
+ANSWERS = "answers.jsonl"
+OURS = "ctllm_jax"
+"""The key of our part of a result."""
+Z_95 = 1.959963984540054
+_LONGEST_NAME = 100
+_NO_METRICS = ("name", "alias", "sample_len", "sample_count")
+_OF_CHOICES = ("acc", "acc_norm", "acc_bytes", "exact_match")
+
+
+def result_name(tasks: Sequence[str], *, num_fewshot: int | None, limit: float | None, chat: bool) -> str:
+    """The name of a result's file, without its ending; many tasks are told apart by a hash."""
+    name = "+".join(sorted(tasks))
+    if len(name) > _LONGEST_NAME:
+        name = f"{len(tasks)}-tasks-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    shots = "" if num_fewshot is None else f"-{num_fewshot}shot"
+    return name + shots + ("" if limit is None else f"-limit{limit:g}") + ("-chat" if chat else "")
+
+
+def result_folder(run_dir: Path, step: int) -> Path:
+    """Where the results of a run's step lie."""
+    return run_dir / FOLDER / str(step)
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """A file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(result, indent=1, ensure_ascii=False, default=to_json) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_samples(path: Path, samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+    """Every question as lm-eval has it, JSON lines, each with its `task`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    with open(partial, "w", encoding="utf-8") as file:
+        for task, rows in samples.items():
+            for row in rows:
+                file.write(json.dumps({"task": task, **row}, ensure_ascii=False, default=to_json) + "\n")
+    os.replace(partial, path)
+
+
+def read_results(run: Path | str, *, step: int | None = None) -> list[dict[str, Any]]:
+    """All results of a run, or of one step, in the order of their steps and names, each with the `path` that it is of.
+
+    Raises:
+      UserError: a file that is no JSON.
+    """
+    folders = [path for path in (Path(run) / FOLDER).glob("*") if path.is_dir() and path.name.isdigit()
+               and step in (None, int(path.name))]
+    results = []
+    for folder in sorted(folders, key=lambda path: int(path.name)):
+        for path in sorted(folder.glob("*.json")):
+            try:
+                result = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{path} is malformed: {error}") from None
+            if isinstance(result, dict) and "results" in result and OURS in result:
+                results.append({**result, "path": str(path)})
+    return results
+
+
+def to_json(value: Any) -> Any:
+    """What JSON has no type for: numbers of numpy as numbers, sets as lists, functions by name, the rest as text."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    return getattr(value, "__name__", None) or str(value)
+
+
+def wilson_interval(hits: int, count: int, *, z: float = Z_95) -> tuple[float, float]:
+    """Where a share lies of which `hits` of `count` draws were seen: (lower, upper) bound, by default at 95 %.
+
+    Wilson 1927, J. Am. Stat. Assoc. 22:209: within [0, 1], and right near both ends, where the usual interval is not.
+    """
+    if not 0 <= hits <= count or not count:
+        raise ValueError(f"{hits} of {count} is no share")
+    share, spread = hits / count, z * z / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:
+    """`metric,filter` -> value of a task's or group's entry in `results`, without the standard errors."""
+    return {name: float(value) for name, value in entry.items()
+            if name not in _NO_METRICS and not name.partition(",")[0].endswith("_stderr")
+            and isinstance(value, int | float) and not isinstance(value, bool)}
+
+
+def intervals(result: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The 95 % interval of every metric of every task and group: `low`, `high`, `method`.
+
+    Wilson's where the metric is a share of questions (`hits` of `count`), of a group's questions together if that is
+    how the group is averaged; else 1.96 standard errors of lm-eval; none where it gives none.
+
+    Args:
+      result: of `lm_eval.evaluate`, with its `samples`.
+    """
+    counts = {task: _count(rows) for task, rows in result["samples"].items()}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, entry in result["results"].items():
+        for metric, value in metrics_of(entry).items():
+            below = [counts[task].get(metric) for task in leaves(result, name)]
+            interval = None
+            if below and None not in below:
+                hits, count = (sum(numbers) for numbers in zip(*below, strict=True))
+                if count and abs(hits / count - value) < 1e-9:
+                    low, high = wilson_interval(hits, count)
+                    interval = {"low": low, "high": high, "method": "wilson", "hits": hits, "count": count}
+            kind, _, chosen = metric.partition(",")
+            error = entry.get(f"{kind}_stderr,{chosen}")
+            if interval is None and isinstance(error, int | float) and math.isfinite(error):
+                interval = {"low": value - Z_95 * error, "high": value + Z_95 * error, "method": "stderr"}
+            if interval is not None:
+                found.setdefault(name, {})[metric] = interval
+    return found
+
+
+def leaves(result: Mapping[str, Any], name: str) -> list[str]:
+    """The tasks that a name of `results` stands for: itself, or those of a group."""
+    children = result.get("group_subtasks", {}).get(name)
+    if not children:
+        return [name] if name in result["samples"] else []
+    return list(dict.fromkeys(task for child in children for task in leaves(result, child)))
+
+
+def chance(result: Mapping[str, Any]) -> dict[str, float]:
+    """What guessing comes to, of every task and group whose questions are choices, a group's weighted by questions."""
+    guessed = {}
+    for task, rows in result["samples"].items():
+        config = result["configs"].get(task, {})
+        if config.get("output_type") != "multiple_choice":
+            continue
+        # Mutual information asks for every choice a second time, without its question.
+        times = 2 if any(each.get("metric") == "acc_mutual_info" for each in config.get("metric_list") or ()) else 1
+        guessed[task] = [times / len(row["arguments"]) for row in rows]
+    levels = {}
+    for name in result["results"]:
+        below = leaves(result, name)
+        if below and all(task in guessed for task in below):
+            shares = [share for task in below for share in guessed[task]]
+            levels[name] = sum(shares) / len(shares)
+    return levels
+
+
+def is_of_choices(metric: str) -> bool:
+    """Whether guessing gives a metric (`acc,none`) the level that `chance` says."""
+    return metric.partition(",")[0] in _OF_CHOICES
+
+
+def _count(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
+    """`metric,filter` -> (hits, questions), of metrics that are 0 or 1 for each question."""
+    values: dict[str, list[Any]] = {}
+    for row in rows:
+        for metric in row["metrics"]:
+            values.setdefault(f"{metric},{row['filter']}", []).append(row.get(metric))
+    return {metric: (int(sum(each)), len(each)) for metric, each in values.items()
+            if all(isinstance(value, int | float) or hasattr(value, "item") for value in each)
+            and all(value in (0, 1) for value in each)}
