@@ -228,7 +228,7 @@ def read_humaneval(path: Path) -> Iterator[tuple[Split, Row]]:
     """HumanEval.jsonl(.gz) of openai/human-eval."""
     fields = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
     for row in _json_rows(path, dict.fromkeys(fields, str)):
-        yield ("openai_humaneval", "test"), {field: row[field] for field in fields}
+        yield ("default", "test"), {field: row[field] for field in fields}
 
 
 def read_mbpp(path: Path) -> Iterator[tuple[Split, Row]]:

@@ -105,8 +105,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "mmlu": Benchmark("mmlu/default", choices=4),
     **{f"mmlu_{group}": Benchmark("mmlu/default", choices=4)
        for group in ("stem", "humanities", "social_sciences", "other")},
-    "humaneval": Benchmark("humaneval", metric="pass_at_1"),
-    "mbpp": Benchmark("mbpp", metric="pass_at_1"),
+    **{name: Benchmark("humaneval", metric="pass@1") for name in ("humaneval", "humaneval_instruct")},
+    "humaneval_64": Benchmark("humaneval", metric="pass@64"),
+    **{name: Benchmark("mbpp", metric="pass_at_1") for name in ("mbpp", "mbpp_instruct")},
     "nq_open": Benchmark("nq_open", metric="exact_match"),
     "triviaqa": Benchmark("triviaqa", metric="exact_match"),
     "lambada_openai": Benchmark("lambada"),

@@ -121,7 +121,7 @@ class Catalog:
 
         with _no_advice():
             if name in code_tasks.TASKS:
-                task = self._manager(name).load([code_tasks.configure(name, self._entry(name), source)])["tasks"][name]
+                task = self._manager(name).load([self._code(name, source)])["tasks"][name]
             elif name == "squadv2":
                 task = squad.open_squad(source)
             else:
@@ -145,6 +145,12 @@ class Catalog:
             self.add_groups(child, tasks, groups)
             group.add(tasks[child] if child in tasks else groups[child])
         groups[name] = group
+
+    def _code(self, name: str, source: Source) -> dict[str, Any]:
+        from ctllm_jax.evaluation import code_tasks
+
+        entry = self._entry(name)
+        return code_tasks.configure(name, entry.cfg, source, folder=entry.yaml_path.parent)
 
     def _manager(self, name: str) -> TaskManager:
         from lm_eval.tasks import TaskManager
