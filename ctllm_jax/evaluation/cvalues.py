@@ -33,7 +33,8 @@ def in_both_orders(rows: Dataset) -> Dataset:
                     asked[name].append(value)
         return asked
 
-    return rows.map(twice, batched=True, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False)
+    return rows.map(twice, batched=True, with_indices=True, remove_columns=rows.column_names,
+                    load_from_cache_file=False)
 
 
 def score_letters(row: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:

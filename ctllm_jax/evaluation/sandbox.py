@@ -166,7 +166,7 @@ def _readable() -> list[str]:
 
 
 def _watch(child: subprocess.Popen, job: bytes, limits: Limits, begin: float) -> tuple[str | None, bytes]:
-    """Hand over the job, gather what is printed, stop the group at a limit; why it was stopped (or None), the output."""
+    """Hand over the job, gather output, stop the group at a limit; why it was stopped (or None), and the output."""
     deadline = begin + limits.wall_seconds
     output, stopped = bytearray(), None
     try:

@@ -50,6 +50,11 @@ class Source:
             return sum(parquet.read_metadata(path).num_rows for path in files)
         return self()[split].num_rows
 
+    @property
+    def has_split_files(self) -> bool:
+        """Whether there is `CONFIGURATION/SPLIT.parquet` to read, without the datasets client."""
+        return bool(self._files())
+
     def _files(self) -> dict[str, list[Path]]:
         """Files of each split; empty for a layout that is left to the datasets client."""
         pattern = _CACHED_SPLIT if self.kind.startswith("cache") else _SPLIT_FILE
@@ -76,21 +81,25 @@ def find_source(dataset: str, configuration: str | None, *, data: Path, cache: P
       UserError: an official file is there, but is not in its layout.
     """
     for folder in _folders(dataset, data):
-        return Source(dataset, configuration, "folder", str(folder), str(folder))
-    if (official := find_official(dataset, data)) and official[1] is not None:
-        converted = convert(*official, cache=cache)
-        return Source(dataset, configuration, "official file", str(official[1]), str(converted))
+        source = Source(dataset, configuration, "folder", str(folder), str(folder))
+        if source.has_split_files or _is_for_client(folder):
+            return source
+    official = find_official(dataset)
+    for file in (data / name for name in official.names) if official else ():
+        if file.is_file():
+            return Source(dataset, configuration, "official file", str(file), str(convert(official, file, cache=cache)))
     if (prepared := _client_cache(dataset, configuration)) is not None:
         return Source(dataset, configuration, "cache of the datasets client", str(prepared), str(prepared))
     return None
 
 
-def explain_absence(dataset: str, *, task: str, data: Path) -> str:
-    """What to do about a dataset that is not there."""
-    official = find_official(dataset, data)
-    put = f"put {official[0].names[0]} ({official[0].origin}) or " if official else "put "
-    return (f"{put}a folder {dataset} into {data}, or run: python launch.py evaluate fetch tasks={task}"
-            + ("" if str(data) == "data/evaluation" else f" data={data}"))
+def name_files(dataset: str) -> tuple[str, bool]:
+    """What to put into the folder of questions for a dataset, in words; and whether the hub has it as well."""
+    official = find_official(dataset)
+    if official is None:
+        return f"folder {dataset}", True
+    file = f"{official.names[0]} ({official.origin})"
+    return (f"{file}, or folder {dataset}", True) if official.on_hub else (file, False)
 
 
 def _folders(dataset: str, data: Path) -> Iterator[Path]:
@@ -102,6 +111,11 @@ def _folders(dataset: str, data: Path) -> Iterator[Path]:
         main = snapshots.parent / "refs" / "main"
         named = [snapshots / main.read_text().strip()] if main.is_file() else []
         yield from (path for path in (*named, *sorted(snapshots.iterdir())) if path.is_dir())
+
+
+def _is_for_client(folder: Path) -> bool:
+    """Whether a folder has more than configurations: what was fetched for one of them is none of the others."""
+    return (folder / "data").is_dir() or any(child.is_file() for child in folder.iterdir())
 
 
 def _client_cache(dataset: str, configuration: str | None) -> Path | None:

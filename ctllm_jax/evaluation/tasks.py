@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.evaluation.registry import BENCHMARKS, Benchmark, find_benchmark
-from ctllm_jax.evaluation.sources import Source, explain_absence, find_source
+from ctllm_jax.evaluation.sources import Source, find_source, name_files
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -59,27 +60,46 @@ def open_tasks(names: Sequence[str], *, data: Path | None = None,
     problems = [problem for name in names if (problem := catalog.unknown(name))]
     if problems:
         raise UserError("; ".join(problems))
-    sources, missing = {}, {}
+    sources: dict[str, Source] = {}
+    missing: dict[str, str] = {}
     for name in names:
         for leaf in catalog.leaves(name):
             source = find_source(leaf.dataset, leaf.configuration, data=data, cache=cache)
             if source is None:
-                missing.setdefault(leaf.dataset, explain_absence(leaf.dataset, task=name, data=data))
-            sources[leaf.name] = source
+                missing.setdefault(name, name_files(leaf.dataset)[0])
+            else:
+                sources[leaf.name] = source
     if missing:
-        raise UserError("the questions are not here:\n  " + "\n  ".join(
-            f"{dataset}: {advice}" for dataset, advice in missing.items()))
+        raise UserError(f"{data} lacks the questions of\n  " + "\n  ".join(
+            f"{name}: {files}" for name, files in missing.items()) + f"\n{describe_fetch(missing, data=data)}")
     tasks = {name: catalog.open(name, source) for name, source in sources.items()}
     groups: dict[str, Group] = {}
     for name in names:
         catalog.add_groups(name, tasks, groups)
+    wanted = _shots(names, num_fewshot, catalog)
     for name, task in tasks.items():
-        _set_fewshot(task, num_fewshot if not isinstance(num_fewshot, Mapping) else next(
-            (num_fewshot[asked] for asked in names
-             if asked in num_fewshot and (asked == name or name in {leaf.name for leaf in catalog.leaves(asked)})),
-            None))
+        _set_fewshot(task, wanted.get(name))
         task.set_fewshot_seed(seed=seed)
     return {"tasks": tasks, "groups": groups, "group_map": {name: group.child_names for name, group in groups.items()}}
+
+
+def describe_fetch(names: Iterable[str], *, data: Path) -> str:
+    """The command that fetches tasks, in a sentence."""
+    where = "" if data == DEFAULT_DATA else f" data={shlex.quote(str(data))}"
+    return (f"put them there as they were downloaded, or fetch what the hub has: python launch.py evaluate fetch "
+            f"tasks={','.join(names)}{where}")
+
+
+def _shots(names: Sequence[str], given: int | Mapping[str, int | None] | None, catalog: Catalog) -> dict[str, int]:
+    """Examples of each task; a task that is asked for by two names has one number."""
+    shots: dict[str, int] = {}
+    for name in names:
+        number = given.get(name) if isinstance(given, Mapping) else given
+        for leaf in catalog.leaves(name) if number is not None else ():
+            if shots.setdefault(leaf.name, number) != number:
+                raise UserError(f"{leaf.name} is asked for with {shots[leaf.name]} and, in {name}, with {number} "
+                                "examples: evaluate them one after the other")
+    return shots
 
 
 def _set_fewshot(task: Task, wanted: int | None) -> None:

@@ -1,0 +1,92 @@
+"""`launch.py evaluate list` and `evaluate fetch`: which questions are here, and getting the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.evaluate_data import FetchConfig, ListConfig, SuiteConfig, read_suite
+
+if TYPE_CHECKING:
+    from ctllm_jax.cli import Context
+
+ACTIONS = {"list": ListConfig, "fetch": FetchConfig}
+USAGE = """
+python launch.py evaluate list [suite=FILE | tasks=NAME,…] [data=DIR]
+python launch.py evaluate fetch suite=FILE | tasks=NAME,… [data=DIR]
+
+list shows which questions lie in data/evaluation, and for the others which file to put there, or the command that
+fetches them. fetch takes them from the hub (HF_ENDPOINT, HF_HOME and HF_TOKEN as usual):
+  python launch.py evaluate list suite=configs/eval/paper.yaml
+  python launch.py evaluate fetch tasks=hellaswag,gsm8k
+"""
+
+
+def run_list(context: Context) -> int:
+    """A table of tasks; status 1 if any has no questions here."""
+    from rich.text import Text
+
+    _refuse_targets(context)
+    config: ListConfig = context.config
+    names, suite = choose_names(config.tasks, config.suite)
+    from ctllm_jax.evaluation.availability import look
+    from ctllm_jax.evaluation.registry import BENCHMARKS
+    from ctllm_jax.evaluation.tasks import describe_fetch
+
+    names, data, missing = names or list(BENCHMARKS), Path(config.data), []
+    width = max(map(len, names))
+    for one in look(names, data=data):
+        if one.questions is None:
+            missing.append(one)
+        count = Text(f"{'missing':>9}", "red") if one.questions is None else Text(f"{one.questions:>9,}", "green")
+        context.console.print(Text.assemble(f"{one.name:<{width}}", count, f"  {one.note}"))
+    for name, benchmark in suite.benchmarks.items() if suite else ():
+        if benchmark.absent:
+            context.console.print(Text(f"{name}: {benchmark.absent}"))
+    context.console.print(Text(f"{len(names) - len(missing)} of {len(names)} have their questions in {data}"))
+    if fetchable := [one.name for one in missing if one.on_hub]:
+        context.console.print(Text(f"of the missing: {describe_fetch(fetchable, data=data)}"))
+    return 1 if missing else 0
+
+
+def run_fetch(context: Context) -> int:
+    """Fetch what is not here; status 1 if any could not be fetched."""
+    from rich.text import Text
+
+    _refuse_targets(context)
+    config: FetchConfig = context.config
+    names, _ = choose_names(config.tasks, config.suite)
+    from ctllm_jax.evaluation.availability import fetch
+
+    failures = 0
+    for one in fetch(names, data=Path(config.data)):
+        name = one.dataset + (f" ({one.configuration})" if one.configuration else "")
+        failures += one.rows is None
+        style, word = ("red", "failed ") if one.rows is None else ("green", "good ")
+        rows = f"{one.rows:,} rows in " if one.rows else ""
+        context.console.print(Text.assemble((word, style), f"{name}: {rows}{one.note}"))
+    if failures:
+        context.console.print(Text(f"{failures} could not be fetched; python launch.py evaluate list tells which files "
+                                   f"can be put into {config.data} by hand"))
+    return 1 if failures else 0
+
+
+def choose_names(tasks: list[str], suite: str | None) -> tuple[list[str], SuiteConfig | None]:
+    """The tasks that are meant: those that are named, else those of the suite; and the suite.
+
+    Raises:
+      UserError: both are given.
+    """
+    if suite is None:
+        return tasks, None
+    if tasks:
+        raise UserError(f"tasks={','.join(tasks)} and suite={suite}: give one of them")
+    read = read_suite(suite)
+    return read.tasks, read
+
+
+def _refuse_targets(context: Context) -> None:
+    if context.targets:
+        raise UserError(f"evaluate {context.action} takes only keys; {' '.join(context.targets)} is left over "
+                        "(tasks=NAME,… names tasks)")

@@ -1,0 +1,128 @@
+"""Which questions are on this machine, and getting those that are not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.evaluation.sources import find_source, name_files
+from ctllm_jax.evaluation.tasks import DEFAULT_CACHE, Catalog, Leaf
+
+
+@dataclass(frozen=True)
+class Availability:
+    """One task or group: its questions, or what to do about them."""
+
+    name: str
+    questions: int | None
+    """None: not here, or not readable."""
+    note: str
+    """Where the questions are, which file or folder is missing, or what is wrong with one."""
+    on_hub: bool = False
+    """Whether what is missing can be fetched."""
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """One dataset that was asked for."""
+
+    dataset: str
+    configuration: str | None
+    rows: int | None
+    """None: it could not be fetched."""
+    note: str
+
+
+def look(names: Sequence[str], *, data: Path, cache: Path = DEFAULT_CACHE) -> Iterator[Availability]:
+    """What is here of each task or group, in turn.
+
+    Raises:
+      UserError: a name is unknown.
+    """
+    catalog = Catalog()
+    _check(names, catalog)
+    for name in names:
+        try:
+            yield _look_at(name, catalog.leaves(name), data=data, cache=cache)
+        except UserError as error:
+            yield Availability(name, None, str(error))
+
+
+def _look_at(name: str, leaves: Sequence[Leaf], *, data: Path, cache: Path) -> Availability:
+    questions, places, missing = 0, {}, {}
+    for leaf in leaves:
+        source = find_source(leaf.dataset, leaf.configuration, data=data, cache=cache)
+        if source is None:
+            missing.setdefault(leaf.dataset, []).append(leaf.configuration)
+        else:
+            place = Path(source.place)
+            places[str(place.relative_to(data) if place.is_relative_to(data) else place)] = None
+            questions += source.rows(leaf.split)
+    if not missing:
+        return Availability(name, questions, ", ".join(places))
+    files = [name_files(dataset) for dataset in missing]
+    lacking = sum(map(len, missing.values()))
+    part = f"{lacking} of {len(leaves)} subjects: " if lacking < len(leaves) else ""
+    return Availability(name, None, part + "; ".join(file for file, _ in files), on_hub=any(hub for _, hub in files))
+
+
+def fetch(names: Sequence[str], *, data: Path, cache: Path = DEFAULT_CACHE) -> Iterator[Fetched]:
+    """Get each dataset of the tasks through the datasets client, into `data`; one that is here is left alone.
+
+    A dataset becomes `DATASET/CONFIGURATION/SPLIT.parquet`, by a rename when it is whole. HF_ENDPOINT, HF_HOME and a
+    token are the client's own business.
+
+    Raises:
+      UserError: a name is unknown, or the client was told to stay offline.
+    """
+    catalog = Catalog()
+    _check(names, catalog)
+    wanted = dict.fromkeys((leaf.dataset, leaf.configuration) for name in names for leaf in catalog.leaves(name))
+    for switch in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        if os.environ.get(switch, "").upper() in ("1", "ON", "YES", "TRUE"):
+            raise UserError(f"{switch}={os.environ[switch]} keeps the datasets client offline; fetch needs a network: "
+                            f"unset it, or put files into {data} by hand (python launch.py evaluate list says which)")
+    for dataset, configuration in wanted:
+        files, on_hub = name_files(dataset)
+        source = find_source(dataset, configuration, data=data, cache=cache)
+        if source is not None and not source.kind.startswith("cache"):
+            yield Fetched(dataset, configuration, 0, f"here already: {source.place}")
+        elif not on_hub:
+            yield Fetched(dataset, configuration, None, f"the hub does not have it; put {files} into {data}")
+        else:
+            yield _fetch_one(dataset, configuration, data)
+
+
+def _fetch_one(dataset: str, configuration: str | None, data: Path) -> Fetched:
+    import datasets
+
+    target = data / dataset / (configuration or "default")
+    try:
+        splits = datasets.load_dataset(dataset, configuration)
+    except Exception as error:  # the client, the hub and the network raise what they like
+        lines = str(error).strip().splitlines()
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        return Fetched(dataset, configuration, None,
+                       f"{type(error).__name__}: {lines[0] if lines else ''} (asked {endpoint}; HF_ENDPOINT names a "
+                       "mirror)")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    half = Path(tempfile.mkdtemp(prefix=".half-", dir=target.parent))
+    try:
+        for split, rows in splits.items():
+            rows.to_parquet(str(half / f"{split}.parquet"))
+        half.chmod(0o755)
+        half.rename(target)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    return Fetched(dataset, configuration, sum(rows.num_rows for rows in splits.values()), str(target))
+
+
+def _check(names: Sequence[str], catalog: Catalog) -> None:
+    problems = [problem for name in names if (problem := catalog.unknown(name))]
+    if problems:
+        raise UserError("; ".join(problems))
