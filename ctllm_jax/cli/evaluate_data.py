@@ -46,7 +46,8 @@ def run_list(context: Context) -> int:
             context.console.print(Text(f"{name}: {benchmark.absent}"))
     context.console.print(Text(f"{len(names) - len(missing)} of {len(names)} have their questions in {data}"))
     if fetchable := [one.name for one in missing if one.on_hub]:
-        context.console.print(Text(f"of the missing: {describe_fetch(fetchable, data=data)}"))
+        wanted = f"suite={config.suite}" if suite else f"tasks={','.join(fetchable)}"
+        context.console.print(Text(f"of the missing: {describe_fetch(wanted, data=data)}"))
     return 1 if missing else 0
 
 
@@ -57,8 +58,9 @@ def run_fetch(context: Context) -> int:
     _refuse_targets(context)
     config: FetchConfig = context.config
     names, _ = choose_names(config.tasks, config.suite)
-    from ctllm_jax.evaluation.availability import fetch
+    from ctllm_jax.evaluation.availability import endpoint, fetch
 
+    context.console.print(Text(f"asking {endpoint()} for {', '.join(names)}"))
     failures = 0
     for one in fetch(names, data=Path(config.data)):
         name = one.dataset + (f" ({one.configuration})" if one.configuration else "")

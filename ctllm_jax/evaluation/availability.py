@@ -78,7 +78,7 @@ def fetch(names: Sequence[str], *, data: Path, cache: Path = DEFAULT_CACHE) -> I
     token are the client's own business.
 
     Raises:
-      UserError: a name is unknown, or the client was told to stay offline.
+      UserError: a name is unknown, the client was told to stay offline, or the hub cannot be reached.
     """
     catalog = Catalog()
     _check(names, catalog)
@@ -104,12 +104,12 @@ def _fetch_one(dataset: str, configuration: str | None, data: Path) -> Fetched:
     target = data / dataset / (configuration or "default")
     try:
         splits = datasets.load_dataset(dataset, configuration)
-    except Exception as error:  # the client, the hub and the network raise what they like
+    except ConnectionError as error:  # the client has tried again for half a minute: the next dataset fares no better
+        raise UserError(f"{endpoint()} cannot be reached for {dataset}: {error}; HF_ENDPOINT names a mirror, and "
+                        f"python launch.py evaluate list the files that can be put into {data} by hand") from error
+    except Exception as error:  # what else the client and the hub raise
         lines = str(error).strip().splitlines()
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        return Fetched(dataset, configuration, None,
-                       f"{type(error).__name__}: {lines[0] if lines else ''} (asked {endpoint}; HF_ENDPOINT names a "
-                       "mirror)")
+        return Fetched(dataset, configuration, None, f"{type(error).__name__}: {lines[0] if lines else ''}")
     target.parent.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(prefix=".half-", dir=target.parent))
     try:
@@ -120,6 +120,11 @@ def _fetch_one(dataset: str, configuration: str | None, data: Path) -> Fetched:
     finally:
         shutil.rmtree(half, ignore_errors=True)
     return Fetched(dataset, configuration, sum(rows.num_rows for rows in splits.values()), str(target))
+
+
+def endpoint() -> str:
+    """The hub that the datasets client asks."""
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 
 def _check(names: Sequence[str], catalog: Catalog) -> None:

@@ -33,9 +33,14 @@ def _as_it_is(response: str, row: dict[str, Any]) -> str:
 
 
 def _first_block(response: str, row: dict[str, Any]) -> str:
-    """The code of the first block; the prompt has opened one, so the response may begin inside it."""
-    found = re.search(r"```(?:\w+)?\n?(.*?)\n?```", "```" + response, re.DOTALL)
-    return found[1] if found else ""
+    """The code of the first block that has any; the prompt has opened one, so the response may begin inside it.
+
+    lm-eval takes a first word for the block's language wherever it stands, and so loses the `def` of an answer that
+    begins with it.
+    """
+    first, *others = response.split("```")
+    parts = [first, *(re.sub(r"\A\w*\n", "", part) for part in others)]
+    return next((part for part in parts if part.strip()), "")
 
 
 TASKS: dict[str, tuple[Callable[[str, dict[str, Any]], str], str]] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +60,7 @@ def open_tasks(names: Sequence[str], *, data: Path | None = None,
     problems = [problem for name in names if (problem := catalog.unknown(name))]
     if problems:
         raise UserError("; ".join(problems))
+    wanted = _shots(names, num_fewshot, catalog)
     sources: dict[str, Source] = {}
     missing: dict[str, str] = {}
     for name in names:
@@ -70,24 +71,24 @@ def open_tasks(names: Sequence[str], *, data: Path | None = None,
             else:
                 sources[leaf.name] = source
     if missing:
-        raise UserError(f"{data} lacks the questions of\n  " + "\n  ".join(
-            f"{name}: {files}" for name, files in missing.items()) + f"\n{describe_fetch(missing, data=data)}")
+        lines = [f"  {name}: {files}" for name, files in missing.items()]
+        advice = describe_fetch(f"tasks={','.join(missing)}", data=data)
+        raise UserError("\n".join([f"{data} lacks the questions of", *lines, advice]))
     tasks = {name: catalog.open(name, source) for name, source in sources.items()}
     groups: dict[str, Group] = {}
     for name in names:
         catalog.add_groups(name, tasks, groups)
-    wanted = _shots(names, num_fewshot, catalog)
     for name, task in tasks.items():
         _set_fewshot(task, wanted.get(name))
         task.set_fewshot_seed(seed=seed)
     return {"tasks": tasks, "groups": groups, "group_map": {name: group.child_names for name, group in groups.items()}}
 
 
-def describe_fetch(names: Iterable[str], *, data: Path) -> str:
-    """The command that fetches tasks, in a sentence."""
+def describe_fetch(wanted: str, *, data: Path) -> str:
+    """The command that fetches `tasks=…` or `suite=…`, in a sentence."""
     where = "" if data == DEFAULT_DATA else f" data={shlex.quote(str(data))}"
     return (f"put them there as they were downloaded, or fetch what the hub has: python launch.py evaluate fetch "
-            f"tasks={','.join(names)}{where}")
+            f"{wanted}{where}")
 
 
 def _shots(names: Sequence[str], given: int | Mapping[str, int | None] | None, catalog: Catalog) -> dict[str, int]:
