@@ -52,7 +52,7 @@ def test_what_is_wrong_with_a_suite_is_said(tmp_path):
     path.write_text("benchmarks:\n  A: mmlu\n  B: {task: mmlu, shot: 3}\n  C: {shots: 1}\n")
     with pytest.raises(UserError) as error:
         read_suite(path)
-    assert f"{path}:3): unknown key; did you mean benchmarks.B.shots?" in str(error.value)
+    assert f"{path}:3): unknown key; did you mean benchmarks.NAME.shots?" in str(error.value)
     assert "benchmarks.C" in str(error.value) and "needs either task, or absent" in str(error.value)
     path.write_text("benchmarks: {A: mmlu, B: {task: mmlu}}")
     with pytest.raises(UserError, match="name mmlu more than once"):
