@@ -247,7 +247,7 @@ def test_the_table_of_configs_is_arithmetic(page):
     rows = []
     for path in sorted(find_config("debug/pretrain").parent.parent.rglob("*.yaml")):
         # One that extends another for its hardware is the same run.
-        if (path.parent.name == "data" or path.stem.startswith(("sft", "dpo"))
+        if (path.parent.name in ("data", "eval") or path.stem.startswith(("sft", "dpo"))
                 or "extends: pretrain" in path.read_text(encoding="utf-8")):
             continue
         config = load(PretrainConfig, target=path)

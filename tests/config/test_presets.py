@@ -17,7 +17,7 @@ from ctllm_jax.training.fingerprint import make_fingerprint
 STATED = {"ct_llm_2b/pretrain": 2_134_509_568, "small/150m": 148_264_704, "small/400m": 399_561_728,
           "small/1b": 1_003_554_816, "debug/pretrain": 41_120}
 PRETRAIN = [path for path in sorted(config_root().rglob("*.yaml"))
-            if not path.stem.startswith(("sft", "dpo")) and path.parent.name != "data"]
+            if not path.stem.startswith(("sft", "dpo")) and path.parent.name not in ("data", "eval")]
 TUNING = [path for name in ("sft*.yaml", "dpo*.yaml") for path in sorted(config_root().rglob(name))]
 
 
