@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.evaluate import EvaluateConfig
+from ctllm_jax.config.evaluate_data import FetchConfig, ListConfig, choose_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
     from ctllm_jax.inference.model import Model
 
 SCHEMA = EvaluateConfig
+DATA_ACTIONS = {"list": ListConfig, "fetch": FetchConfig}
 USAGE = """
-usage: python launch.py evaluate MODEL tasks=NAME,… [key=value …] [--dry-run | --print-config]
+usage: python launch.py evaluate MODEL tasks=NAME,… | suite=FILE [key=value …] [--dry-run | --print-config]
+       python launch.py evaluate list [tasks=NAME,… | suite=FILE] [data=DIR]
+       python launch.py evaluate fetch tasks=NAME,… | suite=FILE [data=DIR]
 
 lm-eval's own tasks, worded as it words them, without PyTorch or transformers. A MODEL is a run directory (its newest
 checkpoint), RUN@STEP, or a Hugging Face folder. Results go to RUN/evaluation/STEP/ in lm-eval's layout; the same
@@ -27,14 +31,20 @@ command goes on where it was stopped, and what was answered once is not asked ag
   python launch.py evaluate runs/ct_llm@500000 tasks=hellaswag limit=1000 dtype=bfloat16
   python launch.py evaluate runs/chat tasks=gsm8k apply_chat_template=true samples=true
   python launch.py evaluate models/qwen tasks=mmlu output=results/qwen
+  python launch.py evaluate runs/ct_llm suite=configs/eval/quick.yaml
+
+list shows which questions lie in data/evaluation, and for the others which file to put there, or the command that
+fetches them; fetch takes them from the hub (HF_ENDPOINT, HF_HOME and HF_TOKEN as usual):
+  python launch.py evaluate list suite=configs/eval/paper.yaml
+  python launch.py evaluate fetch tasks=hellaswag,gsm8k
 """
 
 
 def configure(action: str | None, words: Sequence[str], overrides: Sequence[str]) -> Any:
-    """The keys; called before `run`."""
+    """The keys of an evaluation, or of `list` and `fetch`; called before `run`."""
     from ctllm_jax.config.load import load
 
-    return load(SCHEMA, overrides=overrides)
+    return load(DATA_ACTIONS.get(words[0], SCHEMA) if words else SCHEMA, overrides=overrides)
 
 
 def to_yaml(config: Any) -> str:
@@ -45,7 +55,12 @@ def to_yaml(config: Any) -> str:
 
 
 def run(context: Context) -> int:
-    """Ask, write the results, show them."""
+    """Ask, write the results, show them; or what `list` and `fetch` do."""
+    if context.targets and context.targets[0] in DATA_ACTIONS:
+        from ctllm_jax.cli import evaluate_data
+
+        context.action, *context.targets = context.targets
+        return evaluate_data.run_list(context) if context.action == "list" else evaluate_data.run_fetch(context)
     if len(context.targets) != 1:
         raise UserError("evaluate needs one MODEL: a run directory, RUN@STEP, or a Hugging Face folder")
     config, console, name = context.config, context.console, context.targets[0]
@@ -53,8 +68,9 @@ def run(context: Context) -> int:
     from ctllm_jax.evaluation import results
     from ctllm_jax.evaluation.tasks import open_tasks
 
-    opened = open_tasks(config.tasks, data=config.data and Path(config.data), num_fewshot=config.num_fewshot,
-                        seed=config.seed)
+    names, suite = choose_names(config.tasks, config.suite)
+    shots = suite.shots if suite and config.num_fewshot is None else config.num_fewshot
+    opened = open_tasks(names, data=config.data and Path(config.data), num_fewshot=shots, seed=config.seed)
     if context.dry_run:
         return _describe_tasks(context, opened["tasks"])
     from rich.markup import escape
@@ -80,8 +96,9 @@ def run(context: Context) -> int:
                            system=config.system, seed=config.seed, bootstrap=config.bootstrap)
     result[results.OURS]["checkpoint"] |= _origin(name)
     result[results.OURS]["command"] = context.command_line
-    result[results.OURS]["tasks"] = config.tasks
-    file = results.result_name(config.tasks, num_fewshot=config.num_fewshot, limit=config.limit, chat=chat)
+    result[results.OURS]["tasks"] = names
+    file = results.result_name([Path(config.suite).stem] if suite else names, num_fewshot=config.num_fewshot,
+                               limit=config.limit, chat=chat)
     samples = result.pop("samples")
     if config.samples:
         readable = {task: [{**row, "arguments": [[lm.readable(part) if isinstance(part, str) else part for part in each]
@@ -89,7 +106,7 @@ def run(context: Context) -> int:
                     for task, rows in samples.items()}
         results.write_samples(folder / f"{file}.samples.jsonl", readable)
     results.write_result(folder / f"{file}.json", result)
-    console.print(make_table(result, config.tasks))
+    console.print(make_table(result, names))
     console.print(f"results: {escape(str(folder / file))}.json")
     return 0
 

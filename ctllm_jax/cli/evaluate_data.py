@@ -6,21 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.config.evaluate_data import FetchConfig, ListConfig, SuiteConfig, read_suite
+from ctllm_jax.config.evaluate_data import FetchConfig, ListConfig, choose_names
 
 if TYPE_CHECKING:
     from ctllm_jax.cli import Context
-
-ACTIONS = {"list": ListConfig, "fetch": FetchConfig}
-USAGE = """
-python launch.py evaluate list [suite=FILE | tasks=NAME,…] [data=DIR]
-python launch.py evaluate fetch suite=FILE | tasks=NAME,… [data=DIR]
-
-list shows which questions lie in data/evaluation, and for the others which file to put there, or the command that
-fetches them. fetch takes them from the hub (HF_ENDPOINT, HF_HOME and HF_TOKEN as usual):
-  python launch.py evaluate list suite=configs/eval/paper.yaml
-  python launch.py evaluate fetch tasks=hellaswag,gsm8k
-"""
 
 
 def run_list(context: Context) -> int:
@@ -72,20 +61,6 @@ def run_fetch(context: Context) -> int:
         context.console.print(Text(f"{failures} could not be fetched; python launch.py evaluate list tells which files "
                                    f"can be put into {config.data} by hand"))
     return 1 if failures else 0
-
-
-def choose_names(tasks: list[str], suite: str | None) -> tuple[list[str], SuiteConfig | None]:
-    """The tasks that are meant: those that are named, else those of the suite; and the suite.
-
-    Raises:
-      UserError: both are given.
-    """
-    if suite is None:
-        return tasks, None
-    if tasks:
-        raise UserError(f"tasks={','.join(tasks)} and suite={suite}: give one of them")
-    read = read_suite(suite)
-    return read.tasks, read
 
 
 def _refuse_targets(context: Context) -> None:

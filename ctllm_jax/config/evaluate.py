@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from ctllm_jax.config.base import Section, key
 from ctllm_jax.config.model import MeshConfig
@@ -14,8 +14,9 @@ from ctllm_jax.config.sft import TemplateConfig
 class EvaluateConfig(Section):
     """Tasks of lm-eval on a MODEL."""
 
-    tasks: list[str] = key(..., "tasks, subjects and groups between commas, such as cmmlu,ceval-valid,mmlu; evaluate list shows all", min_length=1)
-    num_fewshot: int | None = key(None, "examples before each question; null: each task's own number", ge=0)
+    tasks: list[str] = key([], "tasks, subjects and groups between commas, such as cmmlu,ceval-valid,mmlu; evaluate list shows all")
+    suite: str | None = key(None, "in place of tasks: a file that names tasks and their examples, such as configs/eval/paper.yaml")
+    num_fewshot: int | None = key(None, "examples before each question; null: the suite's number, else each task's own", ge=0)
     limit: float | None = key(None, "questions of each task; below 1: their share; null: all", gt=0)
     data: str | None = key(None, "folder of the official question files; null: data/evaluation")
     apply_chat_template: Literal["false", "true", "auto"] = key("false", "ask through the chat template that the model has learned; auto: if it has learned one")
@@ -38,6 +39,12 @@ class EvaluateConfig(Section):
         if not all(value) or len(set(value)) < len(value):
             raise ValueError(f"tasks={','.join(value)} must be names between commas, none empty, each once")
         return value
+
+    @model_validator(mode="after")
+    def _check(self):
+        if bool(self.tasks) == (self.suite is not None):
+            raise ValueError("needs tasks=NAME,… or suite=FILE" + (", not both" if self.tasks else ""))
+        return self
 
     @field_validator("limit")
     @classmethod

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import model_validator
 
 from ctllm_jax.config.base import Section, key
+from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import load
 
 
@@ -58,6 +59,20 @@ def read_suite(path: str | Path) -> SuiteConfig:
       UserError: no such file, or all that is wrong with it, with file and line.
     """
     return load(SuiteConfig, target=path)
+
+
+def choose_names(tasks: list[str], suite: str | None) -> tuple[list[str], SuiteConfig | None]:
+    """The tasks that are meant: those that are named, else those of the suite; and the suite.
+
+    Raises:
+      UserError: both are given.
+    """
+    if suite is None:
+        return tasks, None
+    if tasks:
+        raise UserError(f"tasks={','.join(tasks)} and suite={suite}: give one of them")
+    read = read_suite(suite)
+    return read.tasks, read
 
 
 class ListConfig(Section):

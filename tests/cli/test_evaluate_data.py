@@ -9,32 +9,16 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from rich.console import Console  # noqa: E402
-
-from ctllm_jax.cli import Context, evaluate_data  # noqa: E402
-from ctllm_jax.config.errors import UserError  # noqa: E402
-from ctllm_jax.config.load import load  # noqa: E402
+from tests.cli.conftest import call  # noqa: E402
 from tests.evaluation import official_files as files  # noqa: E402
 from tests.hub_server import serve_hub  # noqa: E402
 from tests.runs import REPOSITORY  # noqa: E402
 
-RUN = """
-import sys
-from rich.console import Console
-from ctllm_jax.cli import Context, evaluate_data
-from ctllm_jax.config.load import load
-config = load(evaluate_data.FetchConfig, overrides=sys.argv[1:])
-sys.exit(evaluate_data.run_fetch(Context("evaluate", Console(soft_wrap=True), action="fetch", config=config)))
-"""
 
-
-def call(action, *overrides, targets=()):
-    """Status, and the lines that were printed."""
-    out = io.StringIO()
-    context = Context("evaluate", Console(file=out, soft_wrap=True, highlight=False), action=action,
-                      targets=list(targets), config=load(evaluate_data.ACTIONS[action], overrides=list(overrides)))
-    status = getattr(evaluate_data, f"run_{action}")(context)
-    return status, out.getvalue().splitlines()
+def evaluate(*words):
+    """Status, and the lines that were printed; a complaint as one line."""
+    printed = call("evaluate", *words)
+    return printed.status, (printed.out + printed.err).splitlines()
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +34,7 @@ def test_list_says_what_is_here_and_what_is_not(tmp_path):
     suite = tmp_path / "mine.yaml"
     suite.write_text("benchmarks:\n  History: agieval_gaokao_history\n  Code: humaneval\n  Safety: "
                      "cvalues_responsibility\n  GSM8K: gsm8k\n  TheoremQA: {absent: there is none}\n")
-    status, lines = call("list", f"suite={suite}", f"data={tmp_path}")
+    status, lines = evaluate("list", f"suite={suite}", f"data={tmp_path}")
     assert status == 1 and lines == [
         "agieval_gaokao_history        3  gaokao-history.jsonl",
         f"humaneval               missing  {tmp_path}/HumanEval.jsonl is not in its official layout; download it "
@@ -67,30 +51,45 @@ def test_list_says_what_is_here_and_what_is_not(tmp_path):
 
 def test_list_counts_the_questions_that_are_asked(tmp_path):
     files.write_cmmlu(tmp_path / "cmmlu.zip", questions=3)
-    status, lines = call("list", "tasks=cmmlu,cmmlu_china_specific,cmmlu_arts", f"data={tmp_path}")
+    status, lines = evaluate("list", "tasks=cmmlu,cmmlu_china_specific,cmmlu_arts", f"data={tmp_path}")
     assert status == 0 and [line.split() for line in lines[:3]] == [
         ["cmmlu", "201", "cmmlu.zip"], ["cmmlu_china_specific", "45", "cmmlu.zip"], ["cmmlu_arts", "3", "cmmlu.zip"]]
 
 
 def test_list_of_all_and_of_the_paper():
-    status, lines = call("list")
+    status, lines = evaluate("list")
     assert status == 1 and "0 of 52 have their questions in data/evaluation" in lines
-    status, lines = call("list", "suite=configs/eval/paper.yaml")
+    status, lines = evaluate("list", "suite=configs/eval/paper.yaml")
     assert "0 of 39 have their questions in data/evaluation" in lines
     assert "TheoremQA: lm-eval 0.4.13 has no task of it" in lines
 
 
-def test_wrong_input_is_told():
-    with pytest.raises(UserError, match="no task gsm9k; did you mean gsm8k"):
-        call("list", "tasks=gsm9k")
-    with pytest.raises(UserError, match="give one of them"):
-        call("list", "tasks=gsm8k", "suite=eval/quick")
-    with pytest.raises(UserError, match="takes only keys; gsm8k is left over"):
-        call("list", targets=["gsm8k"])
-    with pytest.raises(UserError, match="needs tasks=NAME,… or suite=FILE"):
-        call("fetch")
-    with pytest.raises(UserError, match="no config eval/quik.*did you mean eval/quick"):
-        call("list", "suite=eval/quik")
+@pytest.mark.parametrize(("words", "complaint"), [
+    (["list", "tasks=gsm9k"], "no task gsm9k; did you mean gsm8k?"),
+    (["list", "tasks=gsm8k", "suite=eval/quick"], "tasks=gsm8k and suite=eval/quick: give one of them"),
+    (["list", "gsm8k"], "evaluate list takes only keys; gsm8k is left over"),
+    (["fetch"], "needs tasks=NAME,… or suite=FILE"),
+    (["list", "suite=eval/quik"], "did you mean eval/quick"),
+    (["list", "limit=3"], "limit (command line)"),
+    (["runs/none", "suite=eval/quick", "tasks=mmlu"], "needs tasks=NAME,… or suite=FILE, not both"),
+    (["runs/none"], "needs tasks=NAME,… or suite=FILE"),
+    (["runs/none", "suite=eval/quick"], "no model runs/none"),
+])
+def test_wrong_input_is_told(words, complaint):
+    status, lines = evaluate(*words)
+    assert status == 2 and complaint.replace(" (command line)", "") in "\n".join(lines), lines
+
+
+def test_a_suite_brings_its_examples(tmp_path):
+    files.write_gaokao(tmp_path)
+    files.write_cmmlu(tmp_path / "cmmlu.zip")
+    suite = tmp_path / "mine.yaml"
+    suite.write_text("benchmarks: {A: {task: cmmlu_arts, shots: 5}, B: agieval_gaokao_history}")
+    status, lines = evaluate(tmp_path, f"suite={suite}", f"data={tmp_path}", "--dry-run")
+    assert status == 0 and lines == ["cmmlu_arts: 2 questions, 5 examples", "agieval_gaokao_history: 3 questions, 0 "
+                                     "examples", "2 tasks, 5 questions"]
+    status, lines = evaluate(tmp_path, f"suite={suite}", f"data={tmp_path}", "num_fewshot=1", "--dry-run")
+    assert lines[0] == "cmmlu_arts: 2 questions, 1 examples"
 
 
 def test_fetch_takes_a_dataset_from_the_hub(tmp_path):
@@ -108,8 +107,8 @@ def test_fetch_takes_a_dataset_from_the_hub(tmp_path):
                        "HF_DATASETS_CACHE": str(tmp_path / "home" / "datasets"), "PYTHONPATH": str(REPOSITORY),
                        "HF_HUB_DISABLE_TELEMETRY": "1"}
         words = ["tasks=gsm8k,hellaswag,cvalues_responsibility", "data=here"]
-        result = subprocess.run([sys.executable, "-c", RUN, *words], env=environment, cwd=tmp_path,
-                                capture_output=True, text=True, timeout=120)
+        result = subprocess.run([sys.executable, REPOSITORY / "launch.py", "evaluate", "fetch", *words],
+                                env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     lines = result.stdout.splitlines()
     assert result.returncode == 1, result.stderr
     assert lines[0] == f"asking {address} for gsm8k, hellaswag, cvalues_responsibility"
@@ -121,7 +120,7 @@ def test_fetch_takes_a_dataset_from_the_hub(tmp_path):
     assert any("openai/gsm8k" in path for path in asked)
     # And then it is here, without the client and its cache.
     assert sorted(path.name for path in (tmp_path / "here" / "openai" / "gsm8k").iterdir()) == ["main"]
-    status, lines = call("list", "tasks=gsm8k", "data=here")
+    status, lines = evaluate("list", "tasks=gsm8k", "data=here")
     assert status == 0 and lines[0].split() == ["gsm8k", "3", "openai/gsm8k"]
 
 
@@ -138,18 +137,18 @@ def test_fetch_leaves_what_is_here_and_nothing_half(tmp_path, monkeypatch):
             raise OSError("disk full")
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *words: Broken())
-    status, lines = call("fetch", "tasks=humaneval", f"data={tmp_path}")
+    status, lines = evaluate("fetch", "tasks=humaneval", f"data={tmp_path}")
     assert status == 0 and lines[1] == f"good openai/openai_humaneval: here already: {tmp_path}/HumanEval.jsonl.gz"
     with pytest.raises(OSError, match="disk full"):
-        call("fetch", "tasks=gsm8k", f"data={tmp_path}")
+        evaluate("fetch", "tasks=gsm8k", f"data={tmp_path}")
     assert not list((tmp_path / "openai" / "gsm8k").iterdir())
 
 
-def test_fetch_without_a_network(tmp_path, monkeypatch):
+def test_fetch_without_a_network(monkeypatch):
     import datasets
 
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE=1 keeps the datasets client offline; fetch needs a network"):
-        call("fetch", "tasks=gsm8k")
+    status, lines = evaluate("fetch", "tasks=gsm8k")
+    assert status == 2 and "HF_HUB_OFFLINE=1 keeps the datasets client offline; fetch needs a network" in lines[-1]
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example")
 
@@ -157,5 +156,5 @@ def test_fetch_without_a_network(tmp_path, monkeypatch):
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub (LocalEntryNotFoundError)")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match="http://mirror.example cannot be reached for openai/gsm8k: Couldn't reach"):
-        call("fetch", "tasks=gsm8k,hellaswag")
+    status, lines = evaluate("fetch", "tasks=gsm8k,hellaswag")
+    assert status == 2 and "http://mirror.example cannot be reached for openai/gsm8k: Couldn't reach" in lines[-1]

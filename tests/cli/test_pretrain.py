@@ -15,7 +15,7 @@ from tests.cli.conftest import call, text_overrides
 from tests.runs import assert_same_bits, read_arrays, start
 
 CONFIGS = sorted(str(path.relative_to(config_root()).with_suffix("")) for path in config_root().rglob("*.yaml")
-                 if path.parent.name != "data" and not path.stem.startswith(("sft", "dpo")))
+                 if path.parent.name not in ("data", "eval") and not path.stem.startswith(("sft", "dpo")))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
