@@ -38,7 +38,7 @@ def run_tasks(lm: HarnessModel, task_dict: Mapping[str, Any], *, limit: float | 
     random.seed(seed)
     np.random.seed(seed)
     began, date = time.perf_counter(), time.time()
-    with _quietly():
+    with quietly():
         found = lm_eval.evaluate(lm, task_dict=task_dict, limit=limit, bootstrap_iters=bootstrap, log_samples=True,
                                  apply_chat_template=chat, fewshot_as_multiturn=chat and multiturn,
                                  system_instruction=system)
@@ -91,7 +91,7 @@ def describe_device() -> str:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without lm-eval's bar for each of CMMLU's 67 tasks, and without processes forked off one that has threads."""
     from lm_eval.api import task
 

@@ -167,6 +167,11 @@ class HarnessModel(TemplateLM):
 
         return [tuple(answer) for answer in self._answer("loglikelihood", "log-likelihoods", requests, ask)]
 
+    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]],
+                              **kwargs: Any) -> list[tuple[float, bool]]:
+        """As `loglikelihood`, of ids, for whoever of lm-eval has them already; nothing is kept."""
+        return [tuple(score) for score in self.scorer.score([pair for _, *pair in requests])]
+
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """log p of each text behind the prefix id, in windows of the model's length, each token counted once."""
         def ask(questions: list[tuple[str]], keep: Callable) -> None:
