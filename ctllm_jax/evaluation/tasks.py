@@ -62,18 +62,19 @@ def open_tasks(names: Sequence[str], *, data: Path | None = None,
         raise UserError("; ".join(problems))
     wanted = _shots(names, num_fewshot, catalog)
     sources: dict[str, Source] = {}
-    missing: dict[str, str] = {}
+    missing: dict[str, tuple[str, bool]] = {}
     for name in names:
         for leaf in catalog.leaves(name):
             source = find_source(leaf.dataset, leaf.configuration, data=data, cache=cache)
             if source is None:
-                missing.setdefault(name, name_files(leaf.dataset)[0])
+                missing.setdefault(name, name_files(leaf.dataset))
             else:
                 sources[leaf.name] = source
     if missing:
-        lines = [f"  {name}: {files}" for name, files in missing.items()]
-        advice = describe_fetch(f"tasks={','.join(missing)}", data=data)
-        raise UserError("\n".join([f"{data} lacks the questions of", *lines, advice]))
+        lines = [f"{data} lacks the questions of", *(f"  {name}: {files}" for name, (files, _) in missing.items())]
+        if fetchable := [name for name, (_, on_hub) in missing.items() if on_hub]:
+            lines.append(describe_fetch(f"tasks={','.join(fetchable)}", data=data))
+        raise UserError("\n".join(lines))
     tasks = {name: catalog.open(name, source) for name, source in sources.items()}
     groups: dict[str, Group] = {}
     for name in names:
