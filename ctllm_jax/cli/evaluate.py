@@ -106,7 +106,11 @@ def run(context: Context) -> int:
                     for task, rows in samples.items()}
         results.write_samples(folder / f"{file}.samples.jsonl", readable)
     results.write_result(folder / f"{file}.json", result)
-    console.print(make_table(result, names))
+    table = make_table(result, names)
+    # As wide as it is: names of tasks differ at their ends, and a cut-off name is none.
+    width = console.measure(table, options=console.options.update(max_width=500)).maximum
+    console.width = max(console.width, width)
+    console.print(table)
     console.print(f"results: {escape(str(folder / file))}.json")
     return 0
 
@@ -174,7 +178,7 @@ def make_table(result: dict[str, Any], asked: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading, justify in (("task", "left"), ("examples", "right"), ("questions", "right"), ("metric", "left"),
                              ("value", "right"), ("95 %", "left"), ("chance", "right")):
-        table.add_column(heading, justify=justify, no_wrap=heading != "task")
+        table.add_column(heading, justify=justify, no_wrap=True)
     for name, depth in _rows(result, asked):
         entry = result["results"][name]
         first = True

@@ -23,18 +23,12 @@ _NAMED = re.compile(_REPLY)
 
 def in_both_orders(rows: Dataset) -> Dataset:
     """Each item as two questions: the better answer as A, then as B."""
-    def twice(batch: Mapping[str, Sequence[Any]], numbers: Sequence[int]) -> dict[str, list[Any]]:
-        asked = defaultdict(list)
-        for item, question, good, bad in zip(numbers, batch["question"], batch["pos_resp"], batch["neg_resp"],
-                                             strict=True):
-            for better, (first, second) in enumerate(((good, bad), (bad, good))):
-                for name, value in (("item", item), ("question", question), ("A", first), ("B", second),
-                                    ("better", better)):
-                    asked[name].append(value)
-        return asked
+    from datasets import Dataset
 
-    return rows.map(twice, batched=True, with_indices=True, remove_columns=rows.column_names,
-                    load_from_cache_file=False)
+    return Dataset.from_list([
+        {"item": item, "question": row["question"], "A": first, "B": second, "better": better}
+        for item, row in enumerate(rows) for better, (first, second) in
+        enumerate(((row["pos_resp"], row["neg_resp"]), (row["neg_resp"], row["pos_resp"])))])
 
 
 def score_letters(row: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:

@@ -75,6 +75,9 @@ def open_tasks(names: Sequence[str], *, data: Path | None = None,
         if fetchable := [name for name, (_, on_hub) in missing.items() if on_hub]:
             lines.append(describe_fetch(f"tasks={','.join(fetchable)}", data=data))
         raise UserError("\n".join(lines))
+    import datasets
+
+    datasets.disable_progress_bars()  # tasks such as HellaSwag map their rows anew each time lm-eval looks at them
     tasks = {name: catalog.open(name, source) for name, source in sources.items()}
     groups: dict[str, Group] = {}
     for name in names:
