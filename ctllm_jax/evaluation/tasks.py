@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -241,9 +242,10 @@ def _short_path(path: Path) -> str:
 
 @contextmanager
 def _no_advice() -> Iterator[None]:
-    """lm-eval advises on --metadata for each custom dataset; it is ours that gives them, 67 times for CMMLU."""
+    """lm-eval advises on --metadata for each custom dataset, 67 times for CMMLU, and on gaps in its own files."""
     def keep(record: logging.LogRecord) -> bool:
-        return "Custom kwargs can be passed" not in record.getMessage()
+        return not re.search("Custom kwargs can be passed|is defined, but (aggregation|higher_is_better) is not",
+                             record.getMessage())
 
     logger = logging.getLogger("lm_eval.api.task")
     logger.addFilter(keep)
