@@ -17,11 +17,12 @@ import shutil
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.evaluation.registry import GAOKAO
@@ -67,8 +68,8 @@ class _BadRows:
                             + "\n  ".join(self.lines[:_SHOWN]) + more)
 
 
-def members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """The files of a .zip or .tar, in the order of their names, each open. Nothing is written to disk.
+def members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The files of a .zip or .tar, in the order of their names. Nothing is written to disk.
 
     Raises:
       UserError: no such archive, or a member whose name leads out of it, or that is larger than any real one.
@@ -79,8 +80,7 @@ def members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
                 for info in sorted(archive.infolist(), key=lambda info: info.filename):
                     if not info.is_dir():
                         _check_member(path, info.filename, info.file_size)
-                        with archive.open(info) as stream:
-                            yield info.filename, stream
+                        yield info.filename, archive.read(info)
         else:
             with tarfile.open(path) as archive:
                 for info in sorted(archive.getmembers(), key=lambda info: info.name):
@@ -88,8 +88,8 @@ def members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
                         raise UserError(f"{path}: {info.name} is a link or a device; a benchmark has only files")
                     if info.isfile():
                         _check_member(path, info.name, info.size)
-                        yield info.name, archive.extractfile(info)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
+                        yield info.name, archive.extractfile(info).read()
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise UserError(f"{path} cannot be read as a .zip or .tar ({error}); download it again") from None
 
 
@@ -102,9 +102,9 @@ def _check_member(path: Path, name: str, size: int) -> None:
         raise UserError(f"{path}: {name} has {size:,} bytes; a file of a benchmark has at most {_MAX_MEMBER:,}")
 
 
-def _csv_rows(stream: IO[bytes], place: str, bad: _BadRows) -> Iterator[tuple[str, list[str]]]:
+def _csv_rows(content: bytes, place: str, bad: _BadRows) -> Iterator[tuple[str, list[str]]]:
     """(place with line, fields) of each row that is not empty."""
-    reader = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+    reader = csv.reader(io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline=""), strict=True)
     try:
         for row in reader:
             if row:
@@ -127,11 +127,11 @@ def _subject(name: str, splits: Mapping[str, str], *, suffix: bool) -> Split | N
 def read_mmlu(path: Path) -> Iterator[tuple[Split, Row]]:
     """hendrycks/test: `data/SPLIT/SUBJECT_SPLIT.csv`, no header; question, A to D, answer."""
     bad = _BadRows(path)
-    for name, stream in members(path):
+    for name, content in members(path):
         split = _subject(name, {"dev": "dev", "val": "validation", "test": "test"}, suffix=True)
         if split is None:
             continue
-        for place, row in _csv_rows(stream, name, bad):
+        for place, row in _csv_rows(content, name, bad):
             if len(row) != 6 or row[5] not in LETTERS:
                 bad.add(place, f"a row is question, four answers and one of A to D; found {_short(row)}")
                 continue
@@ -157,11 +157,11 @@ def read_ceval(path: Path) -> Iterator[tuple[Split, Row]]:
 def _read_headed(path: Path, splits: Mapping[str, str], fields: tuple[str, ...], *, answer: str,
                  suffix: bool) -> Iterator[tuple[Split, Row]]:
     bad = _BadRows(path)
-    for name, stream in members(path):
+    for name, content in members(path):
         split = _subject(name, splits, suffix=suffix)
         if split is None:
             continue
-        rows = _csv_rows(stream, name, bad)
+        rows = _csv_rows(content, name, bad)
         header = next(rows, (f"{name}:1", []))[1]
         without_answers = split[1] == "test" and answer not in fields and answer not in header
         needed = [field for field in (*fields, *(() if without_answers else (answer,))) if field not in header]

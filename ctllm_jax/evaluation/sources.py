@@ -42,13 +42,20 @@ class Source:
         return DatasetDict({split: _read(Dataset, paths) for split, paths in files.items()})
 
     def rows(self, split: str) -> int:
-        """Number of rows of a split, from the files' footers where they have them."""
+        """Number of rows of a split, from the files' footers where they have them.
+
+        Raises:
+          UserError: there is no such split.
+        """
         files = self._files().get(split)
         if files and all(path.suffix == ".parquet" for path in files):
             from pyarrow import parquet
 
             return sum(parquet.read_metadata(path).num_rows for path in files)
-        return self()[split].num_rows
+        splits = self()
+        if split not in splits:
+            raise UserError(f"{self.place}: no split {split}, which the task asks; there are {', '.join(splits)}")
+        return splits[split].num_rows
 
     @property
     def has_split_files(self) -> bool:

@@ -142,17 +142,27 @@ class Catalog:
         return self._entry(name).cfg
 
     def open(self, name: str, source: Source) -> Task:
-        """A task over its questions."""
+        """A task over its questions.
+
+        Raises:
+          UserError: they lack what the task asks for.
+        """
+        from jinja2 import UndefinedError
+
         from ctllm_jax.evaluation import code_tasks, squad
 
-        with _no_advice():
-            if name in code_tasks.TASKS:
-                task = self._manager(name).load([self._code(name, source)])["tasks"][name]
-            elif name == "squadv2":
-                task = squad.open_squad(source)
-            else:
-                spec = {"group": "one", "task": [{"task": name, "custom_dataset": source}]}
-                task = self._manager(name).load([spec])["tasks"][name]
+        manager = self._manager(name)
+        try:
+            with _no_advice():
+                if name in code_tasks.TASKS:
+                    task = manager.load([self._code(name, source)])["tasks"][name]
+                elif name == "squadv2":
+                    task = squad.open_squad(source)
+                else:
+                    spec = {"group": "one", "task": [{"task": name, "custom_dataset": source}]}
+                    task = manager.load([spec])["tasks"][name]
+        except (KeyError, UndefinedError) as error:
+            raise UserError(f"{source.place}: {name} needs a split or a field that is not there: {error}") from error
         metadata = dict(task.config.metadata or {})
         metadata["config_source"] = _short_path(self._entry(name).yaml_path)
         metadata["questions"] = f"{source.kind}: {source.place}"

@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from ctllm_jax.config.errors import UserError  # noqa: E402
 from ctllm_jax.evaluation import code_tasks, cvalues, squad  # noqa: E402
-from ctllm_jax.evaluation.archives import convert, find_official, members  # noqa: E402
+from ctllm_jax.evaluation.archives import convert, find_official, members, write_parquet  # noqa: E402
 from ctllm_jax.evaluation.sources import find_source  # noqa: E402
 from ctllm_jax.evaluation.tasks import open_tasks  # noqa: E402
 from tests.evaluation import official_files as files  # noqa: E402
@@ -200,6 +200,11 @@ def test_archives_that_are_not_what_they_seem(tmp_path, data):
     outside.write_bytes((data / "ceval-exam.zip").read_bytes()[:5000])
     with pytest.raises(UserError, match=r"mmlu\.zip cannot be read as a \.zip or \.tar"):
         list(members(outside))
+    whole = bytearray((data / "ceval-exam.zip").read_bytes())
+    whole[80] ^= 1  # in the content of the first file
+    outside.write_bytes(whole)
+    with pytest.raises(UserError, match=r"cannot be read as a \.zip or \.tar \(Bad CRC-32"):
+        list(members(outside))
     with zipfile.ZipFile(outside, "w") as archive:
         archive.writestr("readme.txt", "nothing")
     with pytest.raises(UserError, match="has no question in the layout of hendrycks/test"):
@@ -259,6 +264,16 @@ def test_one_configuration_does_not_stand_for_another(tmp_path, data, cache):
     shutil.copytree(converted / "default", tmp_path / "aps" / "super_glue" / "boolq")
     assert find_source("aps/super_glue", "boolq", data=tmp_path, cache=cache) is not None
     assert find_source("aps/super_glue", "cb", data=tmp_path, cache=cache) is None
+
+
+def test_a_folder_that_lacks_something_is_named(tmp_path):
+    folder = tmp_path / "openai" / "gsm8k" / "main"
+    write_parquet(folder / "train.parquet", [{"question": "?", "answer": "#### 1"}])
+    with pytest.raises(UserError, match="openai/gsm8k: gsm8k needs a split or a field that is not there: 'test'"):
+        open_tasks(["gsm8k"], data=tmp_path, cache=tmp_path)
+    write_parquet(folder / "test.parquet", [{"quest": "?", "answer": "#### 1"}])
+    with pytest.raises(UserError, match="'question' is undefined"):
+        open_tasks(["gsm8k"], data=tmp_path, cache=tmp_path)
 
 
 def test_what_is_missing_is_said_with_a_cure(tmp_path):
@@ -330,8 +345,6 @@ def test_squad_is_the_official_score(tmp_path):
     rows = [{"id": str(number), "title": "t", "context": "c", "question": f"q{number}",
              "answers": {"text": answers, "answer_start": [0] * len(answers)}}
             for number, answers in enumerate([["the Cat", "dog"], [], ["red blue"], []])]
-    from ctllm_jax.evaluation.archives import write_parquet
-
     for split in ("train", "validation"):
         write_parquet(folder / f"{split}.parquet", rows)
     said = {"q0": "a cat!", "q1": "", "q2": "blue green", "q3": "unanswerable"}
