@@ -245,11 +245,12 @@ def test_many_at_once_in_their_order():
     assert [outcome.passed for outcome in outcomes] == [bool(number % 3) for number in range(12)]
 
 
-def test_the_program_ends_with_us():
+def test_the_program_ends_with_us(tmp_path):
     # The process that waits for it is killed: nothing of the sandbox may stay.
     program = ("from ctllm_jax.evaluation.sandbox import *\nfind_isolation(); print('ready', flush=True)\n"
                "run_program('import time; time.sleep(97)', limits=Limits(wall_seconds=90))")
-    waiting = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    waiting = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE,
+                               env={**os.environ, "TMPDIR": str(tmp_path)})
     assert waiting.stdout.readline() == b"ready\n"
     deadline = time.monotonic() + 10
     while not (inside := [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"sandbox_child" in read(path)]):
