@@ -7,6 +7,7 @@ from an `AnswerStore`. Figures are those of lm-eval's own Hugging Face model on 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -104,16 +105,23 @@ class HarnessModel(TemplateLM):
         if add_generation_prompt == (messages[-1].role == "assistant"):
             raise UserError(f"a prompt that ends with the {messages[-1].role}'s message cannot be rendered with "
                             f"add_generation_prompt={str(add_generation_prompt).lower()}")
-        return "".join(part if isinstance(part, str) else f"{_OPEN}{' '.join(map(str, part))}{_CLOSE}"
-                       for part in self.model.template.stretches(messages))
+        *before, last = self.model.template.stretches(messages)
+        texts = iter(self.model.template.encode_texts([part for part in before if isinstance(part, str)]))
+        ids = [token for part in before for token in (next(texts) if isinstance(part, str) else part)]
+        if add_generation_prompt:
+            # What stands before an answer is given as ids to its end: lm-eval would count blanks there as the answer's.
+            ids += self.model.template.encode_texts([last])[0] if isinstance(last, str) else last
+            last = ""
+        return f"{_OPEN}{' '.join(map(str, ids))}{_CLOSE}{last}"
 
     def readable(self, text: str) -> str:
         """A prompt as a reader wants it: markers by name."""
         names = self.model.template.marker_names() if self.model.template else {}
 
         def name(match: re.Match) -> str:
-            ids = [int(word) for word in match[1].split()]
-            return "".join(names[token] if token in names else self.model.template.decode([token]) for token in ids)
+            runs = itertools.groupby(map(int, match[1].split()), key=lambda token: token in names)
+            return "".join("".join(map(names.get, run)) if named else self.model.template.decode(run)
+                           for named, run in runs)
 
         return _IDS.sub(name, text)
 
