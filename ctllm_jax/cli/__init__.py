@@ -32,6 +32,7 @@ COMMANDS = {
     "lora": "trained adapters: merge them into their base",
     "import-hf": "a run directory from a Hugging Face model (Llama, Mistral, Qwen2)",
     "export-hf": "a Hugging Face model from a run, or its adapters for PEFT",
+    "evaluate": "benchmarks on a model (mmlu, cmmlu, ceval, …), with lm-eval's own tasks",
     "judge": "CHC-Bench, MT-Bench or questions of your own, answered by models and rated by another",
     "generate": "text from a trained model",
     "serve": "a model behind OpenAI's interface, and a page to chat with it",
@@ -41,8 +42,6 @@ COMMANDS = {
     "compile": "compile a run's step for hardware that is not here: does it fit, how fast at most",
     "job": "a training run as a job of a cluster (slurm, gke), to read before it is submitted",
     "checkpoint": "a run's checkpoints: list them (ls), check them (verify), compare two (diff), delete some (prune)",
-    "evaluate": "benchmarks on a model (mmlu, cmmlu, ceval, …), with lm-eval's own tasks",
-    "checkpoint": "list the checkpoints of a run (ls)",
     "kernels": "attention and SwiGLU alone: numerics (check), speed (bench), compiles for chips not here (compile)",
     "report": "one HTML page of one run, or of several compared",
 }
