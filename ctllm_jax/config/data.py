@@ -34,6 +34,7 @@ class DataConfig(Section):
     cache_dir: str = key("data_cache", "where sources that are still text are kept once tokenized", changeable=True)
     isolate_documents: bool = key(True, "attention and positions stop at document ends; CT-LLM trained with this off")
     mask_eod: bool = key(True, "no loss where the input is the end of a document (Megatron's --eod-mask-loss)")
+    damaged_budget: int = key(10, "records that cannot be read and are replaced by others, over the whole run, before it stops", ge=0, changeable=True)
     workers: int = key(0, "loader processes; 0 loads with threads of the trainer", ge=0, changeable=True)
     threads: int = key(2, "loader threads in each process", ge=1, changeable=True)
     prefetch: int = key(4, "batches made ahead", ge=1, changeable=True)

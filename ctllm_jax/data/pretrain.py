@@ -16,23 +16,26 @@ from ctllm_jax.data.synthetic import SyntheticData
 
 if TYPE_CHECKING:
     from ctllm_jax.data.sources import OpenedSource
+    from ctllm_jax.dataset.damage import DamageLog
 
 
-def open_training_data(config: DataConfig, *, sequence_length: int, rows: int, seed: int,
-                       vocab_size: int) -> BatchSource:
+def open_training_data(config: DataConfig, *, sequence_length: int, rows: int, seed: int, vocab_size: int,
+                       damage: DamageLog | None = None) -> BatchSource:
     """The training data of a config.
 
-    `rows` is the global batch (B), `sequence_length` is S, `vocab_size` the model's. UserError where a source cannot
+    `rows` is the global batch (B), `sequence_length` is S, `vocab_size` the model's. With `damage`, records that cannot
+    be read are replaced and noted there; without, they raise. UserError where a source cannot
     be read, or does not fit the model or the other sources.
     """
     if config.kind == "synthetic":
         return SyntheticData(sequence_length=sequence_length, rows=rows, seed=seed, vocab_size=vocab_size,
                              isolate_documents=config.isolate_documents, mask_eod=config.mask_eod)
-    return MixtureData(config, sequence_length=sequence_length, rows=rows, seed=seed, vocab_size=vocab_size)
+    return MixtureData(config, sequence_length=sequence_length, rows=rows, seed=seed, vocab_size=vocab_size,
+                       damage=damage)
 
 
 def open_held_out_data(config: DataConfig, *, split: str, sequence_length: int, rows: int, max_tokens: int,
-                       vocab_size: int) -> dict[str, Iterable[Batch]]:
+                       vocab_size: int, damage: DamageLog | None = None) -> dict[str, Iterable[Batch]]:
     """For each source, batches [rows, S] of its split `split`, in order from its first token.
 
     Each can be iterated again and again, and has a length. The last batch is filled up with rows of segment 0. At most
@@ -45,8 +48,8 @@ def open_held_out_data(config: DataConfig, *, split: str, sequence_length: int, 
     opened = _open_sources(config, sequence_length=sequence_length, vocab_size=vocab_size)
     held_out = {}
     for name, source in opened.items():
-        packed = PackedRows(source.dataset.split(split), sequence_length, isolate_documents=config.isolate_documents,
-                            mask_eod=config.mask_eod)
+        packed = PackedRows(source.dataset.split(split, damage=damage), sequence_length,
+                            isolate_documents=config.isolate_documents, mask_eod=config.mask_eod)
         held_out[name] = HeldOutData(packed, rows=rows, sequence_length=sequence_length,
                                      count=min(len(packed), max(1, max_tokens // sequence_length)))
     return held_out
@@ -74,17 +77,19 @@ class HeldOutData:
 class MixtureData:
     """Dataset directories mixed by weight, read by Grain. A `BatchSource`."""
 
-    def __init__(self, config: DataConfig, *, sequence_length: int, rows: int, seed: int, vocab_size: int):
+    def __init__(self, config: DataConfig, *, sequence_length: int, rows: int, seed: int, vocab_size: int,
+                 damage: DamageLog | None = None):
         from ctllm_jax.data.mixture import Mixture
         from ctllm_jax.data.packing import PackedRows
         from ctllm_jax.data.tokenizer import load_tokenizer
         from ctllm_jax.dataset.manifest import manifest_sha256
 
         opened = _open_sources(config, sequence_length=sequence_length, vocab_size=vocab_size)
-        packed = {name: PackedRows(source.dataset.split(source.split), sequence_length,
+        packed = {name: PackedRows(source.dataset.split(source.split, damage=damage), sequence_length,
                                    isolate_documents=config.isolate_documents, mask_eod=config.mask_eod)
                   for name, source in opened.items()}
         weights = {name: config.sources[name].weight for name in opened}
+        self.damage = damage
         self._config = config
         self._sequence_length = sequence_length
         self._rows = rows
@@ -136,7 +141,7 @@ class MixtureData:
     def held_out(self, *, rows: int, split: str, max_tokens: int) -> dict[str, Iterable[Batch]]:
         """See `open_held_out_data`."""
         return open_held_out_data(self._config, split=split, sequence_length=self._sequence_length, rows=rows,
-                                  max_tokens=max_tokens, vocab_size=self._vocab_size)
+                                  max_tokens=max_tokens, vocab_size=self._vocab_size, damage=self.damage)
 
     def tokens_per_source(self, steps: int) -> dict[str, int]:
         """Tokens drawn from each source in the first `steps` steps, by arithmetic."""

@@ -10,29 +10,38 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.dataset.damage import DamagedShard, DamageLog
 from ctllm_jax.dataset.manifest import Manifest, Shard, read_manifest
 from ctllm_jax.dataset.records import Record, decode, load_codec
 
-
-class DamagedShard(UserError):
-    """A shard is not what the manifest says, or a record of it cannot be read."""
+_NAMED = 10
+"""Shards named in one message."""
 
 
 class Window(NamedTuple):
-    """A stretch of one stream. tokens: [n]; ends: offsets in it one past each EOD, in 1..n."""
+    """A stretch of one stream. tokens: [n]; ends: offsets in it one past each EOD, in 1..n.
+
+    Where a record was replaced, the places where it begins and ends are among the ends: what stands on the two sides
+    does not belong together.
+    """
 
     tokens: np.ndarray
     ends: np.ndarray
 
 
 class ShardReader:
-    """Any stretch of one shard's stream. Opens its file when first read; may be pickled and shared by threads."""
+    """Any stretch of one shard's stream. Opens its file when first read; may be pickled and shared by threads.
 
-    def __init__(self, path: Path, shard: Shard, *, record_tokens: int, dtype: str):
+    With `damage`, a record that cannot be read is replaced in `window`, and noted there.
+    """
+
+    def __init__(self, path: Path, shard: Shard, *, record_tokens: int, dtype: str, damage: DamageLog | None = None):
         self.path = path
         self.shard = shard
         self._record_tokens = record_tokens
         self._dtype = dtype
+        self._damage = damage
+        self._replaced: dict[int, int] = {}
         self._reader = None
         self._lock = threading.Lock()
         load_codec(record_tokens, dtype)
@@ -56,18 +65,65 @@ class ShardReader:
             raise DamagedShard(f"{self.path}: record {index} cannot be read: {error}. The other records are not "
                                f"affected; `data verify {self.path.parent}` checks them all") from error
 
+    def readable(self, index: int) -> tuple[Record, bool]:
+        """Record `index`, or what stands in for it where it is damaged; and whether that is so.
+
+        In for it stands the next record of the shard that can be read, behind the last one the first: the same in
+        every process, and after every restart. DamagedShard where none can, or too many cannot.
+        """
+        if index not in self._replaced:
+            try:
+                return self.record(index), False
+            except DamagedShard as error:
+                if self._damage is None:
+                    raise
+                return self._replace(index, error), True
+        return self._shortened(self.record(self._replaced[index]), index), True
+
+    def _replace(self, index: int, error: DamagedShard) -> Record:
+        with self._lock:
+            self._reader = None  # a network file system may have lost the file, not the record
+        try:
+            return self.record(index)
+        except DamagedShard:
+            pass
+        for step in range(1, self.shard.records):
+            other = (index + step) % self.shard.records
+            if self._tokens_of(other) < self._tokens_of(index):
+                continue
+            try:
+                record = self._shortened(self.record(other), index)
+            except DamagedShard:
+                continue
+            self._damage.note(self.path, index, replaced_by=other, why=str(error.__cause__))
+            self._replaced[index] = other
+            return record
+        raise error
+
+    def _tokens_of(self, index: int) -> int:
+        return min(self._record_tokens, self.shard.tokens - index * self._record_tokens)
+
+    def _shortened(self, record: Record, index: int) -> Record:
+        tokens = self._tokens_of(index)
+        return Record(record.tokens, tokens, record.ends[record.ends <= tokens])
+
     def window(self, start: int, length: int) -> Window:
         """Tokens [start, start + length) of the stream, fewer at its end."""
         size = self._record_tokens
         stop = min(start + length, self.shard.tokens)
-        tokens, ends = [], []
+        tokens, ends, seams = [], [], []
         for index in range(start // size, -(-stop // size)):
-            record = self.record(index)
+            record, replaced = self.readable(index)
             first, last = max(start - index * size, 0), min(stop - index * size, record.num_tokens)
             tokens.append(record.tokens[first:last])
             inside = record.ends[(record.ends > first) & (record.ends <= last)]
             ends.append(inside + (index * size - start))
-        return Window(np.concatenate(tokens), np.concatenate(ends).astype(np.int32))
+            if replaced:
+                seams += [place + index * size - start for place in (0, record.num_tokens)]
+        all_ends = np.concatenate(ends)
+        if seams:
+            all_ends = np.array(sorted({*all_ends.tolist(), *(seam for seam in seams if 0 < seam <= stop - start)}))
+        return Window(np.concatenate(tokens), all_ends.astype(np.int32))
 
     def open(self):
         """The ArrayRecord reader. DamagedShard where the file is none, or holds another number of records."""
@@ -87,20 +143,24 @@ class ShardReader:
 class SplitReader:
     """The streams of one split."""
 
-    def __init__(self, directory: Path, manifest: Manifest, split: str):
+    def __init__(self, directory: Path, manifest: Manifest, split: str, *, damage: DamageLog | None = None):
         self.record_tokens = manifest.record_tokens
         self.shards = [ShardReader(directory / shard.file, shard, record_tokens=manifest.record_tokens,
-                                   dtype=manifest.dtype) for shard in manifest.splits[split].shards]
+                                   dtype=manifest.dtype, damage=damage) for shard in manifest.splits[split].shards]
 
     def check_sizes(self) -> None:
-        """DamagedShard where a shard is missing, or not as long as the manifest says: cheap, done at every start."""
+        """DamagedShard where shards are missing, or not as long as the manifest says: cheap, done at every start."""
+        problems = []
         for reader in self.shards:
             size = reader.path.stat().st_size if reader.path.exists() else None
             if size is None:
-                raise DamagedShard(f"{reader.path} is missing")
-            if size != reader.shard.size:
+                problems.append(f"{reader.path} is missing")
+            elif size != reader.shard.size:
                 state = "truncated" if size < reader.shard.size else "changed"
-                raise DamagedShard(f"{reader.path} is {state}: {size} bytes, the manifest says {reader.shard.size}")
+                problems.append(f"{reader.path} is {state}: {size} bytes, the manifest says {reader.shard.size}")
+        if problems:
+            more = [f"… and {len(problems) - _NAMED} more"] if len(problems) > _NAMED else []
+            raise DamagedShard("\n  ".join(problems[:_NAMED] + more))
 
 
 class Dataset:
@@ -111,12 +171,15 @@ class Dataset:
         self.manifest = read_manifest(self.directory)
         self.tokenizer_path = self.directory / self.manifest.tokenizer.file
 
-    def split(self, name: str) -> SplitReader:
-        """A split with at least one token. UserError names the splits that exist."""
+    def split(self, name: str, *, damage: DamageLog | None = None) -> SplitReader:
+        """A split with at least one token. UserError names the splits that exist.
+
+        With `damage`, records that cannot be read are replaced and noted there; without, they raise.
+        """
         existing = [split for split, content in self.manifest.splits.items() if content.shards]
         if name not in existing:
             there = ", ".join(existing) or "none"
             raise UserError(f"{self.directory} has no split {name!r} with data; its splits: {there}")
-        reader = SplitReader(self.directory, self.manifest, name)
+        reader = SplitReader(self.directory, self.manifest, name, damage=damage)
         reader.check_sizes()
         return reader
