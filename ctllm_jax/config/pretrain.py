@@ -10,6 +10,7 @@ from ctllm_jax.config.base import Section, key, section
 from ctllm_jax.config.data import DataConfig
 from ctllm_jax.config.lora import LoraConfig
 from ctllm_jax.config.model import ComputeConfig, MeshConfig, ModelConfig
+from ctllm_jax.config.reliability import BadStepsConfig, DistributedConfig, WatchdogConfig
 
 
 class RunConfig(Section):
@@ -144,6 +145,9 @@ class PretrainConfig(Section):
     evaluation: EvaluationConfig = section(EvaluationConfig, "held-out loss in the loop")
     sample: SampleConfig = section(SampleConfig, "samples in the loop")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "what is kept")
+    bad_steps: BadStepsConfig = section(BadStepsConfig, "steps whose update is skipped, and what follows", changeable=True)
+    watchdog: WatchdogConfig = section(WatchdogConfig, "what ends a run that hangs", changeable=True)
+    distributed: DistributedConfig = section(DistributedConfig, "several processes", changeable=True)
     log: LogConfig = section(LogConfig, "what is shown")
 
     @model_validator(mode="after")

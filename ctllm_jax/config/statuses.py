@@ -6,7 +6,10 @@ FAILED = 1
 """An error; the same command may get further."""
 WRONG_INPUT = 2
 """Config, data or command line are wrong: the same command fails again, and must not be started again by a machine."""
+DIVERGED = 3
+"""Training broke down again after every rollback: the same command would do the same, and must not be started again."""
 REQUEUE = 75
-"""Told to make way (SIGTERM, SIGUSR1) before the end, and kept: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+"""Told to make way (SIGTERM, SIGUSR1) before the end, and kept, or hung, or lost a peer: the same command goes on
+(EX_TEMPFAIL of sysexits.h)."""
 INTERRUPTED = 130
 """Ctrl-C; a training run is kept at the step it reached."""

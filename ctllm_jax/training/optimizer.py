@@ -92,12 +92,23 @@ def make_optimizer(config: OptimizerConfig, params: Any) -> optax.GradientTransf
     treatments = assign_rules(config, params)
     decayed = jax.tree_util.tree_map_with_path(lambda path, _: treatments[path_name(path)].decayed, params)
     factors = jax.tree_util.tree_map_with_path(lambda path, _: treatments[path_name(path)].lr_multiplier, params)
-    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else []
+    parts = [_clip(config.clip_norm)] if config.clip_norm is not None else []
     parts += [optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
               optax.add_decayed_weights(config.weight_decay, mask=decayed)]
     if any(factor != 1.0 for factor in jax.tree.leaves(factors)):
         parts.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, factor: u * factor, updates, factors)))
     return optax.chain(*parts)
+
+
+def _clip(most: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, told the norm: inside a branch of the step it would be summed over devices again."""
+    def update(grads: Any, state: Any, params: Any = None, *, grad_norm: jax.Array | None = None,
+               **others: Any) -> tuple[Any, Any]:
+        del params, others
+        norm = optax.tree.norm(grads) if grad_norm is None else grad_norm
+        return jax.tree.map(lambda grad: jnp.where(norm < most, grad, grad / norm * most), grads), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def describe_rules(config: OptimizerConfig, params: Any) -> list[tuple[str, str, str, str]]:

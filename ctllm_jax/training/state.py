@@ -17,18 +17,48 @@ class State:
     Attributes:
       params: what is trained, float32.
       opt_state: of the optimizer, for `params` alone.
-      step: int32, optimizer steps done.
+      step: int32, optimizer steps done, skipped updates included.
       data_step: int32, batches consumed: equal to `step` until a window of data is skipped.
-      bad_steps: int32, steps whose update was not finite.
+      bad_steps: int32, steps whose update was skipped because it was not finite; a `Spikes`, which counts them too,
+        where `bad_steps.spikes` is on (`training.guard`).
     """
 
     params: Any
     opt_state: Any
     step: jax.Array
     data_step: jax.Array
+    bad_steps: Any
+
+
+@struct.dataclass
+class Spikes:
+    """What the guard against spikes remembers: scalars, the same on every device.
+
+    Attributes:
+      bad_steps, spikes: int32, steps that were skipped for not being finite, and for being far off.
+      seen: int32, steps that the figures below were learned from.
+      loss_mean, loss_variance, norm_mean, norm_variance: float32, exponentially weighted.
+    """
+
     bad_steps: jax.Array
+    spikes: jax.Array
+    seen: jax.Array
+    loss_mean: jax.Array
+    loss_variance: jax.Array
+    norm_mean: jax.Array
+    norm_variance: jax.Array
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> State:
-    """The state at step 0; each counter its own array, so that the whole state can be donated."""
-    return State(params, optimizer.init(params), *(jnp.zeros((), jnp.int32) for _ in range(3)))
+def init_state(params: Any, optimizer: optax.GradientTransformation, *, spikes: bool = False) -> State:
+    """The state at step 0; each counter its own array, so that the whole state can be donated.
+
+    `spikes`: with what the guard against them remembers.
+    """
+    step, data_step, bad_steps = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return State(params, optimizer.init(params), step, data_step, init_spikes(bad_steps) if spikes else bad_steps)
+
+
+def init_spikes(bad_steps: jax.Array) -> Spikes:
+    """A guard that has seen nothing yet, in a run with so many bad steps."""
+    return Spikes(bad_steps, *(jnp.zeros((), jnp.int32) for _ in range(2)),
+                  *(jnp.zeros((), jnp.float32) for _ in range(4)))
