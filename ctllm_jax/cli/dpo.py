@@ -35,12 +35,13 @@ def run(context: Context) -> int:
 
     if (status := run_in_processes(context)) is not None:
         return status
-    distributed.initialize()
+    distributed.initialize(context.config.distributed.heartbeat_seconds)
     import jax
     from rich.markup import escape
 
     from ctllm_jax.cli.sft import print_plan
     from ctllm_jax.training.dpo import needs_reference, open_preferences
+    from ctllm_jax.training.goodput import process_began
     from ctllm_jax.training.lock import own
     from ctllm_jax.training.reference import attach_reference
     from ctllm_jax.training.signals import Signals
@@ -60,7 +61,8 @@ def run(context: Context) -> int:
             if first:
                 console.print(f"reference: {found['answers']:,} answers, {found['how']}; checked to "
                               f"{found['difference']:.1e} nats a token (at most {found['tolerance']:.1e})")
-        train(config, console, name="dpo", data=data, meta=meta, objective=objective, signals=signals)
+        train(config, console, name="dpo", data=data, meta=meta, objective=objective, signals=signals,
+              began=process_began())
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,9 @@ def run(context: Context) -> int:
         return dry_run(config, context.console)
     if (status := run_in_processes(context)) is not None:
         return status
-    train(config, context.console)
+    from ctllm_jax.training.goodput import process_began
+
+    train(config, context.console, began=process_began())
     return 0
 
 
@@ -75,34 +78,43 @@ def dry_run(config: PretrainConfig, console: Any) -> int:
 
 
 def train(config: PretrainConfig, console: Any, *, next_command: bool = True, name: str = "pretrain", data: Any = None,
-          meta: dict[str, Any] | None = None, objective: Any = None, signals: Any = None) -> dict[str, Any]:
+          meta: dict[str, Any] | None = None, objective: Any = None, signals: Any = None,
+          began: float | None = None) -> dict[str, Any]:
     """A whole run; returns its last evaluation per source (empty without one).
 
     `name`, `data`, `meta` and `objective` are another stage's: its name, its batches, what its checkpoints say of
     themselves, and its loss. `signals` are those of a stage that had to be told of them before, and owns the run
-    directory.
+    directory; `began` is when the run did, by `time.perf_counter`; None: now.
 
     Raises:
       Stopped: the run was ended before its last step, and is kept; its code is the exit status.
+      Diverged: steps stay bad after every rollback.
     """
     from ctllm_jax.cluster import distributed
 
-    distributed.initialize()
+    began = time.perf_counter() if began is None else began
+    distributed.initialize(config.distributed.heartbeat_seconds)
     from ctllm_jax.training.lock import own
     from ctllm_jax.training.signals import Signals
 
     if signals is None:
         with Signals() as signals, own(config.run, what=name):
             return train(config, console, next_command=next_command, name=name, data=data, meta=meta,
-                         objective=objective, signals=signals)
+                         objective=objective, signals=signals, began=began)
     import jax
     from rich.markup import escape
 
+    from ctllm_jax.cli.journal import Journal
     from ctllm_jax.training.console import TrainingConsole, print_rows
+    from ctllm_jax.training.goodput import Ledger
+    from ctllm_jax.training.guard import count_skipped
     from ctllm_jax.training.metrics import MetricsWriter
-    from ctllm_jax.training.pretrain import describe_run, make_record, prepare_run
+    from ctllm_jax.training.pretrain import prepare_run
+    from ctllm_jax.training.records import describe_run, make_record
+    from ctllm_jax.training.recovery import Diverged
     from ctllm_jax.training.requests import Requests
     from ctllm_jax.training.signals import Stopped
+    from ctllm_jax.training.watchdog import Watchdog
 
     if config.processes not in (1, jax.process_count()):
         raise UserError(f"processes={config.processes}: pretrain, sft and dpo start processes; this runs in"
@@ -110,44 +122,53 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
     directory = Path(config.run.dir)
     first = jax.process_index() == 0
     stage = (lambda text: console.print(f"[dim]{escape(text)} …[/]")) if first else (lambda text: None)
-    run = prepare_run(config, directory=directory, stage=stage, data=data, meta=meta, objective=objective)
-    start = describe_run(run)
+    ledger, journal = Ledger(began=began), Journal()
+    with Watchdog(config.watchdog, heartbeat_seconds=config.distributed.heartbeat_seconds, directory=directory,
+                  ledger=ledger, tell=journal.end) as watchdog:
+        run = prepare_run(config, directory=directory, stage=stage, data=data, meta=meta, objective=objective,
+                          ledger=ledger)
+        start = describe_run(run)
+        if first:
+            print_rows(console, banner_rows(run, start), title=f"{name} {directory}")
+            print_treatments(run, console)
+        results: dict[str, Any] = {}
+        with (MetricsWriter(directory, tensorboard=config.log.tensorboard, wandb_project=config.log.wandb_project,
+                            config=start["config"], steps=config.steps) as writer,
+              TrainingConsole(console if first else None, total_steps=config.steps) as shown):
+            writer.event("start", **start)
+            journal.open(writer, shown, ledger=ledger, make=make_record(run), step=run.start,
+                         skipped=count_skipped(run.state), damage=getattr(run.data, "damage", None))
+            requests = Requests(directory, signals, tell=journal.request)
+            signals.begin(shown.message)
+
+            def listen() -> None:
+                run.checkpointer.listen(shown.message, record=lambda text: writer.event("warning", message=text))
+
+            def rolled_back(rollback: Any) -> None:
+                journal.rolled_back(rollback)
+                listen()  # after a rollback it is another one
+
+            listen()
+            try:
+                reached = run.train(
+                    record=journal.train, stop_due=requests.stop_due, ledger=ledger, dispatched=watchdog.dispatched,
+                    rolled_back=rolled_back,
+                    hooks=make_hooks(run, writer, shown, results, requests, journal=journal, beat=watchdog.beat))
+            except (KeyboardInterrupt, Stopped):
+                journal.end(signals.reason or "interrupted")
+                raise
+            except Diverged as diverged:
+                journal.end("diverged", diverged.message)
+                raise
+            except BaseException as error:
+                watchdog.await_verdict(error)
+                journal.end("failed")
+                raise
+            finally:
+                requests.end_trace(journal.step)
+            journal.end("done" if reached == config.steps else requests.reason, step=reached)
     if first:
-        print_rows(console, banner_rows(run, start), title=f"{name} {directory}")
-        print_treatments(run, console)
-    make = make_record(run)
-    results: dict[str, Any] = {}
-    with (MetricsWriter(directory, tensorboard=config.log.tensorboard, wandb_project=config.log.wandb_project,
-                        config=start["config"], steps=config.steps) as writer,
-          TrainingConsole(console if first else None, total_steps=config.steps) as shown):
-        writer.event("start", **start)
-        reached = run.start
-
-        def record(step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
-            nonlocal reached
-            reached = step
-            values = make(step, metrics, timing)
-            writer.event("train", **values)
-            shown.train(values)
-
-        def tell(step: int, what: str) -> None:
-            writer.event("request", step=step, what=what)
-            shown.message(what)
-
-        requests = Requests(directory, signals, tell=tell)
-        signals.begin(shown.message)
-        try:
-            reached = run.train(record=record, hooks=make_hooks(run, writer, shown, results, requests),
-                                stop_due=requests.stop_due)
-        except (KeyboardInterrupt, Stopped):
-            writer.event("end", step=reached, reason=signals.reason or "interrupted")
-            raise
-        except BaseException:
-            writer.event("end", step=reached, reason="failed")
-            raise
-        finally:
-            requests.end_trace(reached)
-        writer.event("end", step=reached, reason="done" if reached == config.steps else requests.reason)
+        print_goodput(directory, console)
     if reached < config.steps:
         if first:
             console.print(f"stopped at step {reached:,} of {config.steps:,}, which is kept: the same command goes on")
@@ -157,27 +178,31 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
     return results
 
 
-def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any], requests: Any) -> list[Any]:
+def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any], requests: Any, *, journal: Any,
+               beat: Any) -> list[Any]:
     """Checkpoints, held-out evaluation and samples, each at its own interval and at the last step, and what is asked
-    for while the run goes."""
-    import time
-
+    for while the run goes. `beat` is called as a sign of life."""
     from ctllm_jax.training.loop import Hook, every
 
     config, last = run.config, run.config.steps
-    run.checkpointer.listen(shown.message, record=lambda text: writer.event("warning", message=text))
-
     def save(step: int, state: Any) -> None:
         began = time.perf_counter()
         if run.checkpointer.save(state, step=step, last=is_wanted(step)):
             writer.event("checkpoint", step=step, seconds=time.perf_counter() - began)
+        journal.goodput()
+
+    def is_due(step: int) -> bool:
+        # Skipped steps leave the weights as they were; what may be gone back to must not be displaced by them.
+        if run.recovery.watches and run.recovery.in_a_row and not run.checkpointer.is_milestone(step):
+            return is_wanted(step)
+        return run.checkpointer.is_due(step, last=is_wanted(step))
 
     def is_wanted(step: int) -> bool:
         return step == last or requests.save_due(step)
 
     begin_trace, end_trace = requests.trace_hooks()
-    hooks = [end_trace, Hook(save, lambda step: run.checkpointer.is_due(step, last=is_wanted(step)))]
-    evaluate = make_evaluation(run) if config.evaluation.every else None
+    hooks = [end_trace, Hook(save, is_due, "checkpoint")]
+    evaluate = make_evaluation(run, beat=beat) if config.evaluation.every else None
     if evaluate is not None:
         def evaluation_hook(step: int, state: Any) -> None:
             values = {"step": step, "tokens": config.tokens_at(step), **evaluate(run.weights(state))}
@@ -185,7 +210,7 @@ def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any], reque
             writer.event("evaluation", **values)
             shown.evaluation(values)
 
-        hooks.append(Hook(evaluation_hook, every(config.evaluation.every, last=last)))
+        hooks.append(Hook(evaluation_hook, every(config.evaluation.every, last=last), "evaluation"))
     if config.sample.every and run.data.tokenizer_path is not None:
         sample = make_sampler(run)
 
@@ -195,12 +220,14 @@ def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any], reque
                 writer.event("sample", **values)
                 shown.sample(values)
 
-        hooks.append(Hook(sample_hook, every(config.sample.every, last=last)))
+        hooks.append(Hook(sample_hook, every(config.sample.every, last=last), "sample"))
     return [*hooks, begin_trace]
 
 
-def make_evaluation(run: Run) -> Any:
-    """`params -> {"sources": {source: figures}, …}` on what is held out of each; None where nothing is."""
+def make_evaluation(run: Run, *, beat: Any) -> Any:
+    """`params -> {"sources": {source: figures}, …}` on what is held out of each; None where nothing is.
+
+    `beat` is called for each batch."""
     from functools import partial
 
     import jax
@@ -226,6 +253,7 @@ def make_evaluation(run: Run) -> Any:
     place_global = partial(place_batch, sharding=sharding.batch_sharding(run.mesh), rows=rows)
 
     def place(batch: Any) -> Any:
+        beat()
         return place_global(jax.tree.map(lambda x: x[local], batch))
 
     if run.objective is not None:
@@ -303,6 +331,17 @@ def print_treatments(run: Run, console: Any) -> None:
     rows = [(f"lr {lr}, decay {decay}", f"{paths}  [{rule}]")
             for paths, lr, decay, rule in describe_rules(run.config.optimizer, run.state.params)]
     print_rows(console, rows, title="optimizer")
+
+
+def print_goodput(directory: Path, console: Any) -> None:
+    """Where the time went, over all attempts, in one line."""
+    from rich.text import Text
+
+    from ctllm_jax.report.goodput import goodput_line
+    from ctllm_jax.report.run import read_run
+
+    if line := goodput_line(read_run(directory)):
+        console.print(Text(line), soft_wrap=True)
 
 
 def finish(run: Run, console: Any, *, next_command: bool) -> None:

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from ctllm_jax.cluster import distributed
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.config.statuses import DONE, INTERRUPTED, REQUEUE, WRONG_INPUT
+from ctllm_jax.config.statuses import DIVERGED, DONE, INTERRUPTED, REQUEUE, WRONG_INPUT
 
 if TYPE_CHECKING:
     from ctllm_jax.cli import Context
 
 _CHILD = "from ctllm_jax.cli.processes import be_child; be_child()"
 _DEVICES = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
-_AGREED = (DONE, WRONG_INPUT, REQUEUE, INTERRUPTED)
+_AGREED = (DONE, WRONG_INPUT, DIVERGED, REQUEUE, INTERRUPTED)
 _GRACE, _SHORT_GRACE = 60.0, 5.0
 """Seconds that the others have when one ended with such a status (they are about to do the same), or with another."""
 _LINES = 60
@@ -173,7 +173,8 @@ class Processes:
             grace = _GRACE if status in _AGREED else _SHORT_GRACE
         for index, status in statuses.items():
             # What is wrong with the input, the first process said already.
-            if index and status not in (DONE, REQUEUE, INTERRUPTED, *[WRONG_INPUT] * (statuses[0] == WRONG_INPUT)):
+            told = (DONE, DIVERGED, REQUEUE, INTERRUPTED, *[WRONG_INPUT] * (statuses[0] == WRONG_INPUT))
+            if index and status not in told:
                 said = "".join(self._said[index]).rstrip()
                 print(f"process {index} ended with status {status}, and said at last:\n{said or 'nothing'}",
                       file=sys.stderr)

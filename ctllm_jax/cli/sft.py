@@ -32,7 +32,8 @@ def run(context: Context) -> int:
 
     if (status := run_in_processes(context)) is not None:
         return status
-    distributed.initialize()
+    distributed.initialize(context.config.distributed.heartbeat_seconds)
+    from ctllm_jax.training.goodput import process_began
     from ctllm_jax.training.lock import own
     from ctllm_jax.training.sft import open_tuning
     from ctllm_jax.training.signals import Signals
@@ -44,7 +45,8 @@ def run(context: Context) -> int:
         if context.dry_run:
             print_plan(tuning, context.console)
             return 0
-        train(tuning.config, context.console, name="sft", data=tuning.data, meta=tuning.meta, signals=signals)
+        train(tuning.config, context.console, name="sft", data=tuning.data, meta=tuning.meta, signals=signals,
+              began=process_began())
     return 0
 
 

@@ -23,6 +23,8 @@ _POD_SECONDS, _POD_PAUSE = 600, 5
 """How long the name of the first pod is waited for (nodes are made, images pulled), and between two looks."""
 _NO_STEP = 4_294_967_290
 """From here on SLURM's numbers of steps are no steps of srun, but a shell that salloc or sbatch gives."""
+_PATIENCE = 10
+"""Seconds: JAX 0.10 gives up a peer after two thirds of its timeout, and the watchdog needs a few to write stacks."""
 log = logging.getLogger(__name__)
 
 
@@ -83,14 +85,17 @@ def detect(environment: Mapping[str, str]) -> Launch:
     return Launch("local")
 
 
-def initialize() -> int:
+def initialize(heartbeat_seconds: int = 100) -> int:
     """Join the other processes if there are any; returns how many there are. Called before any device is touched; a
     second call does nothing.
+
+    `heartbeat_seconds` without a sign of life, and a process is dead: `training.watchdog` says which one. JAX, which
+    aborts all others and does not say it, is given longer.
 
     Raises:
       UserError: as `detect`, or process 0 cannot be found by name: the runtime would wait 300 s, and say nothing.
     """
-    launch = detect(os.environ)
+    launch, patience = detect(os.environ), 2 * heartbeat_seconds + _PATIENCE
     if launch.processes > 1 and _is_initialized():
         return launch.processes
     if launch.kind == "local" and on_tpu_vm(os.environ):
@@ -98,7 +103,7 @@ def initialize() -> int:
         import jax
 
         if not _is_initialized():
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=patience)
         log.info("started on a TPU VM: process %d of %d", jax.process_index(), jax.process_count())
         return jax.process_count()
     if launch.processes == 1:
@@ -110,12 +115,13 @@ def initialize() -> int:
     import jax
 
     if launch.coordinator is None:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=patience)
     else:
         # Left to detect for itself, JAX gives a process without local_device_ids the GPU of its number on the node: a
         # task that is to have all eight would have one, and say nothing.
         jax.distributed.initialize(launch.coordinator, launch.processes, launch.index,
-                                   local_device_ids=launch.local_devices, cluster_detection_method="deactivate")
+                                   local_device_ids=launch.local_devices, cluster_detection_method="deactivate",
+                                   heartbeat_timeout_seconds=patience)
     return launch.processes
 
 

@@ -26,7 +26,7 @@ from ctllm_jax.config.statuses import REQUEUE
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
 _UNKNOWN_SAVE, _MARGIN, _BYTES_A_SECOND = 480, 120, 0.5e9
 _WAIT = 120
-"""Seconds that srun gives processes whose peer has ended. JAX notices one that died after 100."""
+"""Seconds that srun gives processes whose peer has ended: `distributed.heartbeat_seconds` is 100."""
 _END = r"""
 # Told to make way, this shell tells all processes; they keep a step and end with {requeue}.
 told=0

@@ -21,13 +21,14 @@ from ctllm_jax.report import tables
 from ctllm_jax.report.charts import Chart, Level, Series, figure
 from ctllm_jax.report.comparison import compares_answers
 from ctllm_jax.report.comparison import held_out as held_out_by_group
+from ctllm_jax.report.goodput import section as goodput
 from ctllm_jax.report.readable import clock, compact, duration, finite, percent, visible
 from ctllm_jax.report.run import Run, labels, read_run
 from ctllm_jax.report.sentiment import sentiment
 
 _STYLE = Path(__file__).with_name("page.css")
 _SCRIPT = Path(__file__).with_name("page.js")
-_STATES = ("done", "stopped", "preempted", "interrupted", "failed", "unfinished", "empty")
+_STATES = ("done", "stopped", "preempted", "interrupted", "failed", "diverged", "unfinished", "empty")
 _LIMIT = 1e30
 _SMALL = 260
 
@@ -80,6 +81,7 @@ def render(runs: Sequence[Run]) -> str:
         tables.config_differences(runs, names),
         tables.samples(runs, names),
         tables.data(runs, names),
+        goodput(runs, names),
         tables.stages(runs, names),
         tables.events(runs, names),
         tables.details(runs, names),
@@ -144,6 +146,12 @@ def _cards(run: Run) -> str:
     if run.seconds:
         cards.append(("time", duration(run.seconds), f"in {len(run.starts)} attempts" if len(run.starts) > 1 else
                       "from start line to last entry"))
+    skipped = {key: run.train[-1].get(key) for key in ("bad_steps", "spikes")} if run.train else {}
+    if any(skipped.values()):
+        back = sum(event["event"] == "rollback" for event in run.events)
+        cards.append(("steps skipped", f"{sum(filter(None, skipped.values())):,}",
+                      f"{skipped['bad_steps'] or 0:,} not finite" + (f", {skipped['spikes']:,} spikes" if
+                      skipped["spikes"] else "") + (f"; {back} rollback{'s' * (back > 1)}" if back else "")))
     speed = typical(run, "tokens_per_second")
     if speed is not None:
         causal, full = typical(run, "mfu_causal"), typical(run, "mfu_full")

@@ -30,7 +30,10 @@ _JSON = json.JSONDecoder(parse_constant=lambda name: None)
 
 @dataclass
 class Run:
-    """One run. The lists hold the records of metrics.jsonl that still count, oldest first."""
+    """One run. The lists hold the records of metrics.jsonl that still count, oldest first.
+
+    `ledger` has what `report.goodput` adds up: starts, rollbacks, sums of seconds, and a "close" at each attempt's end.
+    """
 
     directory: Path
     config: dict = field(default_factory=dict)
@@ -46,6 +49,7 @@ class Run:
     events: list[dict] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     end: dict | None = None
+    ledger: list[dict] = field(default_factory=list)
     seconds: float = 0.0
     last_time: float | None = None
     superseded: int = 0
@@ -53,7 +57,7 @@ class Run:
     @property
     def state(self) -> str:
         """`empty`, `unfinished` (it goes on, or was killed), or why it ended: `done`, `stopped`,
-        `preempted`, `interrupted`, `failed`."""
+        `preempted`, `interrupted`, `failed`, `diverged`, `hung`, `lost a process`."""
         if self.end is not None:
             return str(self.end.get("reason", "done"))
         return "unfinished" if self.starts or self.train else "empty"
@@ -167,6 +171,7 @@ class _Lines:
         self.attempt_began: float | None = None
         self.inherited = dict.fromkeys(_STEPPED, 0)
         self.bad_lines = 0
+        self.reached = 0
 
     def take(self, record: dict) -> None:
         event = record.get("event")
@@ -180,7 +185,12 @@ class _Lines:
         elif event == "end":
             self.run.end = record
             self.run.events.append(record)
-        elif event in ("checkpoint", "warning", "request"):
+        elif event == "rollback":
+            self._rollback(record)
+        elif event == "goodput":
+            record["step"] = _step(record)
+            self.run.ledger.append(record)
+        elif event in ("checkpoint", "warning", "request", "damaged"):
             self.run.events.append(record)
         elif event == "baseline":
             record["sources"] = _sources(record)
@@ -194,18 +204,31 @@ class _Lines:
         self.run.last_time = moment
 
     def _start(self, record: dict, moment: float) -> None:
-        step = _step(record)
+        self._supersede(_step(record))
+        self._close_attempt()
+        self.attempt_began = moment
+        self.run.end = None
+        self.run.starts.append(record)
+        self.run.events.append(record)
+        self.run.ledger.append(record)
+        self.reached = record["step"]
+
+    def _rollback(self, record: dict) -> None:
+        if type(record.get("to")) is not int or type(record.get("step")) is not int:
+            raise ValueError("no steps between which it went back")
+        self._supersede(record["to"])
+        self.reached = record["to"]
+        self.run.events.append(record)
+        self.run.ledger.append(record)
+
+    def _supersede(self, step: int) -> None:
+        """Drop what is said of steps beyond this one, which are made again."""
         for kind in _STEPPED:
             records = getattr(self.run, kind)
             while records and records[-1]["step"] > step:
                 records.pop()
                 self.run.superseded += 1
             self.inherited[kind] = len(records)
-        self._close_attempt()
-        self.attempt_began = moment
-        self.run.end = None
-        self.run.starts.append(record)
-        self.run.events.append(record)
 
     def _stepped(self, kind: str, record: dict) -> None:
         step = _step(record)
@@ -220,10 +243,12 @@ class _Lines:
         if records and records[-1]["step"] > step:
             raise ValueError(f"step {step} after step {records[-1]['step']} without a start line between")
         records.append(record)
+        self.reached = max(self.reached, step)
 
     def _close_attempt(self) -> None:
         if self.attempt_began is not None:
             self.run.seconds += max(0.0, self.run.last_time - self.attempt_began)
+            self.run.ledger.append({"event": "close", "time": self.run.last_time, "step": self.reached})
 
     def bad(self, number: int, why: str) -> None:
         self.bad_lines += 1

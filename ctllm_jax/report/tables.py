@@ -351,7 +351,11 @@ def _event_rows(run: Run) -> list[list[str]]:
         close()
         words = {"start": _start_words, "warning": lambda it: shown(it.get("message", "")),
                  "request": lambda it: shown(it.get("what", "")),
-                 "end": lambda it: shown(it.get("reason", ""))}[kind](record)
+                 "rollback": lambda it: shown(f"back to step {it['to']:,}, and on at data step {it.get('data_step')}"),
+                 "damaged": lambda it: shown(f"record {it.get('record')} of {it.get('shard')}: {it.get('why')};"
+                                             f" replaced by record {it.get('replaced_by')}"),
+                 "end": lambda it: shown(": ".join(filter(None, (it.get("reason", ""), it.get("message")))))}[kind](
+                     record)
         step = record.get("step")
         rows.append([clock(record["time"]), "" if step is None else shown(step),
                      f'<span class="tag {kind}">{kind}</span>', words])

@@ -24,6 +24,7 @@ from ctllm_jax.report.readable import compact, duration, percent, visible
 _BAR = 24
 _SHORTEST_BAR = 6
 _KEPT_ON_A_LINE = 400
+_ONLY_IF_ANY = ("bad_steps", "spikes")
 
 
 def print_rows(console: Console, rows: Iterable[tuple[str, str]], *, title: str | None = None) -> None:
@@ -157,9 +158,11 @@ def _fields(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("tokens_per_second", lambda value: f"{compact(value)} tok/s"),
         ("mfu_causal", lambda value: f"mfu {percent(value)} causal"),
         ("data_wait", lambda value: f"data {percent(value)}"),
+        ("bad_steps", lambda value: f"bad {value:,}"),
+        ("spikes", lambda value: f"spikes {value:,}"),
         ("eta_seconds", lambda value: f"eta {duration(value)}"),
     ):
-        if key in record:
+        if key in record and (record[key] or key not in _ONLY_IF_ANY):
             value = record[key]
             known = value is not None and math.isfinite(value)
             fields.append((key, write(value) if known or key in ("loss", "bits_per_byte", "grad_norm") else f"{key} –"))

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from ctllm_jax.training.goodput import Ledger
 from ctllm_jax.training.state import State
 
 
@@ -23,10 +24,12 @@ class Hook:
     Attributes:
       call: `(steps done, state) -> None`; the state is valid until it returns.
       due: `step -> bool`, after which steps it is called.
+      phase: what its time counts as in the ledger.
     """
 
     call: Callable[[int, State], None]
     due: Callable[[int], bool]
+    phase: str = "hooks"
 
 
 def every(interval: int, *, last: int) -> Callable[[int], bool]:
@@ -54,7 +57,9 @@ class Clock:
 
 def run_loop(state: State, train_step: Callable, batches: Iterator[Any], *, start: int, stop: int, log_every: int,
              record: Callable[[int, dict[str, Any], dict[str, float]], None], hooks: Sequence[Hook] = (),
-             frozen: Any = None, stop_due: Callable[[int], bool] = lambda step: False) -> State:
+             frozen: Any = None, stop_due: Callable[[int], bool] = lambda step: False,
+             judge: Callable[[int, dict[str, Any]], bool] | None = None, ledger: Ledger | None = None,
+             dispatched: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None) -> State:
     """Train from step `start` to step `stop`, or to the one behind which `stop_due` ends it.
 
     Args:
@@ -66,41 +71,52 @@ def run_loop(state: State, train_step: Callable, batches: Iterator[Any], *, star
         a hook of the same step.
       hooks: called in order, outside of the transfer guard; their time counts for no step.
       stop_due: asked once for each step, when it is on its way and before its hooks; they are called all the same.
+      judge: `(step, metrics on the devices)`, asked of each step when the next one is on its way, or before a hook of
+        the same step; where it says True the loop ends, and that next one is given up.
+      ledger: told where the time goes.
+      dispatched: `(step, metrics on the devices)`, told of each step that is on its way.
 
     Returns:
       The state behind the last step made.
     """
-    clock = Clock()
+    clock, ledger = Clock(), ledger or Ledger()
     pending: tuple[int, Any] | None = None
 
-    def flush() -> None:
+    def settle() -> bool:
+        """Record the step before if it is to be, and have it judged."""
         nonlocal pending
-        if pending is not None:
-            step, metrics = pending
+        if pending is None:
+            return False
+        (step, metrics), pending = pending, None
+        if step % log_every == 0 or step == stop:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             record(step, values, clock.read())
-            pending = None
+        return judge is not None and judge(step, metrics)
 
     for step in range(start + 1, stop + 1):
         began = time.perf_counter()
-        batch = next(batches)
+        with ledger.phase("data_wait"):
+            batch = next(batches)
         clock.waiting += time.perf_counter() - began
         with jax.transfer_guard("disallow"):
             state, metrics = train_step(state, batch, frozen)
-        flush()
+        dispatched(step, metrics)
+        if settle():
+            return state
         clock.steps += 1
-        if step % log_every == 0 or step == stop:
-            pending = step, metrics
+        pending = step, metrics
         stopping = stop_due(step)
         due = [hook for hook in hooks if hook.due(step)]
         if due:
             jax.block_until_ready(metrics)
-            flush()
+            if settle():
+                return state
             began = time.perf_counter()
             for hook in due:
-                hook.call(step, state)
+                with ledger.phase(hook.phase):
+                    hook.call(step, state)
             clock.hooks += time.perf_counter() - began
         if stopping:
             break
-    flush()
+    settle()
     return state

@@ -21,29 +21,32 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ctllm_jax import sharding
-from ctllm_jax.cluster.chips import find_chip
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import to_yaml
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.data.batch import Batch, BatchSource, Preference
 from ctllm_jax.data.pretrain import open_training_data
+from ctllm_jax.dataset.damage import DamageLog
 from ctllm_jax.huggingface.tokenizer import keep_settings
 from ctllm_jax.losses.cross_entropy import chunked_cross_entropy
 from ctllm_jax.model.decoder import Decoder, head_weights, init_table
-from ctllm_jax.model.flops import flops_per_token
-from ctllm_jax.model.lora import attach, count_adapters, lora_parameters
-from ctllm_jax.model.parameters import count_parameters, decoder_parameters
+from ctllm_jax.model.lora import attach, lora_parameters
+from ctllm_jax.model.parameters import decoder_parameters
 from ctllm_jax.training import checkpoint as checkpoints
 from ctllm_jax.training.checkpointer import Checkpointer
 from ctllm_jax.training.environment import choose_implementations, describe_environment, warn_of_processors
 from ctllm_jax.training.fingerprint import compare_fingerprints, make_fingerprint
+from ctllm_jax.training.goodput import Ledger
 from ctllm_jax.training.loop import Hook, run_loop
 from ctllm_jax.training.lora import abstract_base, with_adapters
 from ctllm_jax.training.optimizer import make_optimizer, make_schedule
+from ctllm_jax.training.recovery import Recovery, Rollback, restore_state
 from ctllm_jax.training.state import State, init_state
 from ctllm_jax.training.step import make_train_step, plan_accumulation
 
 log = logging.getLogger(__name__)
+DAMAGED = "damaged"
+"""Folder of a run directory for the records of the data that could not be read."""
 
 
 def make_decoder(config: PretrainConfig, mesh: jax.sharding.Mesh | None = None) -> Decoder:
@@ -110,6 +113,8 @@ class Run:
 
     Attributes:
       frozen: the base's weights under LoRA, whose adapters are the state's; None where the state has all weights.
+      abstract_state: what a checkpoint is restored as.
+      recovery: what goes back to one when steps stay bad; None: nothing does.
     """
 
     config: PretrainConfig
@@ -127,6 +132,8 @@ class Run:
     start: int
     objective: Objective | None = None
     frozen: Any = None
+    abstract_state: State | None = None
+    recovery: Recovery | None = None
 
     def weights(self, state: State) -> Any:
         """The parameters of a state as the decoder takes them."""
@@ -145,21 +152,42 @@ class Run:
         for batch in self.data.iterate(int(self.state.data_step), local_rows=rows):
             yield place(batch)
 
-    def train(self, *, record: Callable, hooks: Sequence[Hook],
-              stop_due: Callable[[int], bool] = lambda step: False) -> int:
-        """Go on to the last step, or until `stop_due`; returns the step reached, which is kept either way."""
-        batches = self.batches()
-        try:
-            self.state = run_loop(self.state, self.train_step, batches, start=self.start, stop=self.config.steps,
-                                  log_every=self.config.log.every, record=record, hooks=hooks, frozen=self.frozen,
-                                  stop_due=stop_due)
-            step = int(self.state.step)
-            self.checkpointer.save(self.state, step=step, last=True)
-        finally:
-            batches.close()
-            self.checkpointer.close()
-        return step
+    def train(self, *, record: Callable, hooks: Sequence[Hook], stop_due: Callable[[int], bool] = lambda step: False,
+              ledger: Ledger | None = None, dispatched: Callable[[int, Any], None] = lambda step, metrics: None,
+              rolled_back: Callable[[Rollback], None] = lambda rollback: None) -> int:
+        """Go on to the last step, or until `stop_due`; returns the step reached, which is kept either way.
 
+        Raises:
+          Diverged: steps stay bad, and there is nothing left to go back to.
+        """
+        ledger, recovery = ledger or Ledger(), self.recovery
+        judge = recovery.judge if recovery is not None and recovery.watches else None
+        try:
+            while True:
+                begun, batches = int(self.state.data_step), self.batches()
+                try:
+                    with ledger.phase("step"):
+                        self.state = run_loop(
+                            self.state, self.train_step, batches, start=self.start, stop=self.config.steps,
+                            log_every=self.config.log.every, record=record, hooks=hooks, frozen=self.frozen,
+                            stop_due=stop_due, judge=judge, ledger=ledger, dispatched=dispatched)
+                finally:
+                    batches.close()
+                if judge is None or not recovery.due:
+                    break
+                with ledger.phase("rollback"):
+                    self.state = None  # the one that takes its place needs its memory
+                    rollback, self.state, self.checkpointer = recovery.go_back(
+                        self.checkpointer, self.abstract_state, data_step=begun + recovery.at - self.start)
+                    self.start = rollback.to
+                    rolled_back(rollback)
+            step = int(self.state.step)
+            with ledger.phase("checkpoint"):
+                self.checkpointer.save(self.state, step=step, last=True)
+        finally:
+            with ledger.phase("checkpoint"):
+                self.checkpointer.close()
+        return step
 
 def place_batch(batch: Batch, *, sharding: NamedSharding, rows: int) -> Batch:
     """This process's rows of a batch as part of the global arrays [rows, S]."""
@@ -219,8 +247,10 @@ def plan_step(config: PretrainConfig, mesh: jax.sharding.Mesh, *, token_bytes: n
     abstract_params = jax.eval_shape(partial(init_table, table), jax.random.key(0))
     optimizer = make_optimizer(config.optimizer, abstract_params)
 
+    spikes = config.bad_steps.spikes if config.bad_steps.spikes.deviations is not None else None
+
     def init(key: jax.Array) -> State:
-        return init_state(init_table(table, key), optimizer)
+        return init_state(init_table(table, key), optimizer, spikes=spikes is not None)
 
     abstract = jax.eval_shape(init, jax.random.key(0))
     replicated, batch_sharding = sharding.replicated(mesh), sharding.batch_sharding(mesh)
@@ -235,7 +265,8 @@ def plan_step(config: PretrainConfig, mesh: jax.sharding.Mesh, *, token_bytes: n
         loss_fn = with_adapters(loss_fn, scale=config.lora.scale)
     train_step = make_train_step(
         loss_fn, optimizer, make_schedule(config.optimizer, steps=config.steps), accumulation=accumulation,
-        constrain_grads=partial(jax.lax.with_sharding_constraint, shardings=shardings))
+        constrain_grads=partial(jax.lax.with_sharding_constraint, shardings=shardings), spikes=spikes,
+        branches=mesh.devices.flat[0].platform not in ("gpu", "cuda", "rocm"))
     shape = (config.batch.rows, config.batch.sequence_length)
     batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
                     for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)))
@@ -250,7 +281,7 @@ def plan_step(config: PretrainConfig, mesh: jax.sharding.Mesh, *, token_bytes: n
 
 def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str], None] = log.info,
                 data: BatchSource | None = None, meta: dict[str, Any] | None = None,
-                objective: Objective | None = None) -> Run:
+                objective: Objective | None = None, ledger: Ledger | None = None) -> Run:
     """Everything up to the first step: data, mesh, weights or checkpoint, compiled step.
 
     Args:
@@ -259,6 +290,7 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
       data: batches of another stage than pretraining; None: those of `config.data`.
       meta: what else its checkpoints say of themselves, as JSON.
       objective: what that stage is trained on; None: next tokens.
+      ledger: told of the time to compile.
 
     Raises:
       UserError: whatever in the config, data or checkpoint does not fit, before the model is compiled.
@@ -270,7 +302,8 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
                     " blocks away; compute.scan_layers=true keeps it", config.compute.remat)
     if data is None:
         data = open_training_data(config.data, sequence_length=config.batch.sequence_length, rows=config.batch.rows,
-                                  seed=config.seed, vocab_size=config.model.vocab_size)
+                                  seed=config.seed, vocab_size=config.model.vocab_size,
+                                  damage=DamageLog(directory / DAMAGED, budget=config.data.damaged_budget))
     plan = plan_step(config, mesh, token_bytes=data.token_bytes, objective=objective)
     directory.mkdir(parents=True, exist_ok=True)
     fingerprint = make_fingerprint(config, data.fingerprint)
@@ -278,9 +311,10 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
         directory, config.checkpoint, tokens_per_step=config.batch.tokens,
         meta={"fingerprint": fingerprint, "steps": config.steps, "eod_id": data.eod_id,
               "prefix_id": find_prefix_id(config, data.eod_id),
+              "spikes": config.bad_steps.spikes.deviations is not None,
               **({} if config.lora is None else {"lora": config.lora.model_dump(mode="json")}), **(meta or {})})
     # Where a run begins: its own newest checkpoint, else the weights it was told to take, else random ones.
-    newest, base = checkpointer.latest(), None
+    newest, base, known = checkpointer.latest(), None, {}
     if newest is not None:
         how = "resume"
         known = checkpointer.read_meta(newest)
@@ -289,7 +323,7 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
             raise UserError(f"steps={config.steps}: {directory} is at step {newest} already")
         warn_of_processors(directory)
         stage(f"resuming {directory} at step {newest}")
-        state = checkpointer.restore(plan.abstract_state, step=newest)
+        state = restore_state(checkpointer, plan.abstract_state, step=newest)
         checkpointer.meta["init"] = origin = known.get("init")
         if config.lora is not None:
             base = checkpoints.find_base(origin, run_dir=directory, model=config.init)
@@ -310,62 +344,17 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
     _write_run_files(config, directory, data.tokenizer_path, template=(meta or {}).get("template"))
     stage("compiling the train step")
     began = time.perf_counter()
-    compiled = plan.compile()
+    with (ledger or Ledger()).phase("compile"):
+        compiled = plan.compile()
+    recovery = Recovery(config.bad_steps, meta=checkpointer.meta, known=known.get("recovery"))
     return Run(config, directory, mesh, make_decoder(config, mesh), data, state, how, compiled, checkpointer,
                plan.micro_rows, plan.accumulation, time.perf_counter() - began, start=int(state.step),
-               objective=objective, frozen=frozen)
+               objective=objective, frozen=frozen, abstract_state=plan.abstract_state, recovery=recovery)
 
 
 def find_prefix_id(config: PretrainConfig, eod_id: int | None) -> int | None:
     """The id that precedes a document in training, where attention can see it."""
     return None if config.isolated else eod_id
-
-
-def describe_run(run: Run) -> dict[str, Any]:
-    """The start of a run, for the banner and for metrics.jsonl."""
-    config = run.config
-    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length, lora=config.lora)
-    devices = jax.devices()
-    return {
-        "how": run.how, "step": run.start, "steps": config.steps, "parameters": count_parameters(config.model),
-        **({} if config.lora is None else {"trained_parameters": count_adapters(config.model, config.lora)}),
-        "devices": f"{len(devices)} x {devices[0].device_kind}", "mesh": dict(run.mesh.shape),
-        "tokens_per_step": config.batch.tokens, "flops_per_token": flops._asdict(),
-        "implementations": describe_environment(config)["implementations"], "compile_seconds": run.compile_seconds,
-        "micro_rows": run.micro_rows, "accumulation": run.accumulation,
-        "tokens_per_source": run.data.tokens_per_source(config.steps), "epochs": run.data.epochs(config.steps),
-        "data": getattr(run.data, "report", None), "config": config.model_dump(mode="json"),
-    }
-
-
-def make_record(run: Run) -> Callable[[int, dict[str, float], dict[str, float]], dict[str, Any]]:
-    """`(step, metrics, timing) -> the record of a "train" event` of metrics.jsonl."""
-    config = run.config
-    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length, lora=config.lora)
-    devices = jax.devices()
-    chip = find_chip(devices[0].device_kind)
-
-    def record(step: int, metrics: dict[str, float], timing: dict[str, float]) -> dict[str, Any]:
-        tokens_per_second = config.batch.tokens / timing["step_seconds"]
-        # The trained loss has the z-loss in it; what is shown, and paid in bits, is the cross-entropy alone.
-        z_loss = metrics.get("z_loss", 0.0) / max(metrics["weight"], 1.0)
-        loss = metrics["loss"] - z_loss
-        result = {"step": step, "tokens": config.tokens_at(step), "loss": loss}
-        if metrics.get("bytes"):
-            result["bits_per_byte"] = loss * metrics["weight"] / np.log(2) / metrics["bytes"]
-        result |= {"grad_norm": metrics["grad_norm"], "lr": metrics["lr"], "tokens_per_second": tokens_per_second,
-                   **timing, "eta_seconds": (config.steps - step) * timing["step_seconds"]}
-        if run.objective is not None:
-            result |= run.objective.describe(metrics)
-        elif config.loss.z_loss:
-            result["z_loss"] = z_loss
-        if chip is not None:
-            peak = chip.peak_flops * len(devices)
-            result |= {"mfu_causal": flops.causal * tokens_per_second / peak,
-                       "mfu_full": flops.full * tokens_per_second / peak}
-        return result
-
-    return record
 
 
 def _like_params(tree: Any, params: Any, shardings: Any, otherwise: NamedSharding) -> Any:

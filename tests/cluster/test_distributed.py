@@ -176,8 +176,10 @@ def test_jax_is_not_left_to_guess_a_gpu(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **options: calls.append(options))
     for name, value in (SLURM | {"SLURM_STEP_NODELIST": "127.0.0.1"}).items():
         monkeypatch.setenv(name, value)
-    assert distributed.initialize() == 2
-    assert calls == [{"local_device_ids": None, "cluster_detection_method": "deactivate"}]
+    assert distributed.initialize(30) == 2
+    # JAX aborts with no word of who is gone: the watchdog, which names it, is to be first.
+    assert calls == [{"local_device_ids": None, "cluster_detection_method": "deactivate",
+                      "heartbeat_timeout_seconds": 70}]
 
 
 @pytest.mark.parametrize(("tasks", "visible", "message"), [

@@ -105,6 +105,7 @@ def test_a_single_tpu_host_is_one_process():
 
 @pytest.mark.parametrize(("message", "action"), [
     (f"failed with exit code {statuses.WRONG_INPUT} matching FailJob rule at index 0", "FailJobSet"),
+    (f"failed with exit code {statuses.DIVERGED} matching FailJob rule at index 0", "FailJobSet"),
     (f"failed with exit code {statuses.REQUEUE} matching FailJob rule at index 0",
      "RestartJobSetAndIgnoreMaxRestarts"),
     ("has condition DisruptionTarget matching FailJob rule at index 1", "RestartJobSetAndIgnoreMaxRestarts")])
@@ -112,7 +113,7 @@ def test_what_the_end_of_a_pod_leads_to(message, action):
     """By the rules of JobSet: the first whose reasons and patterns match. The messages are those of Kubernetes."""
     jobset, job, *_ = parts("job.topology=v5p-256")
     codes = job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"]
-    assert codes == sorted([statuses.WRONG_INPUT, statuses.REQUEUE]) and job["backoffLimit"] == 0
+    assert codes == sorted([statuses.WRONG_INPUT, statuses.DIVERGED, statuses.REQUEUE]) and job["backoffLimit"] == 0
     text = f"Container trainer for pod default/run-worker-0-0-x {message}"
     rules = [rule for rule in jobset["spec"]["failurePolicy"]["rules"]
              if "PodFailurePolicy" in rule["onJobFailureReasons"]

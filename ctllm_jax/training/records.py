@@ -1,0 +1,66 @@
+"""What a run says of itself: at its start, and of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from ctllm_jax.cluster.chips import find_chip
+from ctllm_jax.model.flops import flops_per_token
+from ctllm_jax.model.lora import count_adapters
+from ctllm_jax.model.parameters import count_parameters
+from ctllm_jax.training.environment import describe_environment
+
+if TYPE_CHECKING:
+    from ctllm_jax.training.pretrain import Run
+
+
+def describe_run(run: Run) -> dict[str, Any]:
+    """The start of a run, for the banner and for metrics.jsonl."""
+    config = run.config
+    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length, lora=config.lora)
+    devices = jax.devices()
+    return {
+        "how": run.how, "step": run.start, "steps": config.steps, "parameters": count_parameters(config.model),
+        **({} if config.lora is None else {"trained_parameters": count_adapters(config.model, config.lora)}),
+        "devices": f"{len(devices)} x {devices[0].device_kind}", "mesh": dict(run.mesh.shape),
+        "tokens_per_step": config.batch.tokens, "flops_per_token": flops._asdict(),
+        "implementations": describe_environment(config)["implementations"], "compile_seconds": run.compile_seconds,
+        "micro_rows": run.micro_rows, "accumulation": run.accumulation,
+        "tokens_per_source": run.data.tokens_per_source(config.steps), "epochs": run.data.epochs(config.steps),
+        "data": getattr(run.data, "report", None), "config": config.model_dump(mode="json"),
+    }
+
+
+def make_record(run: Run) -> Callable[[int, dict[str, float], dict[str, float]], dict[str, Any]]:
+    """`(step, metrics, timing) -> the record of a "train" event` of metrics.jsonl."""
+    config = run.config
+    flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length, lora=config.lora)
+    devices = jax.devices()
+    chip = find_chip(devices[0].device_kind)
+
+    def record(step: int, metrics: dict[str, float], timing: dict[str, float]) -> dict[str, Any]:
+        tokens_per_second = config.batch.tokens / timing["step_seconds"]
+        # The trained loss has the z-loss in it; what is shown, and paid in bits, is the cross-entropy alone.
+        z_loss = metrics.get("z_loss", 0.0) / max(metrics["weight"], 1.0)
+        loss = metrics["loss"] - z_loss
+        result = {"step": step, "tokens": config.tokens_at(step), "loss": loss}
+        if metrics.get("bytes"):
+            result["bits_per_byte"] = loss * metrics["weight"] / np.log(2) / metrics["bytes"]
+        result |= {"grad_norm": metrics["grad_norm"], "lr": metrics["lr"], "tokens_per_second": tokens_per_second,
+                   **timing, "eta_seconds": (config.steps - step) * timing["step_seconds"]}
+        result |= {name: int(metrics[name]) for name in ("bad_steps", "spikes") if name in metrics}
+        if run.objective is not None:
+            result |= run.objective.describe(metrics)
+        elif config.loss.z_loss:
+            result["z_loss"] = z_loss
+        if chip is not None:
+            peak = chip.peak_flops * len(devices)
+            result |= {"mfu_causal": flops.causal * tokens_per_second / peak,
+                       "mfu_full": flops.full * tokens_per_second / peak}
+        return result
+
+    return record

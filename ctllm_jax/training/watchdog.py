@@ -1,0 +1,187 @@
+"""Ends a run that hangs, or whose peer is gone: with a message, every thread's stack, and the status that requeues.
+
+Two threads look on, and neither waits for a device, for a peer or for the other one. The first asks whether the
+metrics of the steps that are on their way are there, which blocks nobody. The second gives signs of life, by the time
+of a file in RUN/processes, and looks for those of the others when no step is made.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+
+from ctllm_jax.config.reliability import WatchdogConfig
+from ctllm_jax.config.statuses import REQUEUE
+from ctllm_jax.training.goodput import STEPPING, Ledger
+
+log = logging.getLogger(__name__)
+PROCESSES = "processes"
+_OF_RUNTIME = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
+"""What the text of an error begins with that comes from JAX's runtime: where it is not JAX that asked for a result,
+such as numpy, it is a ValueError."""
+_LEAST_SECONDS, _MEDIANS = 300.0, 10
+_POLL = 0.5
+_NOTICED = 0.75
+"""Of `distributed.heartbeat_seconds`: when a silent process is named, so that all have ended when they are over."""
+_MARGIN = 5.0
+_LAST_OUT = 3.0
+"""Seconds that the first process stays behind the others: with it goes JAX's coordinator, without which they abort."""
+
+
+class Watchdog:
+    """Looks on from `__enter__` to `__exit__`; everything may be called from the main thread at any time.
+
+    Args:
+      config: how long is too long.
+      heartbeat_seconds: after which a silent peer is gone.
+      directory: the run directory.
+      ledger: knows what the main thread is doing.
+      tell: `(reason, message)`, told on the thread that ends the process: reason `hung` or `lost a process`.
+    """
+
+    def __init__(self, config: WatchdogConfig, *, heartbeat_seconds: float, directory: Path, ledger: Ledger,
+                 tell: Callable[[str, str], None]):
+        self._config, self._heartbeat, self._directory = config, heartbeat_seconds, directory
+        self._ledger, self._tell = ledger, tell
+        self._index, self._count = jax.process_index(), jax.process_count()
+        self._on_their_way: deque[tuple[int, Any]] = deque()
+        self._durations: deque[float] = deque(maxlen=64)
+        self._sign = self._finished_at = time.monotonic()
+        self._finished: int | None = None
+        self._done, self._ending = threading.Event(), threading.Lock()
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Watchdog:
+        self._sign = time.monotonic()
+        if self._config.seconds != 0:
+            self._start(self._watch_steps, "watchdog")
+        if self._count > 1:
+            self._start(self._watch_peers, "heartbeat")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        for thread in self._threads:
+            thread.join()
+
+    def dispatched(self, step: int, metrics: dict[str, Any]) -> None:
+        """A step is on its way to the devices."""
+        self._on_their_way.append((step, metrics["loss"]))
+
+    def beat(self) -> None:
+        """A sign of life in a slow phase."""
+        self._sign = time.monotonic()
+
+    def await_verdict(self, error: BaseException) -> None:
+        """After an error that a lost peer may have caused: wait until it would be missed, in which case the process
+        ends here."""
+        if self._count > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or _OF_RUNTIME.match(str(error))):
+            log.error("%s: waiting for %.0f s to see whether another process is gone", str(error).splitlines()[0],
+                      self._heartbeat + _MARGIN)
+            time.sleep(self._heartbeat + _MARGIN)
+
+    @property
+    def limit(self) -> float:
+        """Seconds without a sign of life that are too long now."""
+        if self._ledger.current not in STEPPING or self._finished is None:
+            return self._config.slow_seconds
+        if self._config.seconds is not None:
+            return self._config.seconds
+        typical = median(self._durations) if self._durations else 0.0
+        return max(_LEAST_SECONDS, _MEDIANS * typical)
+
+    def idle(self) -> float:
+        """Seconds since the last sign of life."""
+        return time.monotonic() - max(self._sign, self._ledger.turned)
+
+    def _start(self, target: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(target=target, daemon=True, name=name)
+        thread.start()
+        self._threads.append(thread)
+
+    def _watch_steps(self) -> None:
+        while not self._done.wait(_POLL):
+            self._look_for_finished()
+            idle, limit = self.idle(), self.limit
+            if idle > limit:
+                last = "none was made before" if self._finished is None else f"the last was step {self._finished:,}"
+                self._end("hung", f"no step was finished for {idle:.0f} s (watchdog: {limit:.0f} s in phase"
+                                  f" {self._ledger.current}); {last}")
+
+    def _look_for_finished(self) -> None:
+        finished = None
+        while self._on_their_way and self._on_their_way[0][1].is_ready():
+            finished = self._on_their_way.popleft()[0]
+        if finished is None:
+            return
+        now = time.monotonic()
+        if self._finished is not None and finished > self._finished:
+            self._durations.append((now - self._finished_at) / (finished - self._finished))
+        self._finished, self._finished_at, self._sign = finished, now, now
+
+    def _watch_peers(self) -> None:
+        folder = self._directory / PROCESSES
+        folder.mkdir(parents=True, exist_ok=True)
+        mine = folder / str(self._index)
+        mine.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        while not self._done.wait(self._heartbeat / 10):
+            try:
+                os.utime(mine)
+                # While steps are made all are alive: nobody reads a thousand files then.
+                gone = self._silent(folder, mine) if self.idle() > _NOTICED * self._heartbeat / 2 else []
+            except OSError as error:
+                log.warning("no sign of life could be given or looked for in %s: %s", folder, error)
+                continue
+            if gone:
+                self._end("lost a process", "; ".join(gone))
+
+    def _silent(self, folder: Path, mine: Path) -> list[str]:
+        """What to say of each process that is silent. Times are those of the disk, which has one clock."""
+        now, found = mine.stat().st_mtime, []
+        for index in range(self._count):
+            path = folder / str(index)
+            if index == self._index or not path.exists():
+                continue
+            silent = now - path.stat().st_mtime
+            if silent > _NOTICED * self._heartbeat:
+                known = json.loads(path.read_text() or "{}")
+                found.append(f"process {index} (of {self._count}, on {known.get('host')}, pid {known.get('pid')}) has"
+                             f" given no sign of life for {silent:.0f} s")
+        return found
+
+    def _end(self, reason: str, what: str) -> None:
+        """The end of this process, on whatever thread noticed first."""
+        with self._ending:
+            if self._done.is_set():
+                return
+            message = f"process {self._index} on {socket.gethostname()}: {what}"
+            path = self._directory / f"stacks-{self._index}.txt"
+            sys.stderr.write(f"{message}; every thread's stack follows, and is in {path}\n")
+            sys.stderr.flush()
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(f"{message}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            try:
+                self._tell(reason, message)
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                if self._index == 0 and self._count > 1:
+                    time.sleep(_LAST_OUT)
+                os._exit(REQUEUE)

@@ -1,0 +1,117 @@
+"""A run that hangs ends by itself, says where it hung, and asks to be started again."""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from ctllm_jax.config.reliability import WatchdogConfig
+from ctllm_jax.config.statuses import REQUEUE
+from ctllm_jax.report.run import read_run
+from ctllm_jax.training import watchdog
+from ctllm_jax.training.goodput import Ledger
+from ctllm_jax.training.watchdog import Watchdog
+from tests.runs import DEBUG, REPOSITORY, cached, launch, start
+from tests.training.test_processes import free_port
+
+SCRIPT = REPOSITORY / "tests/training/hanging.py"
+HEARTBEAT = 10
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return cached(tmp_path_factory.mktemp("compiled"))
+
+
+def test_data_that_stops_coming_and_the_run_that_goes_on(tmp_path, cache):
+    words = (f"run.dir={tmp_path}", "checkpoint.every=2", "watchdog.seconds=3")
+    done = start("5", *words, script=SCRIPT, **cache).wait_for_text()
+    assert done.returncode == REQUEUE, done.stdout
+    message = f"process 0 on {socket.gethostname()}: no step was finished for"
+    stacks = (tmp_path / "stacks-0.txt").read_text()
+    for text in (done.stdout, stacks):
+        assert message in text and "in phase data_wait); the last was step 5" in text and "wait_for_a_disk" in text
+    run = read_run(tmp_path)
+    assert run.state == "hung" and run.end["step"] == 4 and message in run.end["message"] and not run.problems
+    again = launch("pretrain", DEBUG, *words, **cache)
+    assert again.returncode == 0 and "resuming at step 4" in again.stdout, again.stdout
+
+
+@pytest.fixture
+def two(tmp_path, cache):
+    """A run of two processes in the middle of its steps; both are gone at the end."""
+    shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    words = ("pretrain", DEBUG, f"run.dir={tmp_path}", "steps=1000000", "log.every=50", "checkpoint.every=1000000",
+             "mesh.data=2", f"distributed.heartbeat_seconds={HEARTBEAT}")
+    both = [start(*words, **shared, JAX_PROCESS_ID=str(index), **cache) for index in range(2)]
+    until = time.monotonic() + 180
+    while not (tmp_path / "metrics.jsonl").exists() or not read_run(tmp_path).train:
+        assert time.monotonic() < until and all(process.poll() is None for process in both)
+        time.sleep(0.2)
+    yield both
+    for process in both:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("number", "victim"), [
+    (signal.SIGSTOP, 1), (signal.SIGKILL, 1), pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.slow)])
+def test_a_peer_that_is_gone_is_named(two, tmp_path, number, victim):
+    """Stopped, it keeps its connections open, and nothing but its silence tells; killed, they break."""
+    os.kill(two[victim].pid, number)
+    began = time.monotonic()
+    done = two[1 - victim].wait_for_text(timeout=120)
+    assert done.returncode == REQUEUE, done.stdout
+    # Its last sign of life was up to a tenth before; then the stacks, and the first process is the last to go.
+    assert time.monotonic() - began < HEARTBEAT + 8
+    message = (f"process {victim} (of 2, on {socket.gethostname()}, pid {two[victim].pid}) has given no sign of life"
+               " for")
+    assert message in done.stdout and message in (tmp_path / f"stacks-{1 - victim}.txt").read_text()
+    if victim == 1:
+        assert read_run(tmp_path).state == "lost a process"
+
+
+class Metric:
+    """A number that is there when it is said to be."""
+
+    ready = False
+
+    def is_ready(self):
+        return self.ready
+
+
+def test_how_long_is_too_long(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
+    ledger = Ledger()
+    found = Watchdog(WatchdogConfig(), heartbeat_seconds=10, directory=tmp_path, ledger=ledger, tell=None)
+    assert found.limit == 3600  # starting
+    with ledger.phase("step"):
+        metrics = [Metric() for _ in range(4)]
+        for step, metric in enumerate(metrics, 1):
+            found.dispatched(step, {"loss": metric})
+        assert found.limit == 3600  # the first step: libraries are loaded, connections made
+        metrics[0].ready = metrics[2].ready = True
+        now += 5
+        found._look_for_finished()
+        assert found.limit == 300 and found.idle() == 0  # 3 is there, but not before 2
+        metrics[1].ready = metrics[3].ready = True
+        now += 180
+        assert found.idle() == 180
+        found._look_for_finished()
+        assert found.limit == 600 and found.idle() == 0  # ten times 180 s / 3 steps
+        now += 100
+        with ledger.phase("checkpoint"):
+            assert found.limit == 3600 and found.idle() == 0
+            now += 8
+        assert found.idle() == 0
+        now += 7
+        assert found.idle() == 7
+    with ledger.phase("evaluation"):
+        now += 50
+        found.beat()
+        now += 1
+        assert found.idle() == 1
