@@ -34,6 +34,7 @@ COMMANDS = {
     "export-hf": "a Hugging Face model from a run, or its adapters for PEFT",
     "evaluate": "benchmarks on a model (mmlu, cmmlu, ceval, …), with lm-eval's own tasks",
     "judge": "CHC-Bench, MT-Bench or questions of your own, answered by models and rated by another",
+    "tables": "the paper's tables, with the figures of your runs beside its own",
     "generate": "text from a trained model",
     "serve": "a model behind OpenAI's interface, and a page to chat with it",
     "chat": "talk to a model that was taught to answer",

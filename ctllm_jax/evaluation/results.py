@@ -68,16 +68,20 @@ def read_results(run: Path | str, *, step: int | None = None) -> list[dict[str, 
     """
     folders = [path for path in (Path(run) / FOLDER).glob("*") if path.is_dir() and path.name.isdigit()
                and step in (None, int(path.name))]
-    results = []
-    for folder in sorted(folders, key=lambda path: int(path.name)):
-        for path in sorted(folder.glob("*.json")):
-            try:
-                result = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{path} is malformed: {error}") from None
-            if isinstance(result, dict) and "results" in result and OURS in result:
-                results.append({**result, "path": str(path)})
-    return results
+    return [result for folder in sorted(folders, key=lambda path: int(path.name)) for result in read_folder(folder)]
+
+
+def read_folder(folder: Path) -> list[dict[str, Any]]:
+    """The results that lie in a folder, in the order of their names; as `read_results`."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is malformed: {error}") from None
+        if isinstance(result, dict) and "results" in result and OURS in result:
+            found.append({**result, "path": str(path)})
+    return found
 
 
 def to_json(value: Any) -> Any:

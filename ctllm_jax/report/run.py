@@ -21,7 +21,7 @@ CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 SENTIMENT = "sentiment.json"
 
-_STEPPED = ("train", "evaluation", "sample")
+_STEPPED = ("train", "evaluation", "sample", "benchmarks")
 _MAX_PROBLEMS = 20
 # Python reads NaN and Infinity, which are no JSON: to None, as the trainer writes them. One decoder for all lines,
 # since json.loads makes a new one each time.
@@ -44,6 +44,7 @@ class Run:
     train: list[dict] = field(default_factory=list)
     evaluation: list[dict] = field(default_factory=list)
     sample: list[dict] = field(default_factory=list)
+    benchmarks: list[dict] = field(default_factory=list)
     baselines: dict[str, dict] = field(default_factory=dict)
     stages: list[dict] = field(default_factory=list)
     events: list[dict] = field(default_factory=list)
@@ -235,6 +236,8 @@ class _Lines:
         records = getattr(self.run, kind)
         if kind == "evaluation":
             record["sources"] = _sources(record)
+        if kind == "benchmarks" and not isinstance(record.get("tasks"), dict):
+            raise ValueError("no tasks")
         # An attempt may say again what its forerunner said of the step it resumed at: the later word counts.
         while 0 < len(records) <= self.inherited[kind] and records[-1]["step"] >= step:
             records.pop()
