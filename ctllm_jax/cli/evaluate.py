@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctllm_jax.cli.evaluate_checkpoints import origin
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.evaluate import EvaluateConfig
 from ctllm_jax.config.evaluate_data import FetchConfig, ListConfig, choose_names
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ctllm_jax.inference.model import Model
 
 SCHEMA = EvaluateConfig
+BITS_TASK = "bits_per_byte"
 DATA_ACTIONS = {"list": ListConfig, "fetch": FetchConfig}
 USAGE = """
 usage: python launch.py evaluate MODEL tasks=NAME,… | suite=FILE [key=value …] [--dry-run | --print-config]
@@ -32,6 +34,11 @@ command goes on where it was stopped, and what was answered once is not asked ag
   python launch.py evaluate runs/chat tasks=gsm8k apply_chat_template=true samples=true
   python launch.py evaluate models/qwen tasks=mmlu output=results/qwen
   python launch.py evaluate runs/ct_llm suite=configs/eval/quick.yaml
+
+Over training, checkpoint by checkpoint (tables and report show the course); and bits per byte of held-out text:
+  python launch.py evaluate runs/ct_llm checkpoints=milestones suite=configs/eval/paper.yaml
+  python launch.py evaluate runs/ct_llm checkpoints=all tasks=cmmlu,bits_per_byte num_fewshot=5
+  python launch.py evaluate runs/ct_llm tasks=bits_per_byte held_out.sources.zh=zh.jsonl held_out.sources.en=en/
 
 list shows which questions lie in data/evaluation, and for the others which file to put there, or the command that
 fetches them; fetch takes them from the hub (HF_ENDPOINT, HF_HOME and HF_TOKEN as usual):
@@ -63,42 +70,63 @@ def run(context: Context) -> int:
         return evaluate_data.run_list(context) if context.action == "list" else evaluate_data.run_fetch(context)
     if len(context.targets) != 1:
         raise UserError("evaluate needs one MODEL: a run directory, RUN@STEP, or a Hugging Face folder")
-    config, console, name = context.config, context.console, context.targets[0]
+    config, name = context.config, context.targets[0]
     _check(name, config)
-    from ctllm_jax.evaluation import results
     from ctllm_jax.evaluation.tasks import open_tasks
 
     names, suite = choose_names(config.tasks, config.suite)
     shots = suite.shots if suite and config.num_fewshot is None else config.num_fewshot
-    opened = open_tasks(names, data=config.data and Path(config.data), num_fewshot=shots, seed=config.seed)
+    asked = [task for task in names if task != BITS_TASK]
+    opened = open_tasks(asked, data=config.data and Path(config.data), num_fewshot=shots, seed=config.seed)
     if context.dry_run:
         return _describe_tasks(context, opened["tasks"])
+    from ctllm_jax.cli.evaluate_checkpoints import choose_checkpoints, is_measured
+
+    models = choose_checkpoints(name, config.checkpoints) if config.checkpoints else [name]
+    for model in models:
+        if config.checkpoints and is_measured(model, _files(model, config, asked, suite), _identity(config, names)):
+            context.console.print(f"{model} has these results already", markup=False, soft_wrap=True)
+        else:
+            _evaluate(context, model, names, suite, opened)
+    return 0
+
+
+def _evaluate(context: Context, name: str, names: list[str], suite: Any, opened: dict[str, Any]) -> None:
+    """All that is asked of one MODEL; programs that are compiled for one checkpoint serve the next."""
     from rich.markup import escape
 
     from ctllm_jax.cli.progress import count_bar
+    from ctllm_jax.evaluation import results
     from ctllm_jax.evaluation.answer_store import AnswerStore
     from ctllm_jax.evaluation.evaluate import run_tasks
     from ctllm_jax.evaluation.harness import HarnessModel, identify
     from ctllm_jax.inference.model import load_model, with_template
 
+    config, console = context.config, context.console
     model = load_model(name, dtype=config.dtype, mesh=config.mesh)
     if config.template is not None:
         model = with_template(model, config.template, name=name)
     chat = config.apply_chat_template == "true" or config.apply_chat_template == "auto" and model.template is not None
     folder = Path(config.output) if config.output else results.result_folder(model.run_dir, model.step)
     identity = identify(model, max_length=config.max_length, seed=config.seed)
+    asked = [task for task in names if task != BITS_TASK]
+    said = {"command": context.command_line, "tasks": names, "asked": _identity(config, names)}
     with AnswerStore(folder / results.ANSWERS, identity) as store:
         lm = HarnessModel(
             model, batch_tokens=config.batch, max_length=config.max_length, store=store, seed=config.seed,
             bar=lambda noun, **counts: count_bar(console, noun, **counts))
         console.print(_headline(model, lm, chat=chat))
+        if BITS_TASK in names:
+            measure_bits(context, name, lm, folder, said)
+        if not asked:
+            return
+        for task in opened["tasks"].values():
+            task.set_fewshot_seed(seed=config.seed)  # The examples of each checkpoint are those of the first.
         result = run_tasks(lm, opened, limit=_number(config.limit), chat=chat, multiturn=config.multiturn,
                            system=config.system, seed=config.seed, bootstrap=config.bootstrap)
-    result[results.OURS]["checkpoint"] |= _origin(name)
-    result[results.OURS]["command"] = context.command_line
-    result[results.OURS]["tasks"] = names
-    file = results.result_name([Path(config.suite).stem] if suite else names, num_fewshot=config.num_fewshot,
-                               limit=config.limit, chat=chat)
+    result[results.OURS]["checkpoint"] |= origin(name)
+    result[results.OURS] |= said
+    file = _stem(config, asked, suite, chat=chat)
     samples = result.pop("samples")
     if config.samples:
         readable = {task: [{**row, "arguments": [[lm.readable(part) if isinstance(part, str) else part for part in each]
@@ -106,13 +134,66 @@ def run(context: Context) -> int:
                     for task, rows in samples.items()}
         results.write_samples(folder / f"{file}.samples.jsonl", readable)
     results.write_result(folder / f"{file}.json", result)
-    table = make_table(result, names)
+    table = make_table(result, asked)
     # As wide as it is: names of tasks differ at their ends, and a cut-off name is none.
     width = console.measure(table, options=console.options.update(max_width=500)).maximum
     console.width = max(console.width, width)
     console.print(table)
     console.print(f"results: {escape(str(folder / file))}.json")
-    return 0
+
+
+def measure_bits(context: Context, name: str, lm: Any, folder: Path, said: dict[str, Any]) -> None:
+    """Bits per byte of held-out text, into a file of their own."""
+    import time
+
+    from rich.markup import escape
+
+    from ctllm_jax.evaluation import results
+    from ctllm_jax.evaluation.evaluate import describe
+    from ctllm_jax.evaluation.held_out import measure_held_out, open_held_out, to_result
+
+    config, model = context.config, lm.model
+    held_out = open_held_out(name, config.held_out, run_dir=model.run_dir,
+                             context_length=model.decoder.config.context_length)
+    figures = measure_held_out(model, held_out, config.held_out, prefix_id=lm.prefix_token_id,
+                               max_length=config.max_length, batch_tokens=config.batch)
+    described = describe(lm, chat=False)
+    described["checkpoint"] |= origin(name)
+    result = to_result(figures, {**described, **said}, date=time.time())
+    path = folder / f"{BITS_TASK}.json"
+    results.write_result(path, result)
+    for source, each in figures.items():
+        error = f" ± {results.Z_95 * each['error']:.4f}" if each.get("error") else ""
+        context.console.print(f"bits per byte of {escape(source)}: {each['bits_per_byte']:.4f}{error}, over "
+                              f"{each['bytes']:,} bytes in {each['tokens']:,} tokens", highlight=False)
+    context.console.print(f"results: {escape(str(path))}")
+
+
+def _stem(config: EvaluateConfig, asked: list[str], suite: Any, *, chat: bool) -> str:
+    from ctllm_jax.evaluation import results
+
+    return results.result_name([Path(config.suite).stem] if suite else asked, num_fewshot=config.num_fewshot,
+                               limit=config.limit, chat=chat)
+
+
+def _identity(config: EvaluateConfig, names: list[str]) -> dict[str, Any]:
+    """All of a command that decides its results, but the model and the files of questions."""
+    left_out = {"checkpoints", "output", "batch", "mesh", "samples", "bootstrap", "data", "tasks", "suite"}
+    return {**config.model_dump(mode="json", exclude=left_out), "tasks": names}
+
+
+def _files(name: str, config: EvaluateConfig, asked: list[str], suite: Any) -> list[list[Path]]:
+    """The files that the command writes of a step, of each one either of some: a template may be used or not."""
+    from ctllm_jax.evaluation import results
+
+    directory, _, step = name.rpartition("@")
+    folder = Path(config.output) if config.output else results.result_folder(Path(directory), int(step))
+    stems = [_stem(config, asked, suite, chat=chat) for chat in (False, True)
+             if config.apply_chat_template in ("auto", str(chat).lower())] if asked else []
+    files = [[folder / f"{stem}.json" for stem in stems]] if stems else []
+    if config.samples and stems:
+        files.append([folder / f"{stem}.samples.jsonl" for stem in stems])
+    return files + ([[folder / f"{BITS_TASK}.json"]] if BITS_TASK in config.tasks else [])
 
 
 def _check(name: str, config: EvaluateConfig) -> None:
@@ -122,6 +203,11 @@ def _check(name: str, config: EvaluateConfig) -> None:
     if not directory.is_dir():
         raise UserError(f"no model {name}: {directory} is no directory (a MODEL is a run directory, RUN@STEP, or a "
                         "Hugging Face folder)")
+    if config.checkpoints and (not (directory / "config.yaml").is_file() or directory != Path(name)):
+        raise UserError(f"checkpoints={','.join(config.checkpoints)} are those of a run directory, which {name} is not")
+    if config.checkpoints and config.output is not None:
+        raise UserError("output holds the results of one checkpoint: leave it out, and those of each step lie in "
+                        "RUN/evaluation/STEP")
     if config.output is None and (directory / "config.json").is_file() and not (directory / "config.yaml").is_file():
         raise UserError(f"{name} is a Hugging Face folder, and results do not belong in it: give output=FOLDER")
     if config.template is not None and config.apply_chat_template == "false":
@@ -131,15 +217,6 @@ def _check(name: str, config: EvaluateConfig) -> None:
 
 def _number(limit: float | None) -> float | int | None:
     return int(limit) if limit is not None and limit >= 1 else limit
-
-
-def _origin(name: str) -> dict[str, Any]:
-    """What the checkpoint says of itself: the tokens that it was trained on, and which run it is of."""
-    from ctllm_jax.training.checkpoint import find_checkpoint, identify_model
-
-    _, kept = find_checkpoint(name)
-    known = {"tokens": kept.meta.get("tokens")}
-    return known | (identify_model(kept) if "fingerprint" in kept.meta else {})
 
 
 def _headline(model: Model, lm: Any, *, chat: bool) -> str:

@@ -6,17 +6,36 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from ctllm_jax.config.base import Section, key
+from ctllm_jax.config.base import Section, key, section
 from ctllm_jax.config.model import MeshConfig
 from ctllm_jax.config.sft import TemplateConfig
+
+
+class HeldOutSourceConfig(Section):
+    """Held-out text of one source or language. A bare value is its path."""
+
+    shorthand = "path"
+
+    path: str = key(..., "a dataset directory made with the model's tokenizer, or text: .jsonl(.gz|.zst), .parquet, .txt, or a folder of these")
+    text_field: str = key("text", "field of a record that holds the text")
+
+
+class HeldOutConfig(Section):
+    """What tasks=bits_per_byte measures."""
+
+    sources: dict[str, HeldOutSourceConfig] = key({}, "name -> path, such as held_out.sources.zh=zh.jsonl; none: what the run held out of its training data")
+    split: str = key("validation", "split of a dataset directory")
+    max_tokens: int = key(1_000_000, "tokens of each source, from its first", ge=1)
 
 
 class EvaluateConfig(Section):
     """Tasks of lm-eval on a MODEL."""
 
-    tasks: list[str] = key([], "tasks, subjects and groups between commas, such as cmmlu,ceval-valid,mmlu; evaluate list shows all")
+    tasks: list[str] = key([], "tasks, subjects and groups between commas, such as cmmlu,ceval-valid,mmlu; evaluate list shows all; bits_per_byte: of held_out")
     suite: str | None = key(None, "in place of tasks: a file that names tasks and their examples, such as configs/eval/paper.yaml")
     num_fewshot: int | None = key(None, "examples before each question; null: the suite's number, else each task's own", ge=0)
+    checkpoints: list[str] = key([], "of a run: all, milestones, or steps between commas, in place of one MODEL; a step that has these results is left out")
+    held_out: HeldOutConfig = section(HeldOutConfig, "text for tasks=bits_per_byte")
     limit: float | None = key(None, "questions of each task; below 1: their share; null: all", gt=0)
     data: str | None = key(None, "folder of the official question files; null: data/evaluation")
     apply_chat_template: Literal["false", "true", "auto"] = key("false", "ask through the chat template that the model has learned; auto: if it has learned one")
@@ -39,6 +58,20 @@ class EvaluateConfig(Section):
         if not all(value) or len(set(value)) < len(value):
             raise ValueError(f"tasks={','.join(value)} must be names between commas, none empty, each once")
         return value
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _check_checkpoints(cls, value: list[str]) -> list[str]:
+        value = [name.strip() for name in value]
+        if value not in ([], ["all"], ["milestones"]) and not all(name.isdigit() for name in value):
+            raise ValueError(f"checkpoints={','.join(value)} must be all, milestones, or steps between commas")
+        return value
+
+    @model_validator(mode="after")
+    def _check_held_out(self):
+        if self.held_out.sources and "bits_per_byte" not in self.tasks:
+            raise ValueError("held_out.sources is only read with tasks=bits_per_byte")
+        return self
 
     @model_validator(mode="after")
     def _check(self):
