@@ -349,9 +349,12 @@ def finish(run: Run, console: Any, *, next_command: bool) -> None:
     from rich.text import Text
 
     if run.config.log.report:
+        from ctllm_jax.evaluation.curves import benchmark_charts
         from ctllm_jax.report.page import write_report
 
-        console.print(Text(f"report: {write_report([run.directory], run.directory / 'report.html')}"))
+        page = write_report([run.directory], run.directory / "report.html",
+                            benchmarks=benchmark_charts([run.directory]))
+        console.print(Text(f"report: {page}"))
     if next_command and run.data.tokenizer_path is not None:
         prompt, directory = run.config.sample.prompts[0], shlex.quote(str(run.directory))
         # The shell reads Chinese as it is; quotes only where it would not.

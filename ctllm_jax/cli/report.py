@@ -10,6 +10,7 @@ from rich.text import Text
 from ctllm_jax.cli.sweep import STATE, run_directories
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.report import ReportConfig
+from ctllm_jax.evaluation.curves import benchmark_charts
 from ctllm_jax.report.page import write_report
 from ctllm_jax.report.run import read_run
 
@@ -41,7 +42,7 @@ def run(context: Context) -> int:
             read_run(directory)
         context.console.print(Text(f"would write {output}"), soft_wrap=True)
         return 0
-    path = write_report(directories, output)
+    path = write_report(directories, output, benchmarks=benchmark_charts(directories))
     context.console.print(Text(f"report: {path}"), soft_wrap=True)
     return 0
 

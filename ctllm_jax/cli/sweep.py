@@ -202,6 +202,7 @@ def compare(sweep: Sweep, outcomes: dict[str, str], console: Any) -> None:
     """The table on the terminal, and the page; of several processes the first makes them."""
     from rich.text import Text
 
+    from ctllm_jax.evaluation.curves import benchmark_charts
     from ctllm_jax.report.page import write_report
 
     if distributed.detect(os.environ).index:
@@ -214,7 +215,8 @@ def compare(sweep: Sweep, outcomes: dict[str, str], console: Any) -> None:
 
     states = {each.name: outcomes.get(each.name, "not started") for each in sweep.runs}
     print_comparison(found, states, console)
-    page = write_report([each.directory for each in found.values()], sweep.directory / "report.html")
+    directories = [each.directory for each in found.values()]
+    page = write_report(directories, sweep.directory / "report.html", benchmarks=benchmark_charts(directories))
     console.print(Text(f"report: {page}"))
 
 

@@ -55,7 +55,7 @@ class Setting(NamedTuple):
         if self.shots is not None and shots is not None and self.shots != shots:
             noted.append(f"{_examples(self.shots)}, where the suite has {shots}")
         if self.asked:
-            noted.append(f"{self.asked} questions asked")
+            noted.append("not all questions were asked")
         if self.chat:
             noted.append("asked through the chat template")
         if self.system:

@@ -173,7 +173,8 @@ def _facts(benchmark: str, found: Sequence[Figure | None], suite: SuiteConfig) -
 
     there = [figure for figure in found if figure is not None]
     return [several([None if figure.setting.shots is None else str(figure.setting.shots) for figure in there]),
-            several([None if figure.questions is None else f"{figure.questions:,}" for figure in there]),
+            several([figure.setting.asked or (None if figure.questions is None else f"{figure.questions:,}")
+                     for figure in there]),
             several([None if figure.chance is None else f"{figure.chance:.1f}" for figure in there])]
 
 

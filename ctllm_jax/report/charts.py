@@ -1,7 +1,7 @@
 """Line charts as inline SVG.
 
 A figure holds up to four drawings of the same data, over steps or tokens, over the whole run or without its first
-fifth; the page shows one of them. Legends carry each line's last value, which the page's script replaces by the value
+fifth, or two, over tokens on both scales; the page shows one of them. Legends carry each line's last value, which the page's script replaces by the value
 under the pointer; the numbers for that stand in the figure's `data-series`.
 """
 
@@ -25,7 +25,10 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 26
 
 @dataclass(frozen=True)
 class Series:
-    """One line: a value (None where it was not finite) for each step, and tokens beside the steps if known."""
+    """One line: a value (None where it was not finite) for each step, and tokens beside the steps if known.
+
+    `low` and `high` bound each value's interval; `dashed` is a line of others, to be compared with.
+    """
 
     name: str
     color: int
@@ -33,6 +36,9 @@ class Series:
     tokens: Sequence[float] | None
     values: Sequence[float | None]
     dots: bool = False
+    low: Sequence[float | None] | None = None
+    high: Sequence[float | None] | None = None
+    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class Level:
 
 @dataclass(frozen=True)
 class Chart:
-    """What a figure shows. `kind` is how values are written: plain, compact, percent or power."""
+    """What a figure shows. `kind` is how values are written: plain, compact, percent or power. `both_scales`: over tokens
+    alone, of which there are some, on a linear and a logarithmic scale."""
 
     title: str
     series: Sequence[Series]
@@ -59,6 +66,7 @@ class Chart:
     smooth: bool = False
     width: int = 560
     height: int = 240
+    both_scales: bool = False
 
 
 def spell(kind: str, value: float) -> str:
@@ -136,6 +144,7 @@ class _Line:
     tokens: list[float] | None
     values: list[float | None]
     means: list[float | None] | None
+    bounds: list[tuple[float, float] | None]
 
     def over(self, axis: str) -> list:
         return self.steps if axis == "steps" else self.tokens
@@ -149,6 +158,8 @@ def _line(series: Series, smooth: bool) -> _Line:
         tokens=None if series.tokens is None else [series.tokens[index] for index in kept],
         values=[series.values[index] for index in kept],
         means=smoothed(series.values, kept) if smooth and len(series.values) >= _SMOOTH_FROM else None,
+        bounds=[] if series.low is None else [
+            None if None in (pair := (series.low[index], series.high[index])) else pair for index in kept],
     )
 
 
@@ -161,12 +172,14 @@ def figure(chart: Chart) -> str:
         head += f" <small>{escape(visible(chart.note))}</small>"
     if not finite:
         return f'<figure class="chart">{head}</figcaption><p class="none">No values yet.</p></figure>'
-    axes = ["steps", "tokens"] if all(line.tokens is not None for line in lines) else ["steps"]
     drawings = []
-    for axis in axes:
-        for span in ("whole", "late"):
-            shown = axis if len(axes) == 2 else "any"
-            drawings.append(_drawing(chart, lines, axis, span, f'data-x="{shown}" data-axis="{axis}"'))
+    if chart.both_scales:
+        drawings += [_drawing(chart, lines, "tokens", "whole", f'data-x="any" data-axis="tokens" data-span="any" '
+                              f'data-scale="{scale}"', log=scale == "log") for scale in ("log", "linear")]
+    else:
+        axes = ["steps", "tokens"] if all(line.tokens is not None for line in lines) else ["steps"]
+        drawings += [_drawing(chart, lines, axis, span, f'data-x="{axis if len(axes) == 2 else "any"}" '
+                              f'data-axis="{axis}" data-span="{span}"') for axis in axes for span in ("whole", "late")]
     data = [_pointer_data(line) for line in lines]
     return (f'<figure class="chart" data-kind="{chart.kind}" '
             f'data-series="{escape(json.dumps(data, separators=(",", ":"), allow_nan=False))}">'
@@ -187,7 +200,7 @@ def _legend(chart: Chart, lines: list[_Line]) -> str:
     for line in lines:
         last = line.values[-1]
         shown = "not finite" if last is None else spell(chart.kind, last)
-        items.append(f'<li class="c{line.series.color}"><i></i>{escape(visible(line.series.name))} '
+        items.append(f'<li class="c{line.series.color}{" dashed" * line.series.dashed}"><i></i>{escape(visible(line.series.name))} '
                      f"<output>{shown}</output></li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
 
@@ -217,16 +230,17 @@ class Scale:
         return round(self.start + part * (self.stop - self.start), 1)
 
 
-def _drawing(chart: Chart, lines: list[_Line], axis: str, span: str, attributes: str) -> str:
+def _drawing(chart: Chart, lines: list[_Line], axis: str, span: str, attributes: str, *, log: bool = False) -> str:
     across = [value for line in lines for value in line.over(axis)]
     left, right = min(across), max(across)
     if span == "late":
         left += (right - left) * _LATE
     if right <= left:
-        left, right = left - 1, right + 1
-    x = Scale(left, right, LEFT, chart.width - RIGHT)
+        left, right = (left / 2, right * 2) if log else (left - 1, right + 1)
+    x = Scale(left, right, LEFT, chart.width - RIGHT, log=log)
     shown = [value for line in lines for at, value in zip(line.over(axis), line.values, strict=True)
              if value is not None and at >= left]
+    shown += [bound for line in lines for pair in line.bounds if pair is not None for bound in pair]
     shown = shown or [value for line in lines for value in line.values if value is not None]
     # The later part is looked at closely: a level far off would press its lines flat.
     y = _vertical(chart, shown if span == "late" else [*shown, *(level.value for level in chart.levels)])
@@ -238,7 +252,7 @@ def _drawing(chart: Chart, lines: list[_Line], axis: str, span: str, attributes:
     plot_height = chart.height - TOP - BOTTOM
     label = escape(f"{visible(chart.title)} over {axis}")
     return (f'<svg viewBox="0 0 {chart.width} {chart.height}" role="img" aria-label="{label}" {attributes} '
-            f'data-span="{span}" data-domain="{x.low:.10g} {x.high:.10g} {y.low:.6g} {y.high:.6g} {int(y.log)}" '
+            f'data-domain="{x.low:.10g} {x.high:.10g} {y.low:.6g} {y.high:.6g} {int(y.log)}{" 1" * log}" '
             f'data-plot="{LEFT} {TOP} {chart.width - LEFT - RIGHT} {plot_height}">{"".join(parts)}</svg>')
 
 
@@ -266,7 +280,7 @@ def _grid(chart: Chart, x: Scale, y: Scale, axis: str) -> str:
         parts.append(f'<path class="gridline" d="M{LEFT} {at}H{right}"/>'
                      f'<text class="tick" x="{LEFT - 7}" y="{at + 3.5}" text-anchor="end">'
                      f"{_tick(chart.kind, value, step, y.log)}</text>")
-    across = ticks(x.low, x.high, max(2, chart.width // 85))
+    across = log_ticks(x.low, x.high) if x.log else ticks(x.low, x.high, max(2, chart.width // 85))
     for value in across:
         at, last = x(value), value == across[-1]
         edge = last and at > right - 36
@@ -319,12 +333,15 @@ def _level(chart: Chart, level: Level, y: Scale, baseline: float) -> str:
 
 
 def _strokes(line: _Line, x: Scale, y: Scale, axis: str, chart: Chart) -> list[str]:
-    color = f"c{line.series.color}"
+    color = f"c{line.series.color}" + " dashed" * line.series.dashed
     at = line.over(axis)
     first = next((index for index, value in enumerate(at) if value >= x.low), len(at))
     at = at[first:]
     values = line.values[first:]
     parts = []
+    spans = [f"M{x(place)} {y(pair[0])}V{y(pair[1])}" for place, pair in zip(at, line.bounds[first:], strict=False) if pair]
+    if spans:
+        parts.append(f'<path class="span {color}" d="{"".join(spans)}"><title>95 % interval</title></path>')
     if line.means is None:
         parts.append(f'<path class="line {color}" d="{_path(at, values, x, y)}"/>')
     else:

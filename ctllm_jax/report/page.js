@@ -52,6 +52,16 @@
   const drawn = (figure) => [...figure.querySelectorAll("svg")].find((svg) => svg.getClientRects().length);
   const clear = () => { for (const mark of document.querySelectorAll(".pointer")) mark.remove(); };
 
+  // Where a value lies between a drawing's ends, and back.
+  const share = (svg, value) => {
+    const [x0, x1, , , , log] = numbers(svg.dataset.domain);
+    return log ? Math.log(value / x0) / Math.log(x1 / x0) : (value - x0) / (x1 - x0);
+  };
+  const between = (svg, part) => {
+    const [x0, x1, , , , log] = numbers(svg.dataset.domain);
+    return log ? x0 * (x1 / x0) ** part : x0 + part * (x1 - x0);
+  };
+
   const show = (axis, place) => {
     clear();
     for (const chart of charts) {
@@ -59,13 +69,13 @@
       if (!svg || svg.dataset.axis !== axis) continue;
       const [x0, x1, y0, y1, log] = numbers(svg.dataset.domain), [left, top, width, height] = numbers(svg.dataset.plot);
       if (place < x0 || place > x1) continue;
-      const across = (value) => left + (value - x0) / (x1 - x0) * width;
+      const part = (value) => share(svg, value), across = (value) => left + part(value) * width;
       const up = (value) => log ? Math.log(value / y0) / Math.log(y1 / y0) : (value - y0) / (y1 - y0);
       const group = make("g", { class: "pointer" });
       group.append(make("path", { class: "cursor", d: `M${across(place)} ${top}v${height}` }));
       chart.series.forEach((line, index) => {
         const at = line[axis], { item, output } = chart.outputs[index];
-        if (place > at[at.length - 1] + (x1 - x0) * 0.01) { output.textContent = "–"; return; }
+        if (part(place) > part(at[at.length - 1]) + 0.01 || part(place) < part(at[0]) - 0.01) { output.textContent = "–"; return; }
         const point = nearest(at, place), value = line.values[point];
         output.textContent = spell(chart.kind, value);
         if (value !== null) group.append(make("circle", {
@@ -84,10 +94,10 @@
   };
   for (const { figure } of charts) for (const svg of figure.querySelectorAll("svg")) {
     svg.addEventListener("pointermove", (event) => {
-      const box = svg.getBoundingClientRect(), [x0, x1] = numbers(svg.dataset.domain);
+      const box = svg.getBoundingClientRect();
       const [left, , width] = numbers(svg.dataset.plot);
       const inside = ((event.clientX - box.left) / box.width * svg.viewBox.baseVal.width - left) / width;
-      show(svg.dataset.axis, x0 + Math.min(1, Math.max(0, inside)) * (x1 - x0));
+      show(svg.dataset.axis, between(svg, Math.min(1, Math.max(0, inside))));
     });
     svg.addEventListener("pointerleave", leave);
   }

@@ -33,10 +33,10 @@ _LIMIT = 1e30
 _SMALL = 260
 
 
-def write_report(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
+def write_report(run_dirs: Sequence[str | Path], output: str | Path, *, benchmarks: Sequence[Chart] = ()) -> Path:
     """Write the report of one or several run directories to `output`, and return its path.
 
-    The file is replaced at once or not at all. Raises UserError for a path that is no run directory, for one given
+    `benchmarks` are charts of `evaluation.curves`. The file is replaced at once or not at all. Raises UserError for a path that is no run directory, for one given
     twice, and for an output that cannot be written.
     """
     directories = [Path(directory) for directory in run_dirs]
@@ -45,7 +45,7 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
     for index, directory in enumerate(directories):
         if directory.resolve() in [other.resolve() for other in directories[:index]]:
             raise UserError(f"{directory}: given twice; each run is compared once")
-    page = render([read_run(directory) for directory in directories])
+    page = render([read_run(directory) for directory in directories], benchmarks)
     return save(page, output)
 
 
@@ -65,8 +65,8 @@ def save(page: str, output: str | Path) -> Path:
     return output
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The page of these runs as HTML text."""
+def render(runs: Sequence[Run], benchmarks: Sequence[Chart] = ()) -> str:
+    """The page of these runs as HTML text; `benchmarks` are charts over tokens, on both scales."""
     names = labels([run.directory for run in runs])
     heads = "".join(_head(run, name, index, len(runs) > 1)
                     for index, (run, name) in enumerate(zip(runs, names, strict=True)))
@@ -76,6 +76,7 @@ def render(runs: Sequence[Run]) -> str:
         tables.problems(runs, names),
         "".join(_cards(run) for run in runs) if len(runs) == 1 else tables.overview(runs, names),
         _charts(runs, names),
+        _benchmarks(benchmarks),
         tables.evaluation(runs, names),
         sentiment(runs, names),
         tables.config_differences(runs, names),
@@ -94,7 +95,7 @@ def frame(title: str, body: Sequence[str]) -> str:
     style, script = _STYLE.read_text(encoding="utf-8"), _SCRIPT.read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
-    return (f'<!doctype html>\n<html lang="en" data-x="steps" data-span="whole" data-counts="linear"><head>'
+    return (f'<!doctype html>\n<html lang="en" data-x="steps" data-span="whole" data-counts="linear" data-scale="log"><head>'
             f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">'
             f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
@@ -225,6 +226,15 @@ def _charts(runs: Sequence[Run], names: Sequence[str]) -> str:
 def _switches() -> str:
     return ('<div class="switches"><h2>Training</h2>' + tables.switch("x", {"steps": "steps", "tokens": "tokens"})
             + tables.switch("span", {"whole": "whole run", "late": "last 80%"}) + "</div>")
+
+
+def _benchmarks(charts: Sequence[Chart]) -> str:
+    """What the runs reached on benchmarks as they trained."""
+    if not charts:
+        return ""
+    switches = tables.switch("scale", {"log": "log tokens", "linear": "linear tokens"})
+    return (f'<section id="benchmarks"><div class="switches"><h2>Benchmarks</h2>{switches}</div>'
+            f'<div class="grid large">{"".join(map(figure, charts))}</div></section>')
 
 
 def _preferences(runs: Sequence[Run], names: Sequence[str], trained: Callable[..., Chart]) -> list[Chart]:
