@@ -55,9 +55,11 @@ def dry_run(config: PretrainConfig, console: Any) -> int:
     from rich.markup import escape
 
     from ctllm_jax.data.pretrain import open_training_data
+    from ctllm_jax.evaluation.in_loop import open_loop_tasks
     from ctllm_jax.preflight import plan
     from ctllm_jax.training.console import print_rows
 
+    open_loop_tasks(config)
     warnings, epochs, tokens = [], None, None
     try:
         data = open_training_data(config.data, sequence_length=config.batch.sequence_length, rows=config.batch.rows,
@@ -119,6 +121,9 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
     if config.processes not in (1, jax.process_count()):
         raise UserError(f"processes={config.processes}: pretrain, sft and dpo start processes; this runs in"
                         f" {jax.process_count()}")
+    from ctllm_jax.evaluation.in_loop import open_loop_tasks
+
+    tasks = open_loop_tasks(config)
     directory = Path(config.run.dir)
     first = jax.process_index() == 0
     stage = (lambda text: console.print(f"[dim]{escape(text)} …[/]")) if first else (lambda text: None)
@@ -153,7 +158,8 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
                 reached = run.train(
                     record=journal.train, stop_due=requests.stop_due, ledger=ledger, dispatched=watchdog.dispatched,
                     rolled_back=rolled_back,
-                    hooks=make_hooks(run, writer, shown, results, requests, journal=journal, beat=watchdog.beat))
+                    hooks=make_hooks(run, writer, shown, results, requests, tasks=tasks, journal=journal,
+                                     beat=watchdog.beat))
             except (KeyboardInterrupt, Stopped):
                 journal.end(signals.reason or "interrupted")
                 raise
@@ -178,8 +184,8 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
     return results
 
 
-def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any], requests: Any, *, journal: Any,
-               beat: Any) -> list[Any]:
+def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any], requests: Any, *,
+               tasks: dict[str, Any] | None, journal: Any, beat: Any) -> list[Any]:
     """Checkpoints, held-out evaluation and samples, each at its own interval and at the last step, and what is asked
     for while the run goes. `beat` is called as a sign of life."""
     from ctllm_jax.training.loop import Hook, every
@@ -211,6 +217,8 @@ def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any], reque
             shown.evaluation(values)
 
         hooks.append(Hook(evaluation_hook, every(config.evaluation.every, last=last), "evaluation"))
+    if tasks is not None:
+        hooks.append(make_benchmarks_hook(run, tasks, writer, shown, beat=beat))
     if config.sample.every and run.data.tokenizer_path is not None:
         sample = make_sampler(run)
 
@@ -259,6 +267,26 @@ def make_evaluation(run: Run, *, beat: Any) -> Any:
     if run.objective is not None:
         return lambda params: evaluate_pairs(step, params, sources, place=place, describe=run.objective.describe)
     return lambda params: {"sources": evaluate_sources(step, params, sources, place=place)}
+
+
+def make_benchmarks_hook(run: Run, tasks: dict[str, Any], writer: Any, shown: Any, *, beat: Any) -> Any:
+    """Benchmarks of `open_loop_tasks`, at their interval and at the last step."""
+    import time
+
+    from ctllm_jax.evaluation.in_loop import make_benchmarks
+    from ctllm_jax.training.loop import Hook, every
+
+    config, ask = run.config, make_benchmarks(run, tasks, beat=beat)
+
+    def benchmarks_hook(step: int, state: Any) -> None:
+        began = time.perf_counter()
+        found = ask(run.weights(state), step)
+        values = {"step": step, "tokens": config.tokens_at(step), "seconds": time.perf_counter() - began,
+                  "tasks": found}
+        writer.event("benchmarks", **values)
+        shown.benchmarks(values)
+
+    return Hook(benchmarks_hook, every(config.evaluation.tasks.every, last=config.steps), "evaluation")
 
 
 def make_sampler(run: Run) -> Any:

@@ -85,13 +85,32 @@ class LossConfig(Section):
     z_loss: float = key(0.0, "weight of the squared log-normaliser (PaLM uses 1e-4)", ge=0)
 
 
+class LoopTasksConfig(Section):
+    """Benchmarks that choose among answers by log-probability, asked of the weights as they train (extra: eval)."""
+
+    every: int = key(0, "steps between evaluations, and once at the end; 0: never", ge=0, changeable=True)
+    names: list[str] = key([], "tasks, subjects and groups of lm-eval, such as cmmlu,mmlu_stem; evaluate list shows all", changeable=True)
+    limit: int | None = key(20, "questions of each task or subject, its first; null: all", ge=1, changeable=True)
+    num_fewshot: int | None = key(None, "examples before each question; null: each task's own number", ge=0, changeable=True)
+    data: str | None = key(None, "folder of the official question files; null: data/evaluation", changeable=True)
+    batch: int = key(8192, "tokens that go through the model at once", ge=1, changeable=True)
+    apply_chat_template: bool = key(False, "ask through the template that sft or dpo teaches", changeable=True)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if bool(self.every) != bool(self.names):
+            raise ValueError(f"every={self.every} and names={','.join(self.names) or '[]'}: it takes both, or neither")
+        return self
+
+
 class EvaluationConfig(Section):
-    """Held-out loss and bits per byte, per source, inside the training loop."""
+    """Held-out loss and bits per byte, per source, and benchmarks, inside the training loop."""
 
     every: int = key(0, "steps between evaluations; 0: never, not even at the end", ge=0, changeable=True)
     split: str = key("validation", "split of each training source that is held out", changeable=True)
     max_tokens: int = key(1_000_000, "tokens evaluated of each source, from its first", ge=1, changeable=True)
     rows_per_device: int = key(8, "rows of an evaluation batch on each device", ge=1, changeable=True)
+    tasks: LoopTasksConfig = section(LoopTasksConfig, "benchmarks in the loop", changeable=True)
 
 
 class SampleConfig(Section):

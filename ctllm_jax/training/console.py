@@ -98,6 +98,16 @@ class TrainingConsole:
             parts.append(Text(f" | {visible(source)}: {', '.join(_held_out_figures(values))}"))
         self._show(Text.assemble(*parts))
 
+    def benchmarks(self, record: dict[str, Any]) -> None:
+        """A "benchmarks" record, above the live line: each task in percent, its 95 % interval, the level of guessing."""
+        parts = [Text(self._step(record["step"]), style="cyan"), Text(" | benchmarks", style="bold")]
+        for task, told in record["tasks"].items():
+            interval = "" if told["low"] is None else f" [{told['low']:.1f}, {told['high']:.1f}]"
+            guessing = "" if told["chance"] is None else f", guessing {told['chance']:.1f}"
+            parts.append(Text(f" | {visible(task)} {told['value']:.1f}%{interval}{guessing}"))
+        parts.append(Text(f" | {duration(record['seconds'])}", style="dim"))
+        self._show(Text.assemble(*parts))
+
     def sample(self, record: dict[str, Any]) -> None:
         """A "sample" record, above the live line: the prompt set off, line breaks shown as ↵."""
         prompt = str(record["prompt"])

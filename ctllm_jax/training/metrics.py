@@ -175,8 +175,11 @@ def _plain(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The curves that a record adds to: train/loss, evaluation/zh/bits_per_byte. Empty for other events."""
+    """The curves that a record adds to: train/loss, evaluation/zh/bits_per_byte, benchmarks/cmmlu. Empty for other
+    events."""
     kind = record["event"]
+    if kind == "benchmarks":
+        return {f"benchmarks/{task}": float(told["value"]) for task, told in record["tasks"].items()}
     if kind not in ("train", "evaluation"):
         return {}
     parts = {f"{kind}/{name}": value for name, value in record.items() if name not in ("event", "time", "step")}
