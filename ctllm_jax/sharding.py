@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -204,6 +205,8 @@ def project(x: jax.Array, weights: Sequence[jax.Array], dims: Sequence[tuple[str
         out_specs=[PartitionSpec(BATCH_AXES, None, *outside(spec)[inputs:]) for spec in specs])(x, *weights)
 
 
+# Equal arguments give one function: a decoder made again has the compiled programs of the one before.
+@functools.cache
 def attention_on(mesh: Mesh | None, *, implementation: str) -> Callable[..., jax.Array]:
     """Attention for a decoder on this mesh, or for one without, whose arrays lie anywhere."""
     if mesh is None:
@@ -213,6 +216,7 @@ def attention_on(mesh: Mesh | None, *, implementation: str) -> Callable[..., jax
                    implementation=implementation)
 
 
+@functools.cache
 def swiglu_on(mesh: Mesh | None, *, implementation: str, recompute: bool) -> Callable[..., jax.Array]:
     """`(x_BSD, gate_DF, up_DF) -> [B, S, F]` for a decoder on this mesh, or for one without, whose arrays lie anywhere.
 
