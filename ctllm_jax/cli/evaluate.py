@@ -83,15 +83,24 @@ def run(context: Context) -> int:
     from ctllm_jax.cli.evaluate_checkpoints import choose_checkpoints, is_measured
 
     models = choose_checkpoints(name, config.checkpoints) if config.checkpoints else [name]
+    held_out = None
+    if BITS_TASK in names:
+        from ctllm_jax.evaluation.held_out import open_held_out
+        from ctllm_jax.training.checkpoint import find_checkpoint, read_model_config
+
+        run_dir, _ = find_checkpoint(models[0])
+        held_out = open_held_out(name, config.held_out, run_dir=run_dir,
+                                 context_length=read_model_config(run_dir).context_length)
     for model in models:
         if config.checkpoints and is_measured(model, _files(model, config, asked, suite), _identity(config, names)):
             context.console.print(f"{model} has these results already", markup=False, soft_wrap=True)
         else:
-            _evaluate(context, model, names, suite, opened)
+            _evaluate(context, model, names, suite, opened, held_out)
     return 0
 
 
-def _evaluate(context: Context, name: str, names: list[str], suite: Any, opened: dict[str, Any]) -> None:
+def _evaluate(context: Context, name: str, names: list[str], suite: Any, opened: dict[str, Any],
+              held_out: Any) -> None:
     """All that is asked of one MODEL; programs that are compiled for one checkpoint serve the next."""
     from rich.markup import escape
 
@@ -116,8 +125,8 @@ def _evaluate(context: Context, name: str, names: list[str], suite: Any, opened:
             model, batch_tokens=config.batch, max_length=config.max_length, store=store, seed=config.seed,
             bar=lambda noun, **counts: count_bar(console, noun, **counts))
         console.print(_headline(model, lm, chat=chat))
-        if BITS_TASK in names:
-            measure_bits(context, name, lm, folder, said)
+        if held_out is not None:
+            measure_bits(context, name, lm, folder, said, held_out)
         if not asked:
             return
         for task in opened["tasks"].values():
@@ -142,7 +151,7 @@ def _evaluate(context: Context, name: str, names: list[str], suite: Any, opened:
     console.print(f"results: {escape(str(folder / file))}.json")
 
 
-def measure_bits(context: Context, name: str, lm: Any, folder: Path, said: dict[str, Any]) -> None:
+def measure_bits(context: Context, name: str, lm: Any, folder: Path, said: dict[str, Any], held_out: Any) -> None:
     """Bits per byte of held-out text, into a file of their own."""
     import time
 
@@ -150,11 +159,9 @@ def measure_bits(context: Context, name: str, lm: Any, folder: Path, said: dict[
 
     from ctllm_jax.evaluation import results
     from ctllm_jax.evaluation.evaluate import describe
-    from ctllm_jax.evaluation.held_out import measure_held_out, open_held_out, to_result
+    from ctllm_jax.evaluation.held_out import measure_held_out, to_result
 
     config, model = context.config, lm.model
-    held_out = open_held_out(name, config.held_out, run_dir=model.run_dir,
-                             context_length=model.decoder.config.context_length)
     figures = measure_held_out(model, held_out, config.held_out, prefix_id=lm.prefix_token_id,
                                max_length=config.max_length, batch_tokens=config.batch)
     described = describe(lm, chat=False)

@@ -41,7 +41,8 @@ def run(context: Context) -> int:
     measured = [read_measured(target, suite) for target in context.targets]
     for target, found in zip(context.targets, measured, strict=True):
         if not found:
-            raise UserError(f"{target}: nothing was measured yet: python launch.py evaluate {target} suite={config.suite}")
+            raise UserError(f"{target}: nothing was measured yet: python launch.py evaluate {target} "
+                            f"suite={config.suite}")
     tables = make_tables(measured, suite, peers=config.peers, every_row=config.rows == "all")
     if context.dry_run:
         for table in tables:

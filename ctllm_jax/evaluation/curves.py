@@ -1,4 +1,4 @@
-"""Each benchmark over the tokens of training, as charts for a report: ours with intervals, the paper's dashed, guessing.
+"""Each benchmark over the tokens of training, as charts for a report: ours with intervals, the paper's, guessing.
 
 Figures of one curve were measured alike; those of another setting are a curve of their own. No jax here.
 """

@@ -137,8 +137,8 @@ def read_measured(target: str, suite: SuiteConfig) -> list[Measured]:
     wanted = int(step) if at and step.isdigit() else None
     directory = Path(name if wanted is not None else target)
     if not directory.is_dir():
-        raise UserError(f"no results {target}: {directory} is no directory (a run directory, RUN@STEP, or a folder that "
-                        "evaluate wrote to)")
+        raise UserError(f"no results {target}: {directory} is no directory (a run directory, RUN@STEP, or a folder "
+                        "that evaluate wrote to)")
     kind, ratio = _kind(directory)
     found: dict[int, Measured] = {}
 

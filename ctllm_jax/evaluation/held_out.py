@@ -2,8 +2,9 @@
 
 Legend: B rows, S tokens of a row.
 
-Text is paid for document by document, behind the id that preceded documents in training, with the id that ends one where
-the model has it, in windows of the model's length. Its interval is over documents: the standard error of a ratio of sums.
+Text is paid for document by document, behind the id that preceded documents in training, with the id that ends one
+where the model has it, in windows of the model's length. Its interval is over documents: 1.96 standard errors of a
+ratio of sums.
 """
 
 from __future__ import annotations
@@ -157,8 +158,9 @@ def _measure_datasets(model: Model, held_out: HeldOut, config: HeldOutConfig, *,
         if found := find_dataset(source.path):
             made_with = read_manifest(found).tokenizer.sha256
             if made_with != model.tokenizer.sha256:
-                raise UserError(f"held_out.sources.{name}={source.path} was made with another tokenizer than the model's "
-                                f"(sha256 {made_with[:12]}… and {model.tokenizer.sha256[:12]}…): give the text itself")
+                raise UserError(f"held_out.sources.{name}={source.path} was made with another tokenizer than the "
+                                f"model's (sha256 {made_with[:12]}… and {model.tokenizer.sha256[:12]}…): give the text "
+                                "itself")
     parts = 1 if model.mesh is None else sharding.axis_size(model.mesh, sharding.BATCH_AXES)
     rows = max(1, batch_tokens // length // parts) * parts
     sources = open_held_out_data(data, split=config.split, sequence_length=length, rows=rows,

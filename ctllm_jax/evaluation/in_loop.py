@@ -31,8 +31,8 @@ def open_loop_tasks(config: PretrainConfig) -> dict[str, Any] | None:
     """The tasks of a run, opened before its model is compiled; None where it asks none.
 
     Raises:
-      UserError: lm-eval is not installed, a name that is unknown, questions that are not there, a task whose answers are
-        written, or a run without text.
+      UserError: lm-eval is not installed, a name that is unknown, questions that are not there, a task whose answers
+        are written, or a run without text.
     """
     wanted = config.evaluation.tasks
     if not wanted.every:

@@ -1,7 +1,7 @@
 """The paper's tables: its figures and ours beside each other, a benchmark a row. No jax here.
 
-A cell without a figure is `–`: nothing was measured. What was not asked as the suite asks is marked, and a note says how
-it was asked. `to_markdown`, `to_csv` and `to_rich` write the same tables.
+A cell without a figure is `–`: nothing was measured. What was not asked as the suite asks is marked, and a note says
+how it was asked. `to_markdown`, `to_csv` and `to_rich` write the same tables.
 """
 
 from __future__ import annotations
@@ -180,12 +180,12 @@ def _facts(benchmark: str, found: Sequence[Figure | None], suite: SuiteConfig) -
 
 def _foot(theirs: Sequence[PaperModel]) -> list[str]:
     paper = read_paper()
-    foot = ["In percent, with 95 % intervals in brackets; bits per byte in bits, where less is better. "
-            f"{NOTHING}: not measured."]
+    foot = [f"In percent, with 95 % intervals in brackets; bits per byte in bits, where less is better. {NOTHING}: not "
+            "measured."]
     if theirs:
-        foot.append(f"Columns marked paper: {paper.name} ({paper.source}), which does not say with how many examples, in "
-                    "which wording and by which metric was measured. Ours are worded as lm-eval words them, and C-Eval is "
-                    "its validation split: a difference of some points may be one of wording.")
+        foot.append(f"Columns marked paper: {paper.name} ({paper.source}), which does not say with how many examples, "
+                    "in which wording and by which metric was measured. Ours are worded as lm-eval words them, and "
+                    "C-Eval is its validation split: a difference of some points may be one of wording.")
     return foot
 
 
@@ -253,8 +253,7 @@ def to_markdown(tables: Sequence[Table]) -> str:
         lines = [f"### {table.title}", "", _line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
         for name, cells, facts in table.rows:
             lines.append(_line([_escaped(name), *(write_cell(cell, name, marks) for cell in cells), *facts]))
-        notes = [f"{mark} {note}" for note, mark in marks.items()]
-        lines += ["", "  \n".join([*table.foot, *notes])]
+        lines += ["", *(f"- {line}" for line in foot_lines(table))]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 

@@ -1,8 +1,8 @@
 """Line charts as inline SVG.
 
 A figure holds up to four drawings of the same data, over steps or tokens, over the whole run or without its first
-fifth, or two, over tokens on both scales; the page shows one of them. Legends carry each line's last value, which the page's script replaces by the value
-under the pointer; the numbers for that stand in the figure's `data-series`.
+fifth, or two, over tokens on both scales; the page shows one of them. Legends carry each line's last value, which the
+page's script replaces by the value under the pointer; the numbers for that stand in the figure's `data-series`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Level:
 
 @dataclass(frozen=True)
 class Chart:
-    """What a figure shows. `kind` is how values are written: plain, compact, percent or power. `both_scales`: over tokens
-    alone, of which there are some, on a linear and a logarithmic scale."""
+    """What a figure shows. `kind` is how values are written: plain, compact, percent or power. `both_scales`: over
+    tokens alone, of which there are some, on a linear and a logarithmic scale."""
 
     title: str
     series: Sequence[Series]
@@ -200,7 +200,8 @@ def _legend(chart: Chart, lines: list[_Line]) -> str:
     for line in lines:
         last = line.values[-1]
         shown = "not finite" if last is None else spell(chart.kind, last)
-        items.append(f'<li class="c{line.series.color}{" dashed" * line.series.dashed}"><i></i>{escape(visible(line.series.name))} '
+        looks = f"c{line.series.color}" + " dashed" * line.series.dashed
+        items.append(f'<li class="{looks}"><i></i>{escape(visible(line.series.name))} '
                      f"<output>{shown}</output></li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
 
@@ -339,7 +340,8 @@ def _strokes(line: _Line, x: Scale, y: Scale, axis: str, chart: Chart) -> list[s
     at = at[first:]
     values = line.values[first:]
     parts = []
-    spans = [f"M{x(place)} {y(pair[0])}V{y(pair[1])}" for place, pair in zip(at, line.bounds[first:], strict=False) if pair]
+    spans = [f"M{x(place)} {y(pair[0])}V{y(pair[1])}"
+             for place, pair in zip(at, line.bounds[first:], strict=False) if pair]
     if spans:
         parts.append(f'<path class="span {color}" d="{"".join(spans)}"><title>95 % interval</title></path>')
     if line.means is None:

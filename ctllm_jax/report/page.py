@@ -36,8 +36,8 @@ _SMALL = 260
 def write_report(run_dirs: Sequence[str | Path], output: str | Path, *, benchmarks: Sequence[Chart] = ()) -> Path:
     """Write the report of one or several run directories to `output`, and return its path.
 
-    `benchmarks` are charts of `evaluation.curves`. The file is replaced at once or not at all. Raises UserError for a path that is no run directory, for one given
-    twice, and for an output that cannot be written.
+    `benchmarks` are charts over tokens, one a benchmark. The file is replaced at once or not at all. Raises UserError
+    for a path that is no run directory, for one given twice, and for an output that cannot be written.
     """
     directories = [Path(directory) for directory in run_dirs]
     if not directories:
@@ -95,7 +95,8 @@ def frame(title: str, body: Sequence[str]) -> str:
     style, script = _STYLE.read_text(encoding="utf-8"), _SCRIPT.read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
-    return (f'<!doctype html>\n<html lang="en" data-x="steps" data-span="whole" data-counts="linear" data-scale="log"><head>'
+    return (f'<!doctype html>\n<html lang="en" data-x="steps" data-span="whole" data-counts="linear" data-scale="log">'
+            f"<head>"
             f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">'
             f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'

@@ -99,7 +99,7 @@ class TrainingConsole:
         self._show(Text.assemble(*parts))
 
     def benchmarks(self, record: dict[str, Any]) -> None:
-        """A "benchmarks" record, above the live line: each task in percent, its 95 % interval, the level of guessing."""
+        """A "benchmarks" record, above the live line: each task in percent, its 95 % interval, what guessing gives."""
         parts = [Text(self._step(record["step"]), style="cyan"), Text(" | benchmarks", style="bold")]
         for task, told in record["tasks"].items():
             interval = "" if told["low"] is None else f" [{told['low']:.1f}, {told['high']:.1f}]"

@@ -105,7 +105,8 @@ def test_the_loop_tells_the_figures_that_evaluate_tells_of_its_checkpoint(loop_r
     (["evaluation.tasks.every=2", "evaluation.tasks.names=cmmlu", "evaluation.tasks.apply_chat_template=true"],
      "pretraining teaches no template")])
 @pytest.mark.parametrize("dry", [False, True])
-def test_what_cannot_be_asked_in_the_loop_fails_before_anything_is_made(words, message, dry, loop_run, corpus, tmp_path):
+def test_what_cannot_be_asked_in_the_loop_fails_before_anything_is_made(words, message, dry, loop_run, corpus,
+                                                                            tmp_path):
     files.write_gaokao(loop_run.data)
     printed = call("pretrain", "debug/pretrain", f"run.dir={tmp_path / 'run'}", *text_overrides(corpus),
                    f"evaluation.tasks.data={loop_run.data}", *words, *["--dry-run"] * dry)
@@ -114,10 +115,12 @@ def test_what_cannot_be_asked_in_the_loop_fails_before_anything_is_made(words, m
 
 def test_a_missing_extra_is_named_before_training_starts(loop_run, corpus, tmp_path, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name, *rest))
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *rest: None if name == "lm_eval" else find(name, *rest))
     printed = call("pretrain", "debug/pretrain", f"run.dir={tmp_path / 'run'}", *text_overrides(corpus),
                    "evaluation.tasks.every=1", "evaluation.tasks.names=cmmlu")
-    assert printed.status == WRONG_INPUT and "evaluation.tasks needs lm-eval: pip install 'ctllm-jax[eval]'" in printed.err
+    assert printed.status == WRONG_INPUT
+    assert "evaluation.tasks needs lm-eval: pip install 'ctllm-jax[eval]'" in printed.err
     assert not (tmp_path / "run").exists()
 
 

@@ -20,7 +20,8 @@ MMLU = {"mmlu": ["mmlu_anatomy", "mmlu_virology"]}
 
 
 def tables_of(*targets, **options):
-    return make_tables([read_measured(str(target), SUITE) for target in targets], SUITE, **{"every_row": False, **options})
+    measured = [read_measured(str(target), SUITE) for target in targets]
+    return make_tables(measured, SUITE, **{"every_row": False, **options})
 
 
 def row_of(table, name):
@@ -66,11 +67,11 @@ def test_a_table_of_base_models(tmp_path):
 | HellaSwag | 47.55 | 50.37 | 50.0 [40.4, 59.6]ᵃ | 0 | 100 of 10,042 | 25.0 |
 | MMLU | 32.17 | 37.11 | 25.0 [19.5, 31.4] | 5 | 200 | 25.0 |
 
-In percent, with 95 % intervals in brackets; bits per byte in bits, where less is better. –: not measured.  
-Columns marked paper: CT-LLM, arXiv 2404.04167 (chinese-tiny-llm.github.io), which does not say with how many examples, \
-in which wording and by which metric was measured. Ours are worded as lm-eval words them, and C-Eval is its validation \
-split: a difference of some points may be one of wording.  
-ᵃ not all questions were asked
+- In percent, with 95 % intervals in brackets; bits per byte in bits, where less is better. –: not measured.
+- Columns marked paper: CT-LLM, arXiv 2404.04167 (chinese-tiny-llm.github.io), which does not say with how many \
+examples, in which wording and by which metric was measured. Ours are worded as lm-eval words them, and C-Eval is its \
+validation split: a difference of some points may be one of wording.
+- ᵃ not all questions were asked
 """
 
 
