@@ -81,12 +81,13 @@ def dry_run(config: PretrainConfig, console: Any) -> int:
 
 def train(config: PretrainConfig, console: Any, *, next_command: bool = True, name: str = "pretrain", data: Any = None,
           meta: dict[str, Any] | None = None, objective: Any = None, signals: Any = None,
-          began: float | None = None) -> dict[str, Any]:
+          began: float | None = None, tasks: dict[str, Any] | None = None) -> dict[str, Any]:
     """A whole run; returns its last evaluation per source (empty without one).
 
     `name`, `data`, `meta` and `objective` are another stage's: its name, its batches, what its checkpoints say of
     themselves, and its loss. `signals` are those of a stage that had to be told of them before, and owns the run
-    directory; `began` is when the run did, by `time.perf_counter`; None: now.
+    directory; `began` is when the run did, by `time.perf_counter`; None: now. `tasks` are those of `open_loop_tasks`,
+    if they are open.
 
     Raises:
       Stopped: the run was ended before its last step, and is kept; its code is the exit status.
@@ -96,13 +97,15 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
 
     began = time.perf_counter() if began is None else began
     distributed.initialize(config.distributed.heartbeat_seconds)
+    from ctllm_jax.evaluation.in_loop import open_loop_tasks
     from ctllm_jax.training.lock import own
     from ctllm_jax.training.signals import Signals
 
+    tasks = tasks or open_loop_tasks(config)
     if signals is None:
         with Signals() as signals, own(config.run, what=name):
             return train(config, console, next_command=next_command, name=name, data=data, meta=meta,
-                         objective=objective, signals=signals, began=began)
+                         objective=objective, signals=signals, began=began, tasks=tasks)
     import jax
     from rich.markup import escape
 
@@ -121,9 +124,6 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
     if config.processes not in (1, jax.process_count()):
         raise UserError(f"processes={config.processes}: pretrain, sft and dpo start processes; this runs in"
                         f" {jax.process_count()}")
-    from ctllm_jax.evaluation.in_loop import open_loop_tasks
-
-    tasks = open_loop_tasks(config)
     directory = Path(config.run.dir)
     first = jax.process_index() == 0
     stage = (lambda text: console.print(f"[dim]{escape(text)} …[/]")) if first else (lambda text: None)
