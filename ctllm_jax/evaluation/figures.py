@@ -283,7 +283,8 @@ def _add_training(directory: Path, suite: SuiteConfig, at_step: Any) -> None:
             measured.figures[name].append(Figure(
                 told["value"], setting, told["low"], told["high"], told["chance"], told["questions"], told["metric"],
                 record["time"], str(directory / METRICS)))
-    for record in run.evaluation:
+    # What tuning holds out is answers, which are no text that a base model's figures could stand beside.
+    for record in run.evaluation if _kind(directory)[0] == "base" else ():
         for source, values in record["sources"].items():
             bits = finite(values.get("bits_per_byte"))
             if bits is not None:

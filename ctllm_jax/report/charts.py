@@ -281,7 +281,9 @@ def _grid(chart: Chart, x: Scale, y: Scale, axis: str) -> str:
         parts.append(f'<path class="gridline" d="M{LEFT} {at}H{right}"/>'
                      f'<text class="tick" x="{LEFT - 7}" y="{at + 3.5}" text-anchor="end">'
                      f"{_tick(chart.kind, value, step, y.log)}</text>")
-    across = log_ticks(x.low, x.high) if x.log else ticks(x.low, x.high, max(2, chart.width // 85))
+    across = log_ticks(x.low, x.high) if x.log else []
+    if len(across) < 2:  # Between two powers of ten round numbers are farther apart than the ends.
+        across = ticks(x.low, x.high, max(2, chart.width // 85))
     for value in across:
         at, last = x(value), value == across[-1]
         edge = last and at > right - 36
