@@ -19,7 +19,8 @@ def drawing(html, scale):
 
 
 def dots(svg, color):
-    return [(float(x), float(y)) for x, y in re.findall(rf'<circle class="{color}[^"]*" cx="([^"]*)" cy="([^"]*)"', svg)]
+    found = re.findall(rf'<circle class="{color}[^"]*" cx="([^"]*)" cy="([^"]*)"', svg)
+    return [(float(x), float(y)) for x, y in found]
 
 
 def test_a_chart_on_both_scales_is_over_tokens_alone():
