@@ -26,6 +26,24 @@ def repository() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session")
+def object_store():
+    """An object store on loopback, which the clients in this process, and in those that it starts, take for gs://."""
+    from tests.object_store import running
+
+    with running() as store:
+        yield store
+
+
+@pytest.fixture
+def store(object_store):
+    """It, without faults."""
+    object_store.heal()
+    object_store.requests.clear()
+    yield object_store
+    object_store.heal()
+
+
 def pytest_collection_modifyitems(items):
     missing = {marker: [name for name in names if importlib.util.find_spec(name) is None]
                for marker, names in NEEDS.items()}

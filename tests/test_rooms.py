@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Top floor to ground; a room imports those that stand after it.
 ROOMS = ["cli", "evaluation", "preflight", "inference", "training", "huggingface", "data", "model", "sharding",
-         "cluster", "dataset", "kernels", "losses", "gathered", "report", "config"]
+         "cluster", "dataset", "kernels", "losses", "gathered", "report", "storage", "config"]
 
 # What data_prep may use of the package, and who may use data_prep.
 DATA_PREP_USES = ("ctllm_jax.dataset", "ctllm_jax.config", "ctllm_jax.report", "ctllm_jax.data.tokenizer")
@@ -25,7 +25,8 @@ ARRAYS = {"jax", "jaxlib", "numpy"}
 MAY_IMPORT = {"kernels": ARRAYS, "losses": ARRAYS, "gathered": ARRAYS, "model": ARRAYS | {"flax"}}
 HEAVY = ["grain", "tensorflow_datasets", "sentencepiece", "orbax", "optax", "omegaconf", "pydantic", "rich"]
 
-WITHOUT_JAX = ["ctllm_jax.config", "ctllm_jax.report", "ctllm_jax.dataset", "ctllm_jax.data.tokenizer", "data_prep"]
+WITHOUT_JAX = ["ctllm_jax.config", "ctllm_jax.storage", "ctllm_jax.report", "ctllm_jax.dataset",
+               "ctllm_jax.data.tokenizer", "data_prep"]
 JAX_AND_FRIENDS = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 CODE = [path for folder in ("ctllm_jax", "data_prep", "benchmarks", "tests") for path in

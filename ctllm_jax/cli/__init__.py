@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ctllm_jax.config.statuses import DONE, INTERRUPTED, WRONG_INPUT
+from ctllm_jax.config.statuses import DONE, INTERRUPTED, REQUEUE, WRONG_INPUT
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(module, command, arguments)
     except UserError as error:
-        return _complain(str(error))
+        return _complain(str(error), status=error.status)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
@@ -101,6 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        from ctllm_jax.storage import describe_failure
+
+        failure = describe_failure(error)
+        if failure is None:
+            raise
+        return _complain(f"an object store failed: {failure[0]}", status=WRONG_INPUT if failure[1] else REQUEUE)
 
 
 def entry() -> NoReturn:
@@ -135,10 +142,12 @@ def _run(module, command: str, arguments: list[str]) -> int:
             given = f"{words[0]} is none: " if words else ""
             raise UserError(f"{command} needs an action; {given}there are {', '.join(actions)}")
         action = words.pop(0)
+    from ctllm_jax.cli.object_stores import refuse_everything, refuse_unsupported
     from ctllm_jax.config import load
 
     if hasattr(module, "configure"):
         # A command whose keys no single schema describes reads its words itself.
+        refuse_everything(command, [*words, *overrides])
         config = module.configure(action, words, overrides)
         if "--print-config" in options:
             print(module.to_yaml(config), end="")
@@ -155,6 +164,7 @@ def _run(module, command: str, arguments: list[str]) -> int:
     if "--print-config" in options:
         print(load.to_yaml(config), end="")
         return 0
+    refuse_unsupported(command, config, words)
     if getattr(module, "TRAINS", False):
         _prepare_compiler(config, target)
     targets = [target] * bool(target) if takes_config else words
@@ -180,10 +190,10 @@ def _context(command: str, action: str | None, targets: list[str], overrides: li
                    dry_run="--dry-run" in options, options=frozenset(options), config=config)
 
 
-def _complain(message: str) -> int:
+def _complain(message: str, *, status: int = WRONG_INPUT) -> int:
     red, plain = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
     print(f"{red}error:{plain} {message}", file=sys.stderr)
-    return WRONG_INPUT
+    return status
 
 
 def _nearest(word: str, known) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ctllm_jax.config.base import Section, key
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.statuses import DONE, FAILED
+from ctllm_jax.storage import open_path
 
 if TYPE_CHECKING:
     from ctllm_jax.cli import Context
@@ -71,25 +72,25 @@ def show(context: Context) -> int:
     from rich.table import Table
 
     from ctllm_jax.training.checkpoint import HUGGINGFACE, list_checkpoints
-    from ctllm_jax.training.checkpoint_files import quarantined, say_damage
+    from ctllm_jax.training.checkpoint_files import quarantined, say_damage, written_at
     from ctllm_jax.training.lock import read_owner, say_owner
 
     for target in context.targets:
-        kept = list_checkpoints(Path(target))
+        kept = list_checkpoints(open_path(target))
         if not kept:
             context.console.print(f"{target}: no checkpoint yet")
         else:
             table = Table("model", "kind", "tokens", "size", "written", "files", title=target, title_justify="left")
             for checkpoint in kept:
-                written = datetime.fromtimestamp(checkpoint.path.stat().st_mtime).isoformat(" ", "seconds")
+                written = datetime.fromtimestamp(written_at(checkpoint.path)).isoformat(" ", "seconds")
                 kind = checkpoint.kind + (", adapters" if checkpoint.meta.get("lora") else "")
                 name = target if checkpoint.kind == HUGGINGFACE else f"{target}@{checkpoint.step}"
                 table.add_row(name, kind, f"{checkpoint.meta.get('tokens', 0):,}",
                               f"{checkpoint.size / 2**20:,.1f} MiB", written, escape(_state(checkpoint)))
             context.console.print(table, soft_wrap=True)
-        for name, problems in quarantined(Path(target)).items():
+        for name, problems in quarantined(open_path(target)).items():
             context.console.print(f"in quarantine: {name} ({escape(say_damage(problems))})")
-        if (owner := read_owner(Path(target))) is not None:
+        if (owner := read_owner(open_path(target))) is not None:
             context.console.print(f"in use by {escape(say_owner(owner))}")
     return DONE
 
@@ -113,7 +114,7 @@ def verify(context: Context) -> int:
     """Read every file of every step, and say which are bad."""
     from rich.markup import escape
 
-    from ctllm_jax.training.checkpoint_files import find_damage
+    from ctllm_jax.training.checkpoint_files import find_damage, list_steps
 
     bad = 0
     for target in context.targets:
@@ -121,7 +122,7 @@ def verify(context: Context) -> int:
         if not folders:
             context.console.print(f"{escape(target)}: no checkpoint yet")
         for folder in folders:
-            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            size = next(size for path, size in list_steps(folder.parent.parent, folder.parent.name) if path == folder)
             try:
                 problems = find_damage(folder)
             except FileNotFoundError:
@@ -144,15 +145,14 @@ def verify(context: Context) -> int:
 
 def _folders(target: str) -> Iterator[Path]:
     """The steps that a target names, whether anything can be read of them or not."""
-    from ctllm_jax.training.checkpoint_files import CHECKPOINTS, MILESTONES
+    from ctllm_jax.training.checkpoint_files import CHECKPOINTS, MILESTONES, list_steps
 
     name, at, wanted = target.rpartition("@")
-    one = at and wanted.isdigit() and not Path(target).is_dir()
-    run_dir = Path(name if one else target)
+    one = at and wanted.isdigit() and not open_path(target).is_dir()
+    run_dir = open_path(name if one else target)
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
-    folders = [path for kind in (CHECKPOINTS, MILESTONES) for path in (run_dir / kind).glob("[0-9]*")
-               if path.name.isdigit() and path.is_dir()]
+    folders = [path for kind in (CHECKPOINTS, MILESTONES) for path, _ in list_steps(run_dir, kind)]
     folders.sort(key=lambda path: (int(path.name), path.parent.name))
     found = [path for path in folders if not one or path.name == str(int(wanted))]
     if one and not found:
@@ -217,11 +217,11 @@ def prune(context: Context) -> int:
     config, console = context.config, context.console
     delete = config.delete and not context.dry_run
     for target in context.targets:
-        if is_huggingface(Path(target)):
+        if is_huggingface(open_path(target)):
             raise UserError(f"{target} is a Hugging Face folder, and no run")
-        list_checkpoints(Path(target))  # a run directory?
+        list_checkpoints(open_path(target))  # a run directory?
         with own(RunConfig(dir=target), what="checkpoint prune", free=not delete):
-            kept = list_checkpoints(Path(target))
+            kept = list_checkpoints(open_path(target))
             gone = [checkpoint for kind in ["resumable", *["milestone"] * config.milestones] for checkpoint in
                     choose_pruned([each for each in kept if each.kind == kind], keep=config.keep, every=config.every)]
             for checkpoint in gone if delete else ():

@@ -69,9 +69,9 @@ class Journal:
 
     def damage(self) -> None:
         """The records of the data that could not be read, of any process, and that were not told yet."""
-        if self._damage is None or not self._damage.folder.is_dir():
+        if self._damage is None:
             return
-        found = self._damage.read()
+        found = self._damage.poll()
         if len(found) == self._damaged:
             return
         for entry in found:

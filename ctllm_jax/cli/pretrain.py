@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ctllm_jax.cli.processes import run_in_processes
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import PretrainConfig, default_run_dir
+from ctllm_jax.storage import open_path
 
 if TYPE_CHECKING:
     from ctllm_jax.cli import Context
@@ -71,7 +72,7 @@ def dry_run(config: PretrainConfig, console: Any) -> int:
 
     devices = jax.devices()
     kind = None if devices[0].platform == "cpu" else devices[0].device_kind
-    rows, more = plan.describe(config, directory=Path(config.run.dir), epochs=epochs, tokens_per_source=tokens,
+    rows, more = plan.describe(config, directory=open_path(config.run.dir), epochs=epochs, tokens_per_source=tokens,
                                device_kind=kind, devices=len(devices))
     print_rows(console, rows, title=f"plan of {config.run.dir} (nothing was started)")
     for warning in warnings + more:
@@ -124,7 +125,7 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
     if config.processes not in (1, jax.process_count()):
         raise UserError(f"processes={config.processes}: pretrain, sft and dpo start processes; this runs in"
                         f" {jax.process_count()}")
-    directory = Path(config.run.dir)
+    directory = open_path(config.run.dir)
     first = jax.process_index() == 0
     stage = (lambda text: console.print(f"[dim]{escape(text)} …[/]")) if first else (lambda text: None)
     ledger, journal = Ledger(began=began), Journal()

@@ -13,6 +13,7 @@ from ctllm_jax.config.report import ReportConfig
 from ctllm_jax.evaluation.curves import benchmark_charts
 from ctllm_jax.report.page import write_report
 from ctllm_jax.report.run import read_run
+from ctllm_jax.storage import open_path
 
 if TYPE_CHECKING:
     from ctllm_jax.cli import Context
@@ -31,12 +32,12 @@ def run(context: Context) -> int:
     """Write the page, and print where it is."""
     if not context.targets:
         raise UserError("report needs a run directory: launch.py report RUN [RUN2 ...]")
-    targets = [Path(target) for target in context.targets]
+    targets = [open_path(target) for target in context.targets]
     directories = [directory for target in targets for directory in
                    (run_directories(target) if (target / STATE).exists() else [target])]
     if not directories:
         raise UserError(f"{targets[0]}: no run of this sweep has begun")
-    output = Path(context.config.output) if context.config.output else _default(targets)
+    output = open_path(context.config.output) if context.config.output else _default(targets)
     if context.dry_run:
         for directory in directories:
             read_run(directory)

@@ -15,7 +15,7 @@ class SourceConfig(Section):
     shorthand = "path"
 
     path: str = key(...,
-                    "a dataset directory, any TFDS directory with a text feature, or text: .jsonl(.gz|.zst), .parquet, "
+                    "a dataset directory (also on gs://), any TFDS directory with a text feature, or text: .jsonl(.gz|.zst), .parquet, "
                     ".txt, or a folder of these")
     weight: float = key(1.0, "share of the mixture's tokens, relative to the other sources' weights", gt=0)
     text_field: str = key("text",
@@ -31,7 +31,8 @@ class DataConfig(Section):
     tokenizer: str | None = key(None,
                                 "tokenizer for sources that are still text (.model or tokenizer.json); dataset "
                                 "directories carry their own")
-    cache_dir: str = key("data_cache", "where sources that are still text are kept once tokenized", changeable=True)
+    cache_dir: str = key("data_cache", "where sources that are still text are kept once tokenized, and shards of sources on gs:// once downloaded", changeable=True)
+    cache_gb: float = key(200.0, "GB (1e9 bytes) that downloaded shards may take on each machine's disk", gt=0, changeable=True)
     isolate_documents: bool = key(True, "attention and positions stop at document ends; CT-LLM trained with this off")
     mask_eod: bool = key(True, "no loss where the input is the end of a document (Megatron's --eod-mask-loss)")
     damaged_budget: int = key(10, "records that cannot be read and are replaced by others, over the whole run, before it stops", ge=0, changeable=True)

@@ -154,11 +154,12 @@ class MixtureData:
 
 def _open_sources(config: DataConfig, *, sequence_length: int, vocab_size: int) -> dict[str, OpenedSource]:
     """The sources of a config by name, checked against each other and the model."""
-    from ctllm_jax.data.sources import open_source
+    from ctllm_jax.data.sources import check_room, open_source
     from ctllm_jax.data.tokenizer import load_tokenizer
 
     opened = {name: open_source(name, source, config, sequence_length=sequence_length)
               for name, source in config.sources.items()}
+    check_room([source.dataset for source in opened.values()], config)
     first_name, (first, _) = next(iter(opened.items()))
     for name, (dataset, _) in opened.items():
         manifest, wanted = dataset.manifest, first.manifest

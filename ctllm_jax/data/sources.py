@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +16,11 @@ from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ctllm_jax.dataset.build import TRAIN, build, build_from_files
 from ctllm_jax.dataset.manifest import FILE, find_dataset
 from ctllm_jax.dataset.reader import Dataset
+from ctllm_jax.dataset.shard_cache import ShardCache
 from ctllm_jax.dataset.text import Document, Quarantine, find_files
+from ctllm_jax.storage import is_remote, open_path
 
-_TFDS_FILE = "dataset_info.json"
+_TFDS_FILE, _SHARDS = "dataset_info.json", "shards"
 logger = logging.getLogger(__name__)
 
 
@@ -35,7 +38,9 @@ def open_source(name: str, source: SourceConfig, config: DataConfig, *, sequence
     its defaults, named by a hash of content, tokenizer and options; one process of a host makes it while the others
     wait. UserError where the source cannot be read.
     """
-    path = Path(source.path)
+    path = open_path(source.path)
+    if is_remote(path):
+        return OpenedSource(_from_store(name, path, config), source.split)
     if not path.exists():
         remote = ": copy or mount it first" if "://" in source.path else ""
         raise UserError(f"data.sources.{name}.path={source.path} does not exist{remote}")
@@ -48,6 +53,29 @@ def open_source(name: str, source: SourceConfig, config: DataConfig, *, sequence
         # The split of the TFDS directory is all the text there is: it becomes a training split and a held-out one.
         return OpenedSource(_from_tfds(name, path, source, config, sequence_length), TRAIN)
     return OpenedSource(_from_files(path, source, config, sequence_length), source.split)
+
+
+def check_room(datasets: list[Dataset], config: DataConfig) -> None:
+    """Samples are drawn from everywhere, so that a run soon reads every shard, and goes on doing so.
+
+    Raises:
+      UserError: those on object stores are more than the cache may hold.
+    """
+    sizes = {shard.sha256: shard.size for dataset in datasets if dataset.cache is not None
+             for split in dataset.manifest.splits.values() for shard in split.shards}
+    total = sum(sizes.values())
+    if total > config.cache_gb * 1e9:
+        raise UserError(f"data.cache_gb={config.cache_gb:g}: the sources on object stores are {total / 1e9:.4g} GB, and"
+                        f" samples are drawn from all of it: give data.cache_gb={math.ceil(total / 1e9)} and a"
+                        f" data.cache_dir with that much room (it is {config.cache_dir}), or mount the bucket")
+
+
+def _from_store(name: str, path: Path, config: DataConfig) -> Dataset:
+    found = find_dataset(path)
+    if found is None:
+        raise UserError(f"data.sources.{name}.path={path} holds no dataset directory (it has no {FILE}): on an object"
+                        " store it must be what prepare made; copy text or a TFDS directory to a disk")
+    return Dataset(found, cache=ShardCache(Path(config.cache_dir) / _SHARDS, limit=round(config.cache_gb * 1e9)))
 
 
 def _from_files(path: Path, source: SourceConfig, config: DataConfig, sequence_length: int) -> Dataset:

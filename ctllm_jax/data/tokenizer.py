@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.storage import open_path
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space as this character
 _ROLES = {  # a tokenizer.json does not say which of its special tokens plays which role: the names in use do
@@ -202,7 +203,7 @@ def find_tokenizer(directory: Path) -> Path | None:
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """The tokenizer in a SentencePiece .model or a tokenizer.json. UserError where it is missing or neither."""
-    path = Path(path)
+    path = open_path(path)
     if path.is_dir():
         found = find_tokenizer(path)
         if found is None:

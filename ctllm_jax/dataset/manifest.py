@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.storage import open_path
 
 FORMAT = 1
 FILE = "manifest.json"
@@ -90,7 +91,7 @@ def find_dataset(directory: Path | str) -> Path | None:
 
     None where there is none. UserError where there are several.
     """
-    directory = Path(directory)
+    directory = open_path(directory)
     if (directory / FILE).exists():
         return directory
     found = sorted(path.parent for path in directory.glob(f"*/{FILE}")) if directory.is_dir() else []
@@ -102,7 +103,7 @@ def find_dataset(directory: Path | str) -> Path | None:
 
 def read_manifest(directory: Path | str) -> Manifest:
     """The manifest of a dataset directory. UserError where it is missing, damaged, or contradicts itself."""
-    path = Path(directory) / FILE
+    path = open_path(directory) / FILE
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -114,7 +115,7 @@ def read_manifest(directory: Path | str) -> Manifest:
 
 def manifest_sha256(directory: Path | str) -> str:
     """Hash of manifest.json: it holds the hash of every shard, so it stands for the whole dataset."""
-    return hashlib.sha256((Path(directory) / FILE).read_bytes()).hexdigest()
+    return hashlib.sha256((open_path(directory) / FILE).read_bytes()).hexdigest()
 
 
 def _parse(values: Any, path: Path) -> Manifest:

@@ -13,6 +13,8 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.dataset.damage import DamagedShard, DamageLog
 from ctllm_jax.dataset.manifest import Manifest, Shard, read_manifest
 from ctllm_jax.dataset.records import Record, decode, load_codec
+from ctllm_jax.dataset.shard_cache import ShardCache
+from ctllm_jax.storage import is_remote, list_objects, local_copy, open_path
 
 _NAMED = 10
 """Shards named in one message."""
@@ -32,11 +34,14 @@ class Window(NamedTuple):
 class ShardReader:
     """Any stretch of one shard's stream. Opens its file when first read; may be pickled and shared by threads.
 
-    With `damage`, a record that cannot be read is replaced in `window`, and noted there.
+    With `cache`, the file is one on this machine, of a shard on an object store. With `damage`, a record that cannot
+    be read is replaced in `window`, and noted there.
     """
 
-    def __init__(self, path: Path, shard: Shard, *, record_tokens: int, dtype: str, damage: DamageLog | None = None):
+    def __init__(self, path: Path, shard: Shard, *, record_tokens: int, dtype: str, cache: ShardCache | None = None,
+                 damage: DamageLog | None = None):
         self.path = path
+        self._cache = cache
         self.shard = shard
         self._record_tokens = record_tokens
         self._dtype = dtype
@@ -129,8 +134,9 @@ class ShardReader:
         """The ArrayRecord reader. DamagedShard where the file is none, or holds another number of records."""
         with self._lock:
             if self._reader is None:
+                path = self.path if self._cache is None else self._cache.take(self.path, self.shard)
                 try:
-                    reader = ArrayRecordReader(str(self.path), "readahead_buffer_size:0")
+                    reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
                     records = reader.num_records()
                 except Exception as error:
                     raise DamagedShard(f"{self.path} cannot be opened: {error}") from error
@@ -143,16 +149,23 @@ class ShardReader:
 class SplitReader:
     """The streams of one split."""
 
-    def __init__(self, directory: Path, manifest: Manifest, split: str, *, damage: DamageLog | None = None):
+    def __init__(self, directory: Path, manifest: Manifest, split: str, *, cache: ShardCache | None = None,
+                 damage: DamageLog | None = None):
+        self.directory = directory
         self.record_tokens = manifest.record_tokens
         self.shards = [ShardReader(directory / shard.file, shard, record_tokens=manifest.record_tokens,
-                                   dtype=manifest.dtype, damage=damage) for shard in manifest.splits[split].shards]
+                                   dtype=manifest.dtype, cache=cache, damage=damage)
+                       for shard in manifest.splits[split].shards]
 
     def check_sizes(self) -> None:
         """DamagedShard where shards are missing, or not as long as the manifest says: cheap, done at every start."""
+        listed = list_objects(self.directory) if is_remote(self.directory) else None
         problems = []
         for reader in self.shards:
-            size = reader.path.stat().st_size if reader.path.exists() else None
+            if listed is not None:
+                size = listed[reader.path.name].size if reader.path.name in listed else None
+            else:
+                size = reader.path.stat().st_size if reader.path.exists() else None
             if size is None:
                 problems.append(f"{reader.path} is missing")
             elif size != reader.shard.size:
@@ -164,12 +177,16 @@ class SplitReader:
 
 
 class Dataset:
-    """A dataset directory. UserError where it is none."""
+    """A dataset directory. UserError where it is none.
 
-    def __init__(self, directory: Path | str):
-        self.directory = Path(directory)
+    Attributes:
+      cache: where its shards are kept on this machine; None where it lies on its disk.
+    """
+
+    def __init__(self, directory: Path | str, *, cache: ShardCache | None = None):
+        self.directory, self.cache = open_path(directory), cache
         self.manifest = read_manifest(self.directory)
-        self.tokenizer_path = self.directory / self.manifest.tokenizer.file
+        self.tokenizer_path = local_copy(self.directory / self.manifest.tokenizer.file)
 
     def split(self, name: str, *, damage: DamageLog | None = None) -> SplitReader:
         """A split with at least one token. UserError names the splits that exist.
@@ -180,6 +197,6 @@ class Dataset:
         if name not in existing:
             there = ", ".join(existing) or "none"
             raise UserError(f"{self.directory} has no split {name!r} with data; its splits: {there}")
-        reader = SplitReader(self.directory, self.manifest, name, damage=damage)
+        reader = SplitReader(self.directory, self.manifest, name, cache=self.cache, damage=damage)
         reader.check_sizes()
         return reader

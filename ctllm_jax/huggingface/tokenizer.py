@@ -7,7 +7,6 @@ ids. No export is done before the written files give our ids. No jax here.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from ctllm_jax.data.jinja_chat import NAMES, TEMPLATE, added_tokens, read_settin
 from ctllm_jax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from ctllm_jax.huggingface.architecture import CONFIG, GENERATION, read_json
 from ctllm_jax.huggingface.sentencepiece_json import to_tokenizer_json
+from ctllm_jax.storage import copy_file, is_remote, local_copy
 
 SETTINGS = "huggingface"
 """Folder of a run directory with the settings and the template of an imported tokenizer."""
@@ -105,7 +105,8 @@ def keep_settings(run_dir: Path, *, tokenizer: Path, template: str | None) -> No
     if not settings and source is None:
         return
     target = run_dir / SETTINGS
-    target.mkdir(exist_ok=True)
+    if not is_remote(target):
+        target.mkdir(exist_ok=True)
     _write_json(target / "tokenizer_config.json", settings)
     if source is not None:
         (target / TEMPLATE).write_text(source, encoding="utf-8")
@@ -117,7 +118,8 @@ def kept_template(run_dir: Path, known: dict[str, Any] | None) -> TemplateConfig
         return None
     config = TemplateConfig(**known["config"])
     if config.kind == "jinja" and (run_dir / SETTINGS / TEMPLATE).is_file():
-        return config.model_copy(update={"path": str(run_dir / SETTINGS)})
+        files = [local_copy(run_dir / SETTINGS / name) for name in ("tokenizer_config.json", TEMPLATE)]
+        return config.model_copy(update={"path": str(files[0].parent)})
     return config
 
 
@@ -133,7 +135,7 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, template: ChatTemplat
     """
     vocabulary = Vocabulary(tokenizer)
     if tokenizer.path.suffix == ".model":
-        shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
+        copy_file(tokenizer.path, directory / "tokenizer.model")
         spec = to_tokenizer_json(tokenizer.path, prefix_id=prefix_id, talks=template is not None)
     else:
         spec = json.loads(tokenizer.path.read_bytes()) | {"truncation": None, "padding": None}

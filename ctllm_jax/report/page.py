@@ -25,6 +25,7 @@ from ctllm_jax.report.goodput import section as goodput
 from ctllm_jax.report.readable import clock, compact, duration, finite, percent, visible
 from ctllm_jax.report.run import Run, labels, read_run
 from ctllm_jax.report.sentiment import sentiment
+from ctllm_jax.storage import is_remote, open_path, told
 
 _STYLE = Path(__file__).with_name("page.css")
 _SCRIPT = Path(__file__).with_name("page.js")
@@ -39,7 +40,7 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path, *, benchmar
     `benchmarks` are charts over tokens, one a benchmark. The file is replaced at once or not at all. Raises UserError
     for a path that is no run directory, for one given twice, and for an output that cannot be written.
     """
-    directories = [Path(directory) for directory in run_dirs]
+    directories = [open_path(directory) for directory in run_dirs]
     if not directories:
         raise UserError("a report needs at least one run directory")
     for index, directory in enumerate(directories):
@@ -51,7 +52,11 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path, *, benchmar
 
 def save(page: str, output: str | Path) -> Path:
     """Write a page to a file, at once or not at all, and return its path; UserError where that cannot be done."""
-    output = Path(output)
+    output = open_path(output)
+    if is_remote(output):
+        with told(output):
+            output.write_text(page, encoding="utf-8")
+        return output
     if output.is_dir():
         raise UserError(f"{output}: a directory; the report is a file, such as {output / 'report.html'}")
     try:

@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.report.readable import finite
+from ctllm_jax.storage import is_remote, list_names, open_path
 
 METRICS = "metrics.jsonl"
+PART = "metrics-{:05}.jsonl"
+"""The parts of metrics.jsonl on an object store, numbered from 1."""
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 SENTIMENT = "sentiment.json"
 
 _STEPPED = ("train", "evaluation", "sample", "benchmarks")
 _MAX_PROBLEMS = 20
+_PART = re.compile(r"metrics-(\d{5,})\.jsonl")
 # Python reads NaN and Infinity, which are no JSON: to None, as the trainer writes them. One decoder for all lines,
 # since json.loads makes a new one each time.
 _JSON = json.JSONDecoder(parse_constant=lambda name: None)
@@ -96,12 +101,12 @@ class Run:
 
 def read_run(directory: str | Path) -> Run:
     """A run directory's numbers. Raises UserError for a path that is none; mends what can be mended, and says so."""
-    directory = Path(directory)
+    directory = open_path(directory)
     if not directory.exists():
         raise UserError(f"{directory}: no such directory; a run directory is needed (it holds {METRICS})")
     if not directory.is_dir():
         raise UserError(f"{directory}: a file; the run directory that holds it is needed")
-    if not (directory / METRICS).exists() and not (directory / CONFIG).exists():
+    if not metrics_files(directory) and not (directory / CONFIG).exists():
         raise UserError(f"{directory}: not a run directory, it has neither {METRICS} nor {CONFIG}")
     run = Run(directory)
     _read_metrics(run)
@@ -118,7 +123,7 @@ def _text(run: Run, name: str) -> str:
     if not path.exists():
         return ""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return path.read_bytes().decode("utf-8", "replace")
     except OSError as error:
         run.problems.append(f"{name}: cannot be read ({error.strerror})")
         return ""
@@ -139,25 +144,39 @@ def _json(run: Run, name: str) -> dict:
     return found
 
 
+def metrics_files(directory: Path) -> list[tuple[int, Path]]:
+    """(number, file) of all that make up the metrics of a run: one on a disk (0), parts on an object store."""
+    if not is_remote(directory):
+        return [(0, directory / METRICS)] if (directory / METRICS).exists() else []
+    names = [name for name in list_names(directory) if name == METRICS or _PART.fullmatch(name)]
+    # What was copied from a disk comes first.
+    return sorted((0 if name == METRICS else int(_PART.fullmatch(name)[1]), directory / name) for name in names)
+
+
 def _read_metrics(run: Run) -> None:
-    path = run.directory / METRICS
-    if not path.exists():
+    parts = metrics_files(run.directory)
+    if not parts:
         run.problems.append(f"{METRICS}: not there (yet)")
         return
-    lines = _Lines(run)
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = _JSON.decode(line.decode("utf-8"))
-                if not isinstance(record, dict):
-                    raise ValueError("not a JSON object")
-                lines.take(record)
-            except (ValueError, RecursionError) as error:
-                torn = not line.endswith(b"\n")
-                lines.bad(number, "half-written last line" if torn else _reason(error))
+    lines, number = _Lines(run), 0
+    for _, path in parts:
+        with path.open("rb") as file:
+            for line in file:
+                number += 1
+                if line.strip():
+                    _take(lines, number, line)
     lines.finish()
+
+
+def _take(lines: _Lines, number: int, line: bytes) -> None:
+    try:
+        record = _JSON.decode(line.decode("utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError("not a JSON object")
+        lines.take(record)
+    except (ValueError, RecursionError) as error:
+        torn = not line.endswith(b"\n")
+        lines.bad(number, "half-written last line" if torn else _reason(error))
 
 
 def _reason(error: Exception) -> str:

@@ -28,7 +28,8 @@ from ctllm_jax.config.model import ModelConfig
 from ctllm_jax.huggingface import model as huggingface
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.model.lora import merge
-from ctllm_jax.training.checkpoint_files import CHECKPOINTS, MANIFEST, MILESTONES, find_damage, say_damage
+from ctllm_jax.storage import absolute, is_remote, open_path
+from ctllm_jax.training.checkpoint_files import CHECKPOINTS, MANIFEST, MILESTONES, find_damage, list_steps, say_damage
 from ctllm_jax.training.fingerprint import flatten
 
 HUGGINGFACE = "huggingface"
@@ -66,15 +67,13 @@ def list_checkpoints(run_dir: Path) -> list[Kept]:
         raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
     kept = []
     for folder, kind in ((CHECKPOINTS, "resumable"), (MILESTONES, "milestone")):
-        for path in (run_dir / folder).glob("[0-9]*"):
-            # A finished step is renamed into place.
+        for path, size in list_steps(run_dir, folder):
             meta_file = path / "meta" / "metadata"
-            if path.name.isdigit() and (meta_file.is_file() or (path / MANIFEST).is_file()):
+            if meta_file.is_file() or (path / MANIFEST).is_file():
                 try:
                     meta = json.loads(meta_file.read_text(encoding="utf-8"))
                 except (OSError, ValueError):
                     meta = {}  # damaged: who is about to use it is told
-                size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
                 kept.append(Kept(int(path.name), kind, path, meta, size))
     return sorted(kept, key=lambda checkpoint: (checkpoint.step, checkpoint.kind))
 
@@ -86,8 +85,12 @@ def find_checkpoint(model: str) -> tuple[Path, Kept]:
       UserError: no such run or step; the message lists the steps there are.
     """
     name, at, wanted = model.rpartition("@")
-    run_dir = Path(name if at and wanted.isdigit() else model)
-    if not run_dir.is_dir():
+    run_dir = open_path(name if at and wanted.isdigit() else model)
+    if is_remote(run_dir):
+        if not (run_dir / "config.yaml").is_file():
+            raise UserError(f"no model {model}: there is no {run_dir}/config.yaml (a MODEL on an object store is a run"
+                            " directory, or RUN@STEP; copy a Hugging Face folder to this machine)")
+    elif not run_dir.is_dir():
         raise UserError(f"no model {model}: {run_dir} is no directory (a MODEL is a run directory, RUN@STEP,"
                         " or a Hugging Face folder)")
     kept = list_checkpoints(run_dir)
@@ -122,8 +125,10 @@ def identify_model(checkpoint: Kept) -> dict[str, Any]:
 
 def describe_origin(checkpoint: Kept, *, run_dir: Path) -> dict[str, Any]:
     """What the run in `run_dir` keeps of the checkpoint that it starts from: where it lies, and which it is."""
-    source = checkpoint.run_dir.absolute()
-    return {"path": str(source), "relative": os.path.relpath(source, run_dir.absolute()), **identify_model(checkpoint)}
+    source = absolute(checkpoint.run_dir)
+    apart = is_remote(source) or is_remote(run_dir)
+    relative = str(source) if apart else os.path.relpath(source, absolute(run_dir))
+    return {"path": str(source), "relative": relative, **identify_model(checkpoint)}
 
 
 def find_base(origin: dict[str, Any], *, run_dir: Path, model: str | None = None) -> Kept:
@@ -165,7 +170,7 @@ def refuse_damage(checkpoint: Kept) -> None:
     manifest = checkpoint.path / MANIFEST
     if checkpoint.kind == HUGGINGFACE or not manifest.exists():
         return
-    known = checkpoint.path.absolute(), manifest.stat().st_mtime_ns
+    known = absolute(checkpoint.path), manifest.stat().mtime if is_remote(manifest) else manifest.stat().st_mtime_ns
     if known in _checked:
         return
     problems = (find_damage(checkpoint.path, parts=("params", "meta")) or []) if jax.process_index() == 0 else []
@@ -238,9 +243,9 @@ def _load_merged(checkpoint: Kept, abstract_params: Any, *, base: str | None) ->
 
 def read_tree(checkpoint: Kept) -> Any:
     """Shapes and dtypes of what is kept."""
-    return ocp.PyTreeCheckpointHandler().metadata((checkpoint.path / "params").absolute()).tree
+    return ocp.PyTreeCheckpointHandler().metadata(absolute(checkpoint.path / "params")).tree
 
 
 def _restore(checkpoint: Kept, abstract: Any) -> Any:
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore((checkpoint.path / "params").absolute(), abstract)
+        return checkpointer.restore(absolute(checkpoint.path / "params"), abstract)

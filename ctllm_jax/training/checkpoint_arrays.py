@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.storage import absolute, is_remote
 from ctllm_jax.training.checkpoint_files import STEP_METADATA
 
 
@@ -38,7 +39,7 @@ class Difference:
 
 def list_arrays(item: Path) -> dict[str, Any]:
     """`name -> what Orbax says of it (shape, dtype)` of every array of an item (`STEP/params`, `STEP/trainer`)."""
-    return _flatten(ocp.PyTreeCheckpointHandler().metadata(item.absolute()).tree)
+    return _flatten(ocp.PyTreeCheckpointHandler().metadata(absolute(item)).tree)
 
 
 def read_array(item: Path, name: str) -> np.ndarray:
@@ -114,7 +115,7 @@ def compare_arrays(first: Path, second: Path, *, item: str) -> Iterator[Differen
 
 
 def _store(item: Path) -> dict[str, Any]:
-    return {"driver": "ocdbt", "base": f"file://{item.absolute()}/"}
+    return {"driver": "ocdbt", "base": f"{item}/" if is_remote(item) else f"file://{item.absolute()}/"}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """The files of a checkpoint: what they must be (the manifest), what is wrong with them, and how a step goes away.
 
-RUN/checkpoints/STEP/manifest.json and RUN/milestones/STEP/manifest.json hold the size and the crc32 of every file
-beside them. RUN/quarantine/ holds steps that are damaged, each with the reason in a text beside it. A step is removed
-by renaming it into a folder `trash`, which is then emptied: one that is half removed is never taken for a whole one.
+RUN/checkpoints/STEP/manifest.json and RUN/milestones/STEP/manifest.json hold the size and the crc32 (on an object
+store the MD5) of every file beside them. RUN/quarantine/ holds steps that are damaged, each with the reason in a text
+beside it. A step is removed by renaming it into a folder `trash`, which is then emptied: one that is half removed is
+never taken for a whole one. On an object store nothing is renamed: see `checkpoint_objects`.
 No jax here: files are looked at where nothing computes.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -19,15 +21,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+from ctllm_jax import storage
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.training import checkpoint_objects as objects
+from ctllm_jax.training.checkpoint_objects import COMMITTED
 
 CHECKPOINTS, MILESTONES = "checkpoints", "milestones"
 TRASH, QUARANTINE = "trash", "quarantine"
 MANIFEST = "manifest.json"
 STEP_METADATA = "_CHECKPOINT_METADATA"
 """Orbax's list of what a step consists of."""
-COMMITTED = "commit_success.txt"
-"""Orbax writes this one last, and nothing reads it on a disk that renames."""
+_CRC32, _MD5 = "crc32", "md5"
 _BLOCK = 4 << 20
 _MOST_THREADS = 4
 
@@ -40,15 +44,26 @@ def write_manifest(folder: Path) -> None:
     Raises:
       OSError: a file cannot be read, or the manifest not be written.
     """
+    if storage.is_remote(folder):
+        text = _manifest_text({name: _measure(folder / name) if name == STEP_METADATA or entry.md5 is None else
+                               [entry.size, entry.md5] for name, entry in storage.list_objects(folder).items()
+                               if name.rpartition("/")[2] not in (MANIFEST, COMMITTED)}, checksum=_MD5)
+        with storage.told(folder):
+            (folder / MANIFEST).write_text(text, encoding="utf-8")
+        return
     names = sorted(name for name in _names(folder) if name not in (MANIFEST, COMMITTED))
     files = dict(zip(names, _over_files(lambda name: _measure(folder / name, sync=True), names), strict=True))
     temporary = folder / f".{MANIFEST}"
     with open(temporary, "w", encoding="utf-8") as file:
-        entries = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in files.items())
-        file.write(f'{{"checksum": "crc32", "own": "{_own_checksum(files)}", "files": {{\n{entries}\n}}}}\n')
+        file.write(_manifest_text(files, checksum=_CRC32))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / MANIFEST)
+
+
+def _manifest_text(files: dict[str, list[Any]], *, checksum: str) -> str:
+    entries = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(files.items()))
+    return f'{{"checksum": "{checksum}", "own": "{_own_checksum(files)}", "files": {{\n{entries}\n}}}}\n'
 
 
 def find_damage(folder: Path, *, level: Literal["full", "size"] = "full",
@@ -66,7 +81,8 @@ def find_damage(folder: Path, *, level: Literal["full", "size"] = "full",
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {str(name): [int(size), str(checksum)] for name, (size, checksum) in manifest["files"].items()}
-        if manifest["own"] != _own_checksum(files):
+        checksum = manifest["checksum"]
+        if manifest["own"] != _own_checksum(files) or checksum not in (_CRC32, _MD5):
             raise ValueError("its own checksum")
     except FileNotFoundError:
         if not folder.is_dir():
@@ -78,12 +94,18 @@ def find_damage(folder: Path, *, level: Literal["full", "size"] = "full",
         return [f"{MANIFEST}: is not what was written"]
     names = [name for name in files if parts is None or name.partition("/")[0] in parts]
 
+    listed = storage.list_objects(folder) if storage.is_remote(folder) else None
+
     def look(name: str) -> str | None:
-        size, checksum = files[name]
+        size, wanted = files[name]
         try:
-            if name == STEP_METADATA or level == "full" and (folder / name).stat().st_size == size:
-                return None if _measure(folder / name)[1] == checksum else "its crc32 is another: bytes were changed"
-            found = (folder / name).stat().st_size
+            if listed is not None and name not in listed:
+                return "is missing"
+            found = listed[name].size if listed is not None else (folder / name).stat().st_size
+            if name == STEP_METADATA or level == "full" and found == size:
+                known = listed[name].md5 if listed is not None and checksum == _MD5 and name != STEP_METADATA else None
+                same = (known or _measure(folder / name, checksum=checksum)[1]) == wanted
+                return None if same else f"its {checksum} is another: bytes were changed"
             return None if found == size else f"has {found:,} bytes, and {size:,} were written"
         except FileNotFoundError:
             return "is missing"
@@ -107,13 +129,17 @@ def say_damage(problems: Sequence[str]) -> str:
 def quarantine(folder: Path, problems: Sequence[str]) -> Path:
     """Move a damaged step out of the way, with what is wrong in a text beside it; returns where it is now."""
     shelf = folder.parent.parent / QUARANTINE
-    shelf.mkdir(exist_ok=True)
+    if not storage.is_remote(shelf):
+        shelf.mkdir(exist_ok=True)
     place, number = shelf / folder.name, 1
     while place.exists():
         number += 1
         place = shelf / f"{folder.name}-{number}"
     place.with_name(place.name + ".txt").write_text("\n".join([f"{folder}", *problems, ""]), encoding="utf-8")
-    os.rename(folder, place)
+    if storage.is_remote(folder):
+        objects.quarantine(folder, place)
+    else:
+        os.rename(folder, place)
     return place
 
 
@@ -131,6 +157,9 @@ def quarantined(run_dir: Path) -> dict[str, list[str]]:
 
 def discard(folder: Path) -> None:
     """Remove a step: renamed into the trash first, so that being killed leaves it whole or gone."""
+    if storage.is_remote(folder):
+        objects.discard(folder)
+        return
     trash = folder.parent / TRASH
     trash.mkdir(exist_ok=True)
     place = trash / f"{folder.name}.{os.getpid()}.{time.monotonic_ns()}"
@@ -140,7 +169,8 @@ def discard(folder: Path) -> None:
 
 def empty_trash(directory: Path) -> None:
     """Remove what was renamed into the trash of a folder of steps, also by a process that was killed since."""
-    shutil.rmtree(directory / TRASH, ignore_errors=True)
+    if not storage.is_remote(directory):
+        shutil.rmtree(directory / TRASH, ignore_errors=True)
 
 
 def remove_half_written(run_dir: Path) -> None:
@@ -148,6 +178,10 @@ def remove_half_written(run_dir: Path) -> None:
 
     TensorStore's threads may still be writing other arrays of it, and make a folder again that is gone.
     """
+    if storage.is_remote(run_dir):
+        for kind in (CHECKPOINTS, MILESTONES):
+            objects.quietly(lambda kind=kind: objects.sweep(run_dir / kind), what="removing a failed save")
+        return
     until, quiet_since = time.monotonic() + 10, time.monotonic()
     while time.monotonic() < min(until, quiet_since + 1):
         for path in run_dir.glob("*/*.orbax-checkpoint-tmp*"):
@@ -156,12 +190,28 @@ def remove_half_written(run_dir: Path) -> None:
         time.sleep(0.05)
 
 
-def _measure(path: Path, *, sync: bool = False) -> list[Any]:
-    """[bytes, crc32 as hexadecimal digits]; of Orbax's own list without the moment that it adds when all is done."""
+def list_steps(run_dir: Path, kind: str) -> list[tuple[Path, int]]:
+    """The finished steps of a run in `checkpoints` or `milestones`, and the bytes of each."""
+    if storage.is_remote(run_dir):
+        return [(run_dir / kind / str(step), size) for step, size in objects.list_steps(run_dir / kind).items()]
+    # A finished step is renamed into place.
+    found = [path for path in (run_dir / kind).glob("[0-9]*") if path.name.isdigit() and path.is_dir()]
+    return [(path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())) for path in found]
+
+
+def written_at(step: Path) -> float:
+    """When a step was finished, in seconds since 1970."""
+    return (step / COMMITTED).stat().mtime if storage.is_remote(step) else step.stat().st_mtime
+
+
+def _measure(path: Path, *, checksum: str = "", sync: bool = False) -> list[Any]:
+    """[bytes, checksum as hexadecimal digits]; of Orbax's own list without the moment that it adds when all is done."""
     if path.name == STEP_METADATA:
         content = json.loads(path.read_text(encoding="utf-8"))
         content.pop("commit_timestamp_nsecs", None)
         return [0, _checksum(json.dumps(content, sort_keys=True))]
+    if storage.is_remote(path) or checksum == _MD5:
+        return _read_through(path, checksum=checksum or _MD5)
     crc, size = 0, 0
     with open(path, "rb", buffering=0) as file:
         block = memoryview(bytearray(min(_BLOCK, os.fstat(file.fileno()).st_size) or 1))
@@ -170,6 +220,19 @@ def _measure(path: Path, *, sync: bool = False) -> list[Any]:
         if sync:
             os.fsync(file.fileno())
     return [size, f"{crc:08x}"]
+
+
+def _read_through(path: Path, *, checksum: str) -> list[Any]:
+    """As `_measure`, for what has moved between a disk and an object store, with any checksum."""
+    md5, crc, size = hashlib.md5(usedforsecurity=False), 0, 0
+    blocks = storage.read_blocks(path) if storage.is_remote(path) else iter([path.read_bytes()])
+    for block in blocks:
+        size += len(block)
+        if checksum == _MD5:
+            md5.update(block)
+        else:
+            crc = zlib.crc32(block, crc)
+    return [size, md5.hexdigest() if checksum == _MD5 else f"{crc:08x}"]
 
 
 def _own_checksum(files: dict[str, list[Any]]) -> str:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from ctllm_jax import storage
 from ctllm_jax.cluster.distributed import tell_all
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import CheckpointConfig
+from ctllm_jax.config.statuses import REQUEUE
 from ctllm_jax.training import checkpoint_files as files
+from ctllm_jax.training import checkpoint_objects as objects
 from ctllm_jax.training.checkpoint_arrays import find_structural_damage, refuse_other_arrays
 from ctllm_jax.training.checkpoint_files import CHECKPOINTS, MILESTONES, TRASH
 from ctllm_jax.training.state import State
@@ -55,10 +59,15 @@ class Checkpointer:
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, *, tokens_per_step: int, meta: dict[str, Any]):
         self.run_dir, self.config, self.meta, self.tokens_per_step = run_dir, config, meta, tokens_per_step
+        self._remote = storage.is_remote(run_dir)
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="retention") if self._remote else None
         keep = [policies.LatestN(config.keep_last)]
         if config.keep_every:
             keep.append(policies.EveryNSteps(config.keep_every))
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and self._remote:
+            for directory in (CHECKPOINTS, MILESTONES):
+                objects.sweep(run_dir / directory)
+        elif jax.process_index() == 0:
             # What a killed process left; this one is the owner of the directory. Orbax removes only some of it.
             for path in run_dir.glob("*/*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -185,8 +194,11 @@ class Checkpointer:
         try:
             self._settle()
         finally:
-            for manager in self._managers:
-                manager.close()
+            with self._disk_errors_told():  # what failed is raised again
+                for manager in self._managers:
+                    manager.close()
+            if self._background is not None:
+                self._background.shutdown()
         if self._error is not None:
             raise self._error
 
@@ -198,7 +210,9 @@ class Checkpointer:
             for manager in self._managers:
                 try:
                     manager.wait()
-                except (OSError, ValueError) as error:
+                except Exception as error:
+                    if not isinstance(error, OSError | ValueError) and not self._remote:
+                        raise
                     errors.append(error)
             # Only now: the thread that saves also moves what it displaces into the trash.
             self._empty_trash()
@@ -251,11 +265,19 @@ class Checkpointer:
         log.warning(text)
 
     def _empty_trash(self) -> None:
-        if jax.process_index() == 0:
+        if jax.process_index() != 0:
+            return
+        if self._background is None:
             files.empty_trash(self._steps.directory)
+        else:
+            self._background.submit(objects.quietly, lambda: objects.retain(
+                self._steps.directory, keep_last=self.config.keep_last, keep_every=self.config.keep_every),
+                what="removing old checkpoints")
 
     def _check_room(self, step: int, saves: list[ocp.args.Composite]) -> None:
         """Better before than in the middle of writing; the other processes write to the same disk."""
+        if self._remote:
+            return
         arrays = [item.item for items in saves for name, item in items.items() if name != "meta"]
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         free = shutil.disk_usage(self.run_dir).free
@@ -268,7 +290,13 @@ class Checkpointer:
         """A disk's errors in a user's words. What is half written goes at once: it would keep the disk full."""
         try:
             yield
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            failure = storage.describe_failure(error) if self._remote else None
+            if failure is not None:
+                files.remove_half_written(self.run_dir)
+                raise self._store_failed(*failure) from error
+            if not isinstance(error, OSError | ValueError):
+                raise
             # TensorStore raises ValueError, with the system's number in its text.
             number = re.search(r"os_error_code='(\d+)'", str(error))
             reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None)
@@ -277,6 +305,13 @@ class Checkpointer:
             files.remove_half_written(self.run_dir)
             raise NotWritten(f"a checkpoint could not be written below {self.run_dir}: {reason};"
                              f" {self._advice()}", agreed=jax.process_count() == 1) from error
+
+    def _store_failed(self, reason: str, lasting: bool) -> NotWritten:
+        error = NotWritten(f"a checkpoint could not be written below {self.run_dir}: {reason}; what is kept there is"
+                           " whole, and the same command goes on from it", agreed=jax.process_count() == 1)
+        if not lasting:
+            error.status = REQUEUE
+        return error
 
     def _advice(self) -> str:
         steps = [int(path.name) for path in (self.run_dir / CHECKPOINTS).glob("[0-9]*") if path.name.isdigit()]
@@ -288,10 +323,13 @@ class _Manager:
     """Orbax's manager of one folder of steps, whose steps get their manifest before they get their name."""
 
     def __init__(self, directory: Path, preservation: Any):
-        self.directory, self._step = directory.absolute(), None
+        self.directory, self._step = storage.absolute(directory), None
+        remote = storage.is_remote(directory)
         self._orbax = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
             # Retention in place leaves half-deleted steps that look whole when killed; renamed to the trash, none does.
-            todelete_subdir=TRASH, preservation_policy=preservation, create=True, cleanup_tmp_directories=True,
+            # On an object store nothing is renamed: what goes away there, `checkpoint_objects` decides.
+            todelete_subdir=None if remote else TRASH, preservation_policy=None if remote else preservation,
+            create=True, cleanup_tmp_directories=not remote,
             enable_async_checkpointing=True,
             # Folders made by a thread that fails leave others waiting for them, and the process ends 20 minutes late.
             # The callback comes from the thread that saves, in the first process, when all processes have written.
@@ -310,8 +348,10 @@ class _Manager:
         return self._orbax.restore(step, args=ocp.args.Composite(**items))
 
     def _write_manifest(self) -> None:
-        # On a bucket, where nothing is renamed, a step has its own name from the first.
-        unnamed = next(self.directory.glob(f"{self._step}.orbax-checkpoint-tmp*"), self.directory / str(self._step))
+        # On an object store, where nothing is renamed, a step has its own name from the first.
+        named = self.directory / str(self._step)
+        unnamed = named if storage.is_remote(named) else next(
+            self.directory.glob(f"{self._step}.orbax-checkpoint-tmp*"), named)
         files.write_manifest(unnamed)
 
 

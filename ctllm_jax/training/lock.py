@@ -13,20 +13,19 @@ import errno
 import json
 import logging
 import os
-import shlex
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import RunConfig
 from ctllm_jax.config.statuses import FAILED
+from ctllm_jax.storage import is_remote, open_path
+from ctllm_jax.training.owner import is_gone, parse_owner, refusal, say_owner, whoami
 
 log = logging.getLogger(__name__)
 LOCK, _TAKEOVER = "lock", "lock.takeover"
@@ -49,7 +48,7 @@ class Lock:
 
     def __init__(self, run_dir: Path, *, stale_after: float, what: str = ""):
         self.path, self._stale_after = run_dir / LOCK, stale_after
-        self._mine = {**_whoami(), "id": uuid.uuid4().hex, "since": round(time.time(), 3), "beat": 0,
+        self._mine = {**whoami(), "id": uuid.uuid4().hex, "since": round(time.time(), 3), "beat": 0,
                       "stale_after": stale_after, "command": what[:200]}
         self._file = -1
         self._watched: tuple[Any, float] | None = None
@@ -96,9 +95,9 @@ class Lock:
             self._begin()
             return None
         owner = _read(self.path)
-        dead = _is_gone(owner) if owner else None
+        dead = is_gone(owner) if owner else None
         if dead is False:
-            raise UserError(self._refusal(owner))
+            raise UserError(refusal(owner, self._mine, self.path.parent))
         return self._take(owner) if dead or self._stands_still(owner) else owner
 
     def _stands_still(self, owner: dict[str, Any]) -> bool:
@@ -106,7 +105,7 @@ class Lock:
         now, seen = time.monotonic(), (owner.get("id"), owner.get("beat"))
         if self._watched is None or self._watched[0] != seen:
             if owner and self._watched is not None and self._watched[0][0] == owner["id"]:
-                raise UserError(self._refusal(owner))
+                raise UserError(refusal(owner, self._mine, self.path.parent))
             self._watched = seen, now - self._age(self.path)
         return now - self._watched[1] > (owner.get("stale_after", self._stale_after) if owner else _UNREADABLE)
 
@@ -201,17 +200,6 @@ class Lock:
     def _text(self) -> bytes:
         return json.dumps(self._mine).encode().ljust(_LINE - 1) + b"\n"
 
-    def _refusal(self, owner: dict[str, Any]) -> str:
-        here = owner.get("place") == self._mine["place"]
-        stop = f"kill {owner['pid']}" if here else f"on {owner['host']}: kill {owner['pid']}"
-        directory, limit = self.path.parent, owner.get("stale_after", self._stale_after)
-        lines = [f"{directory} is in use by {say_owner(owner)}",
-                 f"to stop that one behind a step, which is kept: touch {shlex.quote(str(directory / 'STOP'))}  (or"
-                 f" {stop})",
-                 "to take it over: give the same command again when that one has ended; if its machine is dead, that is"
-                 f" seen after {limit:g} s (its run.stale_after)", "to train something else: give another run.dir"]
-        return "\n  ".join(lines)
-
 
 @contextmanager
 def own(run: RunConfig, *, what: str, free: bool = False) -> Iterator[None]:
@@ -231,8 +219,8 @@ def own(run: RunConfig, *, what: str, free: bool = False) -> Iterator[None]:
 
     from ctllm_jax.cluster.distributed import tell_all
 
-    run_dir, stale_after = Path(run.dir), run.stale_after
-    lock = Lock(run_dir, stale_after=stale_after, what=what) if jax.process_index() == 0 else None
+    run_dir, stale_after = open_path(run.dir), run.stale_after
+    lock = make_lock(run_dir, stale_after=stale_after, what=what) if jax.process_index() == 0 else None
     problem, told, state = None, False, 0
     try:
         while state == 0:
@@ -262,57 +250,18 @@ def read_owner(run_dir: Path) -> dict[str, Any] | None:
     return _read(run_dir / LOCK) or None
 
 
-def _whoami() -> dict[str, Any]:
-    pid = os.getpid()
-    return {"host": socket.gethostname(), "place": _place(), "pid": pid, "started": _started(pid),
-            "job": os.environ.get("SLURM_JOB_ID")}
+def make_lock(run_dir: Path, *, stale_after: float, what: str) -> Any:
+    """The lock of a run directory, on a disk or an object store; arguments as of `Lock`."""
+    if is_remote(run_dir):
+        from ctllm_jax.training.lock_object import ObjectLock
 
-
-def _place() -> str:
-    """Where a process id means something: one boot of one machine, one namespace of it."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _started(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks: a number that is used again does not pass for the same process."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]  # a zombie does nothing any more
-
-
-def _is_gone(owner: dict[str, Any]) -> bool | None:
-    """Whether an owner on this machine has ended; None: it is on another one."""
-    if owner.get("place") != _place():
-        return None
-    if Path("/proc/self/stat").exists():
-        return _started(owner["pid"]) != owner.get("started")
-    try:
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
+        return ObjectLock(run_dir, name=LOCK, stale_after=stale_after, what=what)
+    return Lock(run_dir, stale_after=stale_after, what=what)
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The owner; empty where there is none, or where its text is not there yet."""
     try:
-        owner = json.loads(path.read_bytes())
-        return owner if {"id", "host", "pid", "beat", "since"} <= owner.keys() else {}
-    except (FileNotFoundError, ValueError, AttributeError):
+        return parse_owner(path.read_bytes())
+    except FileNotFoundError:
         return {}
-
-
-def say_owner(owner: dict[str, Any]) -> str:
-    """An owner in words: process, host, job, since when, command."""
-    since = datetime.fromtimestamp(owner["since"]).astimezone().isoformat(" ", "seconds")
-    job = f", job {owner['job']}" if owner.get("job") else ""
-    command = f" ({owner['command']})" if owner.get("command") else ""
-    return f"process {owner['pid']} on {owner['host']}{job}, since {since}{command}"

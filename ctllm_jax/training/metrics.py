@@ -1,7 +1,9 @@
 """metrics.jsonl, the source of truth of a run, and the sinks that are fed from it.
 
 Every line is one JSON object with "event" and "time" (unix seconds). The file only grows: a line is written by one
-call of the operating system, and a line torn by a crash is ended before the next one. JSON has no NaN and no infinity:
+call of the operating system, and a line torn by a crash is ended before the next one. On an object store, where nothing
+grows, it is parts, metrics-00001.jsonl and so on: the newest is written anew every few seconds by a thread, the others
+stay as they are, and each start begins a new one. JSON has no NaN and no infinity:
 such a number is written as null, and its spelling goes into "nonfinite" ({"loss": "nan"}), so that a reader can tell a
 number that was lost from one that was never there. TensorBoard and Weights & Biases get the same records; one that
 fails is dropped with a warning, and training goes on.
@@ -18,10 +20,14 @@ import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.report.run import METRICS, PART, metrics_files
+from ctllm_jax.storage import Uploader, is_remote, open_path
+
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
 STATUS = "status.json"
+_PART_BYTES = 1 << 20
 
 
 class Sink(Protocol):
@@ -62,7 +68,12 @@ class MetricsWriter:
         self._file = None
         if process_index != 0:
             return
-        self._directory = Path(run_dir)
+        self._directory = open_path(run_dir)
+        if is_remote(self._directory):
+            if tensorboard or wandb_project is not None:
+                raise UserError(f"{run_dir}: TensorBoard and Weights & Biases need a run directory on a disk")
+            self._file = _Parts(self._directory)
+            return
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / METRICS
         self._file = open(path, "ab+", buffering=0)
@@ -79,6 +90,8 @@ class MetricsWriter:
         record = _record(event, fields)
         self._append(record)
         self._update_status(record)
+        if isinstance(self._file, _Parts) and event != "train":
+            self._file.uploader.wake()
         for sink in list(self._sinks):
             self._guarded(sink, lambda sink=sink: sink.write(record))
 
@@ -117,7 +130,11 @@ class MetricsWriter:
         self._status["step"] = record.get("step", self._status["step"])
         if record["event"] == "train":
             self._status["loss"] = record.get("loss")
-        write_atomically(self._directory / STATUS, json.dumps({**self._status, "updated": record["time"]}) + "\n")
+        text = json.dumps({**self._status, "updated": record["time"]}) + "\n"
+        if isinstance(self._file, _Parts):
+            self._file.uploader.put(self._directory / STATUS, text.encode())
+        else:
+            write_atomically(self._directory / STATUS, text)
 
     def _add_sink(self, name: str, make: Any) -> None:
         try:
@@ -136,6 +153,26 @@ class MetricsWriter:
         message = f"{name} is dropped, the run goes on without it: {type(error).__name__}: {error}"
         logger.warning(message)
         self._append(_record("warning", {"message": message}))
+
+
+class _Parts:
+    """What stands in for an opened metrics.jsonl on an object store."""
+
+    def __init__(self, directory: Path):
+        self._directory, self.uploader = directory, Uploader()
+        self._number, self._part = max((number for number, _ in metrics_files(directory)), default=0) + 1, bytearray()
+
+    def write(self, data: bytes) -> int:
+        """Append lines to the newest part."""
+        if len(self._part) + len(data) > _PART_BYTES:
+            self._number, self._part = self._number + 1, bytearray()
+        self._part += data
+        self.uploader.put(self._directory / PART.format(self._number), bytes(self._part))
+        return len(data)
+
+    def close(self) -> None:
+        """Write what is not there yet."""
+        self.uploader.close()
 
 
 def write_atomically(path: Path, text: str) -> None:

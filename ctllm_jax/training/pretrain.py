@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from ctllm_jax.losses.cross_entropy import chunked_cross_entropy
 from ctllm_jax.model.decoder import Decoder, head_weights, init_table
 from ctllm_jax.model.lora import attach, lora_parameters
 from ctllm_jax.model.parameters import decoder_parameters
+from ctllm_jax.storage import copy_file, is_remote
 from ctllm_jax.training import checkpoint as checkpoints
 from ctllm_jax.training.checkpointer import Checkpointer
 from ctllm_jax.training.environment import choose_implementations, describe_environment, warn_of_processors
@@ -305,7 +305,8 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
                                   seed=config.seed, vocab_size=config.model.vocab_size,
                                   damage=DamageLog(directory / DAMAGED, budget=config.data.damaged_budget))
     plan = plan_step(config, mesh, token_bytes=data.token_bytes, objective=objective)
-    directory.mkdir(parents=True, exist_ok=True)
+    if not is_remote(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     fingerprint = make_fingerprint(config, data.fingerprint)
     checkpointer = Checkpointer(
         directory, config.checkpoint, tokens_per_step=config.batch.tokens,
@@ -376,5 +377,5 @@ def _write_run_files(config: PretrainConfig, directory: Path, tokenizer: Path | 
     if tokenizer is not None:
         target = directory / ("tokenizer" + tokenizer.suffix)
         if not target.exists() or target.read_bytes() != tokenizer.read_bytes():
-            shutil.copyfile(tokenizer, target)
+            copy_file(tokenizer, target)
         keep_settings(directory, tokenizer=tokenizer, template=template and template["config"]["path"])

@@ -8,12 +8,14 @@
 
 A file is removed when it is obeyed. Signals reach any of the processes, files are seen by the first one; about once a
 second they tell each other, by a collective of three numbers that is read one step later, so that no device waits for
-a host.
+a host. On an object store a thread looks, every few seconds: a request to it takes tens of milliseconds.
 """
 
 from __future__ import annotations
 
 import logging
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ctllm_jax.storage import is_remote, list_names, upload_tree
 from ctllm_jax.training.loop import Hook
 from ctllm_jax.training.signals import REASONS, Signals
 
@@ -34,6 +37,7 @@ _NAMES = {number: reason for reason, number in _NUMBERS.items()}
 _SECONDS = 1.0
 """About so often the files are looked for, and the processes tell each other."""
 _MOST_STEPS = 1000
+_REMOTE_SECONDS = 5.0
 
 
 class Requests:
@@ -55,6 +59,8 @@ class Requests:
         self._trace_until: int | None = None
         self._tracing = False
         self._stuck: set[str] = set()
+        self._seen = _Watch(directory) if is_remote(directory) and self._first else None
+        self._traces: Path | None = None
 
     def stop_due(self, step: int) -> bool:
         """Whether the run ends behind this step; called once for each, when it is on its way to the devices."""
@@ -92,6 +98,8 @@ class Requests:
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
+            if self._traces is not None:
+                upload_tree(self._traces, self._directory / TRACES)
             self._tell(step, f"the trace is in {self._directory / TRACES} (tensorboard, xprof or ui.perfetto.dev)")
 
     def _obey(self, step: int, reason: int, save: bool) -> None:
@@ -108,7 +116,9 @@ class Requests:
     def _start(self, step: int) -> None:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # every Python call: ten times the file, and slower steps
-        jax.profiler.start_trace(str(self._directory / TRACES), profiler_options=options)
+        if is_remote(self._directory):
+            self._traces = Path(tempfile.mkdtemp(prefix="ctllm-profile-"))
+        jax.profiler.start_trace(str(self._traces or self._directory / TRACES), profiler_options=options)
         self._tracing = True
         self._tell(step, f"{PROFILE}: tracing {PROFILED_STEPS} steps from step {step + 1:,} on")
 
@@ -121,13 +131,17 @@ class Requests:
         return _NUMBERS["stopped"] * self._is_there(STOP)
 
     def _is_there(self, name: str) -> bool:
-        return self._first and name not in self._stuck and (self._directory / name).exists()
+        if not self._first or name in self._stuck:
+            return False
+        return (self._directory / name).exists() if self._seen is None else name in self._seen.names
 
     def _remove(self, name: str) -> None:
         if not self._is_there(name):
             return
         try:
             (self._directory / name).unlink()
+            if self._seen is not None:
+                self._seen.names.discard(name)
         except OSError as error:
             self._stuck.add(name)
             log.warning("%s was obeyed, cannot be removed (%s), and is not looked for again", self._directory / name,
@@ -139,6 +153,23 @@ class Requests:
         rate = (step - self._looked_at) / max(now - self._looked, 1e-6) if self._looked_at else 0.0
         self._looked, self._looked_at = now, step
         return int(min(max(rate * _SECONDS, 1), _MOST_STEPS))
+
+
+class _Watch:
+    """What lies in a directory of an object store, as a thread saw it last."""
+
+    def __init__(self, directory: Path):
+        self.names: set[str] = set()
+        self._directory = directory
+        threading.Thread(target=self._look, daemon=True, name="requests").start()
+
+    def _look(self) -> None:
+        while True:
+            try:
+                self.names = {STOP, SAVE, PROFILE}.intersection(list_names(self._directory))
+            except OSError as error:
+                log.warning("%s; it is looked at again", error)
+            time.sleep(_REMOTE_SECONDS)
 
 
 class Agreement:

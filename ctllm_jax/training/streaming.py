@@ -16,6 +16,7 @@ import tensorstore as ts
 from ctllm_jax.config.lora import LoraConfig
 from ctllm_jax.huggingface.model import open_weights
 from ctllm_jax.model.lora import merge
+from ctllm_jax.storage import absolute
 from ctllm_jax.training.checkpoint import (
     HUGGINGFACE,
     MILESTONES,
@@ -87,7 +88,7 @@ def read_parameter(checkpoint: Kept, path: str) -> np.ndarray:
         return leaf
 
     wanted = nest(ocp.RestoreArgs(restore_type=np.ndarray))
-    found = ocp.PyTreeCheckpointHandler().restore((checkpoint.path / "params").absolute(), args=ocp.args.PyTreeRestore(
+    found = ocp.PyTreeCheckpointHandler().restore(absolute(checkpoint.path / "params"), args=ocp.args.PyTreeRestore(
         item=nest(0), restore_args=wanted, partial_restore=True))
     return np.asarray(jax.tree.leaves(found)[0])
 
@@ -99,7 +100,7 @@ def write_streamed(run_dir: Path, params: dict[str, Any], *, meta: dict[str, Any
     """
     registry = ocp.type_handlers.create_type_handler_registry(
         (Lazy, LazyHandler()), (jax.Array, ocp.type_handlers.ArrayHandler()))
-    path = (run_dir / MILESTONES / str(meta["step"])).absolute()
+    path = absolute(run_dir / MILESTONES / str(meta["step"]))
     handler = ocp.CompositeCheckpointHandler(
         params=ocp.PyTreeCheckpointHandler(type_handler_registry=registry), meta=ocp.JsonCheckpointHandler())
     with ocp.Checkpointer(handler) as checkpointer:

@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -26,6 +27,7 @@ import jax
 
 from ctllm_jax.config.reliability import WatchdogConfig
 from ctllm_jax.config.statuses import REQUEUE
+from ctllm_jax.storage import is_remote
 from ctllm_jax.training.goodput import STEPPING, Ledger
 
 log = logging.getLogger(__name__)
@@ -69,7 +71,8 @@ class Watchdog:
         self._sign = time.monotonic()
         if self._config.seconds != 0:
             self._start(self._watch_steps, "watchdog")
-        if self._count > 1:
+        # On an object store times are no heartbeat; JAX's own ends a run there, and does not say who is gone.
+        if self._count > 1 and not is_remote(self._directory):
             self._start(self._watch_peers, "heartbeat")
         return self
 
@@ -169,7 +172,9 @@ class Watchdog:
             if self._done.is_set():
                 return
             message = f"process {self._index} on {socket.gethostname()}: {what}"
-            path = self._directory / f"stacks-{self._index}.txt"
+            # Not on an object store: it may be what hangs.
+            folder = Path(tempfile.gettempdir()) if is_remote(self._directory) else self._directory
+            path = folder / f"stacks-{self._index}.txt"
             sys.stderr.write(f"{message}; every thread's stack follows, and is in {path}\n")
             sys.stderr.flush()
             faulthandler.dump_traceback(sys.stderr, all_threads=True)

@@ -10,7 +10,7 @@ import pytest
 from ctllm_jax.config.data import DataConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.pretrain import open_held_out_data, open_training_data
-from ctllm_jax.data.sources import open_source
+from ctllm_jax.data.sources import check_room, open_source
 from ctllm_jax.data.tokenizer import load_tokenizer
 
 
@@ -106,8 +106,28 @@ def test_text_without_a_tokenizer_is_refused(data_config, make_texts, tmp_path):
 def test_a_missing_path_is_refused(data_config):
     with pytest.raises(UserError, match=r"data.sources.zh.path=nowhere/x does not exist$"):
         opened(data_config("nowhere/x"))
-    with pytest.raises(UserError, match=r"gs://bucket/x does not exist: copy or mount it first"):
-        opened(data_config("gs://bucket/x"))
+    with pytest.raises(UserError, match=r"s3://bucket/x does not exist: copy or mount it first"):
+        opened(data_config("s3://bucket/x"))
+
+
+def test_what_is_no_dataset_on_an_object_store(data_config, store, tmp_path):
+    store.write("raw/a.jsonl", b'{"text": "x"}')
+    with pytest.raises(UserError, match=r"zh.path=gs://bucket/raw holds no dataset directory .* prepare made"):
+        opened(data_config("gs://bucket/raw"))
+
+
+def test_shards_that_the_cache_cannot_hold(data_config, make_texts, store, tmp_path):
+    made = opened(data_config(write_jsonl(tmp_path / "a.jsonl", make_texts(30))))
+    url = store.upload(made.directory, "corpus")
+    config = data_config(url, tokenizer=None)
+    remote = opened(config)
+    assert remote.manifest == made.manifest
+    assert remote.tokenizer_path.read_bytes() == made.tokenizer_path.read_bytes()
+    check_room([remote], config)
+    with pytest.raises(UserError, match=r"data.cache_gb=1e-09: the sources on .* give data.cache_gb=1"):
+        check_room([remote], config.model_copy(update={"cache_gb": 1e-9}))
+    there, here = (dataset.split("train").shards[0] for dataset in (remote, made))
+    assert there.window(0, 50).tokens.tolist() == here.window(0, 50).tokens.tolist()
 
 
 def test_a_bad_record_names_file_and_line_and_leaves_nothing_behind(data_config, make_texts, tmp_path):
@@ -129,7 +149,7 @@ def test_several_processes_make_it_once(data_config, make_texts, tmp_path, repos
     program = f"""
 import logging, sys
 from ctllm_jax.config.data import DataConfig
-from ctllm_jax.data.sources import open_source
+from ctllm_jax.data.sources import check_room, open_source
 from ctllm_jax.dataset import build
 made = build.finish
 build.finish = lambda *given, **named: print("made") or made(*given, **named)

@@ -142,7 +142,7 @@ def test_one_elsewhere_whose_heart_beats_stays(tmp_path):
         lock._mine["place"] = "elsewhere"
         # For this process the other one is on another machine.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ctllm_jax.training.lock._place", lambda: "elsewhere")
+            patch.setattr("ctllm_jax.training.owner._place", lambda: "elsewhere")
             began = time.monotonic()
             with pytest.raises(UserError, match=f"is in use by process {owner.pid}"):
                 while lock.attempt() is not None:
