@@ -194,11 +194,13 @@ class Checkpointer:
         try:
             self._settle()
         finally:
-            with self._disk_errors_told():  # what failed is raised again
-                for manager in self._managers:
-                    manager.close()
-            if self._background is not None:
-                self._background.shutdown()
+            try:
+                with self._disk_errors_told():  # what failed is raised again
+                    for manager in self._managers:
+                        manager.close()
+            finally:
+                if self._background is not None:
+                    self._background.shutdown()
         if self._error is not None:
             raise self._error
 

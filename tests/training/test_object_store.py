@@ -1,5 +1,6 @@
 """A run on an object store: the bits of one on a disk, through kills and a store that fails."""
 
+import contextlib
 import json
 import time
 
@@ -198,6 +199,8 @@ def test_a_save_that_the_store_refuses(url, store):
         save(checkpointer, [5])
     assert caught.value.status == WRONG_INPUT
     store.heal()
+    with contextlib.suppress(NotWritten):
+        checkpointer.close()
     assert steps_at(url) == ["3", "4"]
     open_run(url, keep_last=2).close()
     assert not store.names(f"{url[12:]}/checkpoints/5/")
