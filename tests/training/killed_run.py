@@ -81,6 +81,8 @@ def arrange(step, moment):
 
 def train(directory, overrides, *, tell=-1, trap=None):
     """The run in a fork of this process, with a trap `(step, moment)`; its first save writes into the pipe `tell`."""
+    from ctllm_jax.cli import main
+
     if pid := os.fork():
         return pid
     if trap:

@@ -1,7 +1,7 @@
 """Batches that hurt: a source whose loss weights are not a number at some data steps. No option of a run does this.
 
 As a script: the debug run with such a source, `planted.py '{"DATA STEP": ROW, …}' [key=value …]`; each process leaves a
-hash of the weights that it holds in RUN/weights-PROCESS.
+hash of the weights that it holds in RUN/weights-PROCESS. With "leave out": [FROM, COUNT] so many batches do not exist.
 """
 
 import hashlib
@@ -37,7 +37,10 @@ if __name__ == "__main__":
     from ctllm_jax.data import pretrain as data
     from ctllm_jax.training import pretrain
 
-    Planted.planted = {int(step): row for step, row in json.loads(sys.argv[1]).items()}
+    planted = json.loads(sys.argv[1])
+    first, count = planted.pop("leave out", (0, 0))
+    Planted.skip = staticmethod(lambda step: step + count * (step >= first))
+    Planted.planted = {int(step): row for step, row in planted.items()}
     data.SyntheticData = Planted
     train = pretrain.Run.train
 
