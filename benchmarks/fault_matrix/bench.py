@@ -89,8 +89,9 @@ class Done(NamedTuple):
         """Itself, or Lost: it ended otherwise, or did not print one of these regular expressions."""
         missing = [pattern for pattern in patterns if not re.search(pattern, self.text)]
         if self.status != status or missing:
-            raise Lost(f"ended with status {self.status}, not {status}" if self.status != status else
-                       f"did not say {missing}")
+            last = self.text.rstrip().rpartition("\n")[2]
+            raise Lost(f"ended with status {self.status}, not {status}: {last}" if self.status != status else
+                       f"did not say {missing}, but: {last}")
         return self
 
 
@@ -162,6 +163,7 @@ class Bench:
             os.dup2(file, 1)
             os.dup2(file, 2)
             sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where this was begun in the background
             os.environ.update(variables or {}, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
             function()
             status = DONE

@@ -61,6 +61,7 @@ class Checkpointer:
         self.run_dir, self.config, self.meta, self.tokens_per_step = run_dir, config, meta, tokens_per_step
         self._remote = storage.is_remote(run_dir)
         self._background = ThreadPoolExecutor(1, thread_name_prefix="retention") if self._remote else None
+        logging.getLogger("absl").addFilter(_is_news)
         keep = [policies.LatestN(config.keep_last)]
         if config.keep_every:
             keep.append(policies.EveryNSteps(config.keep_every))
@@ -299,9 +300,7 @@ class Checkpointer:
                 raise self._store_failed(*failure) from error
             if not isinstance(error, OSError | ValueError):
                 raise
-            # TensorStore raises ValueError, with the system's number in its text.
-            number = re.search(r"os_error_code='(\d+)'", str(error))
-            reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None)
+            reason = _disk_reason(error)
             if reason is None:
                 raise
             files.remove_half_written(self.run_dir)
@@ -319,6 +318,19 @@ class Checkpointer:
         steps = [int(path.name) for path in (self.run_dir / CHECKPOINTS).glob("[0-9]*") if path.name.isdigit()]
         goes_on = f"it goes on from step {max(steps)}" if steps else "nothing of this run is kept yet"
         return f"make room there and give the same command again: {goes_on}"
+
+
+def _disk_reason(error: BaseException) -> str | None:
+    """What the system says of a disk's error, and None of any other; TensorStore has the number in a ValueError's
+    text."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(number[1])) if number else getattr(error, "strerror", None)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a log line is not Orbax's about an error that it also raises: it writes some hundred lines of stacks from
+    each of its threads, around the one line of ours."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 class _Manager:
