@@ -2,11 +2,11 @@
 
     python benchmarks/faults.py [--only NAME …] [--rounds 10] [--write-table] [--list]
 
-Each row breaks something on purpose, a tiny run or its files, starts the same command again where it ended, and compares
-with a run that nobody disturbed: weights and optimizer bit for bit, losses to 1e-5 where the number of devices changes.
-Survived: that was so, and the fault was named. Work made again: the most that one fault cost, by the seconds of the
-steps that were made twice. `--rounds` is how often to kill, and (at most ten times) to damage a shard. What this machine
-does not allow is "not tried". Exit status 1 if something was not survived.
+Each row breaks something on purpose, a tiny run or its files, starts the same command again where it ended, and
+compares with a run that nobody disturbed: weights and optimizer bit for bit, losses to 1e-5 where the number of devices
+changes. Survived: that was so, and the fault was named. Work made again: the most that one fault cost, by the seconds
+of the steps that were made twice. `--rounds` is how often to kill, and (at most ten times) to damage a shard. What this
+machine does not allow is "not tried". Exit status 1 if something was not survived.
 
 Rows that ran replace theirs in benchmarks/results/faults.json; --write-table puts all of them into docs/reliability.md.
 The processes are on CPUs, whatever else is here.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import os
@@ -122,10 +123,8 @@ def prepare(scratch: Path) -> None:
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT)}
     sys.path.insert(0, str(ROOT))
-    import ctllm_jax.cli.data
-    import ctllm_jax.cli.pretrain
-    import ctllm_jax.training.pretrain
-    import fault_matrix  # noqa: F401
+    for module in ("ctllm_jax.cli.data", "ctllm_jax.cli.pretrain", "ctllm_jax.training.pretrain", "fault_matrix"):
+        importlib.import_module(module)
 
 
 def main() -> int:

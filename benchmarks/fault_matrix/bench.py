@@ -142,10 +142,10 @@ class Bench:
         self._undisturbed: dict[tuple, Path] = {}
         self._names = 0
 
-    def directory(self) -> Path:
-        """A new name."""
+    def directory(self, kind: str = "run") -> Path:
+        """A new name, of a run or of data."""
         self._names += 1
-        return self.scratch / f"run-{self._names}"
+        return self.scratch / f"{kind}-{self._names}"
 
     def fork(self, function: Callable[[], Any], *, devices: int = 1, variables: dict[str, str] | None = None) -> Child:
         """A function in a process of its own, whose end is that of an interpreter."""
@@ -232,7 +232,8 @@ class Bench:
     def line(self, text: str, pattern: str) -> str:
         """The first line with a regular expression in it, as a reader of the table needs it: paths are short."""
         found = next((line.strip() for line in text.splitlines() if re.search(pattern, line)), "")
-        return re.sub(rf"{re.escape(str(self.scratch))}/run-\d+(\.\d+|/\d+(?=[/:; ]))?", "RUN", found)
+        return re.sub(rf"{re.escape(str(self.scratch))}/(run|data)-\d+(/run|/\d+)?\b", lambda path: path[1].upper(),
+                      found)
 
 
 def wait_for_step(directory: Path, children: list[Child], *, step: int = 1) -> None:

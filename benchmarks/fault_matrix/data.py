@@ -58,7 +58,7 @@ def records(bench: Bench, outcome: Outcome) -> None:
     _Trained(bench, corpus, steps=steps).run(reference).expect(0)
     replaced = refused = 0
     for _ in range(min(bench.rounds, 10)):
-        dataset, run = bench.directory(), bench.directory()
+        dataset, run = bench.directory("data"), bench.directory()
         shutil.copytree(corpus, dataset)
         path = _shard(dataset).path
         content = bytearray(path.read_bytes())
@@ -83,8 +83,8 @@ def records(bench: Bench, outcome: Outcome) -> None:
             problem = f"status {again.status}" if (again := trained.run(run)).status else trained.same(run, whole)
         # Rerun on purpose, from the step before: no work that the fault cost.
         outcome.add(problem)
-    outcome.lost = (f"{replaced} records of {_shard(corpus).shard.records} in each run, replaced by a neighbor and told;"
-                    f" {refused} shards refused")
+    outcome.lost = (f"{replaced} records in all (a run has {_shard(corpus).shard.records}), each named and replaced by"
+                    f" the next; {refused} runs refused, with the shard named")
 
 
 @fault("missing-shard", "a shard that is not there")
@@ -97,7 +97,7 @@ def missing_shard(bench: Bench, outcome: Outcome) -> None:
 def changed_shard(bench: Bench, outcome: Outcome) -> None:
     """Another length is seen at the start; other bytes of the same length by who reads them all."""
     _refused(bench, outcome, lambda path: path.write_bytes(path.read_bytes()[:-1]), "is truncated")
-    dataset = bench.directory()
+    dataset = bench.directory("data")
     shutil.copytree(_corpus(bench), dataset)
     path = _shard(dataset).path
     content = path.read_bytes()
@@ -107,7 +107,7 @@ def changed_shard(bench: Bench, outcome: Outcome) -> None:
 
 
 def _refused(bench: Bench, outcome: Outcome, damage, said: str) -> None:
-    dataset, run, reference = bench.directory(), bench.directory(), bench.directory()
+    dataset, run, reference = bench.directory("data"), bench.directory(), bench.directory()
     shutil.copytree(_corpus(bench), dataset)
     path = _shard(dataset).path
     whole = path.read_bytes()

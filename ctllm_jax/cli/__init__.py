@@ -7,6 +7,7 @@ standard library is imported before the command is known, and jax only by the co
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import re
 import sys
@@ -49,6 +50,15 @@ COMMANDS = {
 _OVERRIDE = re.compile(r"[A-Za-z_][\w\-]*(\.[\w\-]+)*=")
 
 
+class _Plainly(logging.Formatter):
+    """`warning: …`; with its name where a line is another library's."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """The line, but for a stack."""
+        ours = record.name.startswith(("ctllm_jax", "data_prep"))
+        return f"{record.levelname.lower()}{'' if ours else f' ({record.name})'}: {record.message}"
+
+
 @dataclass
 class Context:
     """What a command is given."""
@@ -86,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         return _complain(f"unknown command {command}{_nearest(command, COMMANDS)}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Plainly())
+    logging.basicConfig(handlers=[handler])
     module = importlib.import_module(f"ctllm_jax.cli.{command.replace('-', '_')}")
     from ctllm_jax.config.errors import UserError
 

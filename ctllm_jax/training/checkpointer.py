@@ -7,6 +7,7 @@ place: one that has its number is whole, and can be checked. What this run does 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
 import re
@@ -304,8 +305,10 @@ class Checkpointer:
             if reason is None:
                 raise
             files.remove_half_written(self.run_dir)
-            raise NotWritten(f"a checkpoint could not be written below {self.run_dir}: {reason};"
-                             f" {self._advice()}", agreed=jax.process_count() == 1) from error
+            refused = reason in (os.strerror(errno.EACCES), os.strerror(errno.EPERM), os.strerror(errno.EROFS))
+            advice = self._advice("make it writable" if refused else "make room there")
+            raise NotWritten(f"a checkpoint could not be written below {self.run_dir}: {reason}; {advice}",
+                             agreed=jax.process_count() == 1) from error
 
     def _store_failed(self, reason: str, lasting: bool) -> NotWritten:
         error = NotWritten(f"a checkpoint could not be written below {self.run_dir}: {reason}; what is kept there is"
@@ -314,10 +317,10 @@ class Checkpointer:
             error.status = REQUEUE
         return error
 
-    def _advice(self) -> str:
+    def _advice(self, what: str = "make room there") -> str:
         steps = [int(path.name) for path in (self.run_dir / CHECKPOINTS).glob("[0-9]*") if path.name.isdigit()]
         goes_on = f"it goes on from step {max(steps)}" if steps else "nothing of this run is kept yet"
-        return f"make room there and give the same command again: {goes_on}"
+        return f"{what} and give the same command again: {goes_on}"
 
 
 def _disk_reason(error: BaseException) -> str | None:
