@@ -152,9 +152,9 @@ def main() -> int:
         for name in arguments.only or FAULTS:
             new.append(try_fault(name, bench))
             print(say(new[-1]), flush=True)
+            rows = write_results(arguments.output, new, order=list(FAULTS))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    rows = write_results(arguments.output, new, order=list(FAULTS))
     if arguments.write_table:
         write_table(rows)
     lost = [row["fault"] for row in new if row["survived"] < row["tried"]]

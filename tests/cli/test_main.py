@@ -113,3 +113,22 @@ def test_the_environment_stays_as_it_was(monkeypatch):
     import os
 
     assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0"
+
+
+LOGGING = """
+import logging, sys
+from ctllm_jax import cli
+
+cli.importlib.import_module = lambda name: None
+def run(*arguments):
+    for name in ("ctllm_jax.training.lock", "absl"):
+        logging.getLogger(name).warning("%d steps", 3)
+    return 0
+cli._run = run
+sys.exit(cli.main(["data"]))
+"""
+
+
+def test_a_warning_is_a_line_for_a_person():
+    done = subprocess.run([sys.executable, "-c", LOGGING], check=False, capture_output=True, text=True, cwd=REPOSITORY)
+    assert (done.returncode, done.stderr) == (0, "warning: 3 steps\nwarning (absl): 3 steps\n")

@@ -281,5 +281,9 @@ def test_real_faults_of_the_disk(run_dir):
                           text=True, timeout=60, cwd=REPOSITORY, env=environment())
     assert done.returncode == 0, done.stderr
     told, steps, names = json.loads(done.stdout.splitlines()[-1])
-    assert ["File too large" in told[0], "Permission denied" in told[1], len(told)] == [True, True, 2], told
+    advice = "and give the same command again: it goes on from step"
+    assert len(told) == 2 and f"File too large; make room there {advice} 2" in told[0], told
+    assert f"Permission denied; make it writable {advice} 4" in told[1], told
+    # Orbax's threads would each tell the same with their stacks.
+    assert "ERROR:absl" not in done.stderr, done.stderr
     assert steps == [1, 2, 4, 6] and names == ["1", "2", "4", "6"]
