@@ -23,6 +23,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -137,6 +138,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--write-table", action="store_true", help="put the table into docs/reliability.md")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and what was begun is ended, and removed
     # No TemporaryDirectory: it would go when the first fork ends.
     scratch = Path(tempfile.mkdtemp(prefix="faults-", dir=arguments.scratch))
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import random
 import re
@@ -163,6 +164,8 @@ class Bench:
             os.dup2(file, 1)
             os.dup2(file, 2)
             sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+            logging.getLogger().handlers.clear()  # what this process imported has set one up; a command does it itself
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where this was begun in the background
             os.environ.update(variables or {}, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
             function()

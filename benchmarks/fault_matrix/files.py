@@ -37,8 +37,6 @@ def _damage_each(bench: Bench, outcome: Outcome, how: str) -> None:
     shutil.rmtree(directory)
 
 
-
-
 @fault("flip", "a bit changed in each file of the newest checkpoint")
 def flip(bench: Bench, outcome: Outcome) -> None:
     """One bit in the middle."""
