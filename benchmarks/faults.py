@@ -83,9 +83,9 @@ def _again(row: dict[str, Any]) -> str:
 
 
 def _shortened(text: str) -> str:
-    """What fits a cell."""
-    text = re.sub(r"\s+", " ", text)
-    return text if len(text) <= 180 else text[:177] + " …"
+    """What fits a cell: names of files that are hashes keep their beginning."""
+    text = re.sub(r"\b([0-9a-f]{6})[0-9a-f]{10,}\b", r"\1…", re.sub(r"\s+", " ", text))
+    return text if len(text) <= 200 else text[:197] + " …"
 
 
 def write_results(path: Path, new: list[dict[str, Any]], *, order: list[str]) -> list[dict[str, Any]]:
