@@ -288,7 +288,7 @@ class Uploader:
             try:
                 self._write_all()
                 self._failing_since = None
-            except OSError as error:
+            except Exception as error:  # of whatever kind: this thread must not end unnoticed
                 now = time.monotonic()
                 if self._failing_since is None:
                     self._failing_since = now
@@ -333,8 +333,8 @@ def describe_failure(error: BaseException) -> tuple[str, bool] | None:
 
 
 def _explain(error: BaseException) -> tuple[str, bool] | None:
-    text, module = " ".join(str(error).split())[:300], type(error).__module__.partition(".")[0]
-    if module in ("gcsfs", "aiohttp", "google"):
+    text, module = " ".join(str(error).split())[:300], type(error).__module__
+    if module.startswith(("gcsfs", "aiohttp", "google.auth", "google.api_core", "google.cloud")):
         code = getattr(error, "code", None) or getattr(error, "status", None)
         lasting = str(code) in ("400", "401", "403", "404") or "credentials" in text
         return f"{_advice(str(code))}{text or type(error).__name__}", lasting
@@ -344,7 +344,7 @@ def _explain(error: BaseException) -> tuple[str, bool] | None:
     if isinstance(error, ValueError | KeyError | RuntimeError | OSError) and (
             found := re.search(r"\b(PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|"
                                r"RESOURCE_EXHAUSTED|INTERNAL|UNKNOWN)\b", text)) and (
-            SCHEME in text or "storage" in text or "http" in text.lower()):
+            any(sign in text for sign in (SCHEME, "http_response_code", "googleapis.com", "CURL error"))):
         lasting = found[1] in ("PERMISSION_DENIED", "UNAUTHENTICATED", "NOT_FOUND")
         code = {"PERMISSION_DENIED": "403", "UNAUTHENTICATED": "401", "NOT_FOUND": "404"}.get(found[1], "")
         return _advice(code) + text, lasting

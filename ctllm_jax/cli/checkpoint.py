@@ -122,7 +122,7 @@ def verify(context: Context) -> int:
         if not folders:
             context.console.print(f"{escape(target)}: no checkpoint yet")
         for folder in folders:
-            size = next(size for path, size in list_steps(folder.parent.parent, folder.parent.name) if path == folder)
+            size = dict(list_steps(folder.parent.parent, folder.parent.name)).get(folder, 0)
             try:
                 problems = find_damage(folder)
             except FileNotFoundError:

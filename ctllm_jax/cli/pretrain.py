@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,8 +169,11 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
                 journal.end("diverged", diverged.message)
                 raise
             except BaseException as error:
+                if isinstance(error, UserError):
+                    watchdog.leave(error.status)
                 watchdog.await_verdict(error)
-                journal.end("failed")
+                with suppress(OSError):  # of a full disk, say, which may be the error itself
+                    journal.end("failed")
                 raise
             finally:
                 requests.end_trace(journal.step)
@@ -193,16 +197,20 @@ def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any], reque
 
     config, last = run.config, run.config.steps
     def save(step: int, state: Any) -> None:
+        if displaces(step):
+            return
         began = time.perf_counter()
         if run.checkpointer.save(state, step=step, last=is_wanted(step)):
             writer.event("checkpoint", step=step, seconds=time.perf_counter() - began)
         journal.goodput()
 
-    def is_due(step: int) -> bool:
+    def displaces(step: int) -> bool:  # asked twice: a step may be judged between the question and the hook
         # Skipped steps leave the weights as they were; what may be gone back to must not be displaced by them.
-        if run.recovery.watches and run.recovery.in_a_row and not run.checkpointer.is_milestone(step):
-            return is_wanted(step)
-        return run.checkpointer.is_due(step, last=is_wanted(step))
+        return bool(run.recovery.watches and run.recovery.in_a_row) and not (
+            is_wanted(step) or run.checkpointer.is_milestone(step))
+
+    def is_due(step: int) -> bool:
+        return not displaces(step) and run.checkpointer.is_due(step, last=is_wanted(step))
 
     def is_wanted(step: int) -> bool:
         return step == last or requests.save_due(step)

@@ -16,7 +16,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ctllm_jax.config.errors import UserError
@@ -116,13 +116,15 @@ class ShardCache:
 
     def _make_room(self, needed: int, source: Path, *, keep: Path) -> None:
         """Remove what nobody reads or downloads, the longest unused first, until there is room."""
-        files = sorted((path for path in self.folder.iterdir() if path.suffix in (_SUFFIX, _PART) and path != keep),
-                       key=lambda path: path.stat().st_mtime)
-        used = sum(path.stat().st_size for path in files)
-        for path in files:
+        files = []
+        for path in self.folder.iterdir():
+            if path.suffix in (_SUFFIX, _PART) and path != keep:
+                with suppress(FileNotFoundError):  # a part that has just become a shard
+                    files.append((path.stat().st_mtime, path.stat().st_size, path))
+        used = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
             if used + needed <= self.limit:
                 return
-            size = path.stat().st_size
             if _remove_unused(path):
                 used -= size
         if used + needed > self.limit:
@@ -151,7 +153,7 @@ def _remove_unused(path: Path) -> bool:
     file = os.open(lock, os.O_RDWR | (os.O_CREAT if lock != path else 0), 0o644)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
+        path.unlink(missing_ok=True)
         return True
     except BlockingIOError:
         return False

@@ -89,7 +89,7 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
                     if info.isfile():
                         _check_member(path, info.name, info.size)
                         yield info.name, archive.extractfile(info).read()
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError) as error:
         raise UserError(f"{path} cannot be read as a .zip or .tar ({error}); download it again") from None
 
 
@@ -202,7 +202,7 @@ def _json_rows(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> Ite
                     bad.add(f"{path.name}:{number}", f"missing, or not of the official type: {', '.join(wrong)}")
                     continue
                 yield row
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); download it again") from None
     bad.raise_any()
 

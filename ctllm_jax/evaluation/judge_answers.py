@@ -249,7 +249,7 @@ def read_answers(path: Path | str, questions: Sequence[Question]) -> tuple[str |
       UserError: a row that cannot be read, with its line; a question without an answer; several who answered.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     found: dict[str, list[str]] = {}

@@ -105,7 +105,7 @@ def read_prompts(path: Path | str) -> dict[tuple[str, bool, bool], Prompt]:
     """
     found: dict[str, Prompt] = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"judge.prompts={path} cannot be read: {error}") from None
     for number, line in enumerate(lines, 1):

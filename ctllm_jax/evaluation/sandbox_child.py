@@ -49,6 +49,12 @@ _DENIED = {
                "msgget": 186, "mq_open": 180},
 }
 _DENIED_EVERYWHERE = (424, 425, 426, 427, 438)  # pidfd_send_signal, io_uring_*, pidfd_getfd
+# Without a mount namespace also what Landlock does not see: truncate (before its ABI 3), chmod, chown, attributes and
+# times of files anywhere, and setpriority.
+_DENIED_TO_FILES = {
+    "x86_64": (76, 90, 91, 92, 93, 94, 132, 141, 188, 189, 190, 235, 260, 261, 268, 280, 452),
+    "aarch64": (5, 6, 7, 45, 52, 53, 54, 55, 88, 140, 452),
+}
 _ARCHITECTURES = {"x86_64": (0xC000003E, 56, 302), "aarch64": (0xC00000B7, 220, 261)}  # audit id, clone, prlimit64
 _CLONE3 = 435
 
@@ -111,13 +117,12 @@ def _become_program(job: dict) -> None:
         resource.setrlimit(getattr(resource, name), (value, value))
     _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     abi = libc.syscall(_LANDLOCK_CREATE, None, 0, 1)
-    if abi > 0:
-        _restrict_files(abi, job["directory"], job["readable"])
-    elif job["isolation"] == "landlock":
+    if abi <= 0:  # a read-only mount alone lets a program read, and print, every secret of its user
         raise OSError("this kernel has no Landlock")
+    _restrict_files(abi, job["directory"], job["readable"])
     if platform.machine() not in _ARCHITECTURES:
         raise OSError(f"system calls are known for {' and '.join(_ARCHITECTURES)}, not for {platform.machine()}")
-    _restrict_calls(platform.machine())
+    _restrict_calls(platform.machine(), mounts_are_own=job["isolation"] == "namespaces")
     python = job["python"]
     os.execve(python, [python, "-I", "-c", RUNNER, str(job["status_fd"]), str(source)], job["environment"])
 
@@ -161,13 +166,14 @@ def _restrict_files(abi: int, directory: str, readable: list[str]) -> None:
     os.close(ruleset)
 
 
-def _restrict_calls(machine: str) -> None:
+def _restrict_calls(machine: str, *, mounts_are_own: bool) -> None:
     """seccomp: the calls above fail with EPERM; threads may be made, processes may not."""
     load, equal, at_least, has_bits, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, deny, absent, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
     number, architecture, first_argument = 0, 4, 16
     audit, clone, prlimit = _ARCHITECTURES[machine]
-    denied = sorted({*_DENIED[machine].values(), *_DENIED_EVERYWHERE})
+    denied = sorted({*_DENIED[machine].values(), *_DENIED_EVERYWHERE,
+                     *(() if mounts_are_own else _DENIED_TO_FILES[machine])})
     steps = [(load, 0, 0, architecture), (equal, 1, 0, audit), (answer, 0, 0, kill), (load, 0, 0, number),
              (at_least, 0, 1, 0x40000000), (answer, 0, 0, deny)]
     for call in denied:

@@ -10,7 +10,7 @@ import csv
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ctllm_jax.config.evaluate_data import SuiteConfig
@@ -34,7 +34,7 @@ _CSV_HEAD = ("table", "row", "column", "origin", "step", "tokens", "value", "low
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure in a table. `notes` say what is not as it should be; `told` is what a CSV file says beside it."""
+    """A figure in a table. `notes` say what is not as it should be; `figure` is what it was taken from."""
 
     value: float | None = None
     low: float | None = None
@@ -81,7 +81,7 @@ def make_tables(targets: Sequence[list[Measured]], suite: SuiteConfig, *, peers:
       every_row: benchmarks of the paper that were not measured too.
     """
     named = _names([each for each in targets if each])
-    newest = [(name, checkpoints[-1]) for name, checkpoints in named]
+    newest = [(name, _newest(checkpoints)) for name, checkpoints in named]
     base = [(name, each) for name, each in newest if each.kind == "base" and each.figures]
     aligned = [(name, each) for name, each in newest if each.kind != "base" and each.figures]
     tables = []
@@ -90,10 +90,28 @@ def make_tables(targets: Sequence[list[Measured]], suite: SuiteConfig, *, peers:
     if aligned:
         models = read_paper().compared("sft", "dpo", peers=peers)
         tables.append(_compare("Aligned models", aligned, models, suite, every_row=every_row))
-    tables += _judged(newest)
+    tables += _judged([(name, each) for name, checkpoints in named for each in _judged_last(checkpoints)])
     tables += [_course(name, checkpoints, suite, every_row=every_row) for name, checkpoints in named
                if sum(bool(each.figures) for each in checkpoints) > 1]
     return tables
+
+
+def _newest(checkpoints: Sequence[Measured]) -> Measured:
+    """The newest one that `evaluate` asked; of a run that only its loop measured, the newest of these."""
+    asked = [each for each in checkpoints if any(
+        not figure.setting.in_training for figures in each.figures.values() for figure in figures)]
+    return (asked or checkpoints)[-1]
+
+
+def _judged_last(checkpoints: Sequence[Measured]) -> list[Measured]:
+    """Of each set of questions, and who answered them, the newest checkpoint that was judged."""
+    def of(result: Result) -> tuple[str, str]:
+        return result.name, str(result.record["answerer"].get("name"))
+
+    last = {of(result): each for each in checkpoints for result in each.judged}
+    kept = [replace(each, judged=[result for result in each.judged if last[of(result)] is each])
+            for each in checkpoints]
+    return [each for each in kept if each.judged]
 
 
 def _names(targets: Sequence[list[Measured]]) -> list[tuple[str, list[Measured]]]:

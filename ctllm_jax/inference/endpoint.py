@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 
 from ctllm_jax.config.endpoint import EndpointConfig
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.statuses import FAILED
 from ctllm_jax.data.chat import Message
 from ctllm_jax.report.readable import visible
 
@@ -151,8 +152,10 @@ class Endpoint:
             reply = pending.popleft().result()
             failures = failures + 1 if isinstance(reply, EndpointError) else 0
             if failures and (reply.concerns_all or failures >= self.config.max_failures):
-                raise EndpointError(f"{reply}; {failures} requests in a row have failed" if failures > 1 else
-                                    str(reply))
+                last = EndpointError(f"{reply}; {failures} requests in a row have failed" if failures > 1 else
+                                     str(reply))
+                last.status = FAILED if reply.retriable else last.status
+                raise last
             return reply
 
         def work() -> None:

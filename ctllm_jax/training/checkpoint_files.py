@@ -18,6 +18,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -196,7 +197,11 @@ def list_steps(run_dir: Path, kind: str) -> list[tuple[Path, int]]:
         return [(run_dir / kind / str(step), size) for step, size in objects.list_steps(run_dir / kind).items()]
     # A finished step is renamed into place.
     found = [path for path in (run_dir / kind).glob("[0-9]*") if path.name.isdigit() and path.is_dir()]
-    return [(path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())) for path in found]
+    steps = []
+    for path in found:
+        with suppress(FileNotFoundError):  # a run that goes on has just removed it
+            steps.append((path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())))
+    return steps
 
 
 def written_at(step: Path) -> float:

@@ -78,7 +78,7 @@ class Checkpointer:
             self._steps = _Manager(run_dir / CHECKPOINTS, policies.AnyPreservationPolicy(keep))
             self._milestones = _Manager(run_dir / MILESTONES, None) if config.milestones else None
         self._managers = [manager for manager in (self._steps, self._milestones) if manager is not None]
-        self._begun = False
+        self._begun = self._closed = False
         self._failures = 0
         self._error: NotWritten | None = None
         self._warnings: list[str] = []
@@ -193,6 +193,9 @@ class Checkpointer:
         Raises:
           UserError: the last save of this run was not written, whatever is tolerated.
         """
+        if self._closed:
+            return
+        self._closed = True
         try:
             self._settle()
         finally:
@@ -221,6 +224,9 @@ class Checkpointer:
             # Only now: the thread that saves also moves what it displaces into the trash.
             self._empty_trash()
             if errors:
+                if jax.process_count() == 1:
+                    for manager in self._managers:
+                        manager.reload()  # Orbax lists the failed step from its beginning on
                 raise errors[0]
         if begun:
             self._failures, self._error = 0, None

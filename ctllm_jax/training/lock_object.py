@@ -109,7 +109,7 @@ class ObjectLock:
                 if written is None:
                     written = self._after_conflict()
                 self._version = written
-            except StoreError as error:
+            except Exception as error:  # of whatever kind: without heartbeats another would take over
                 log.warning("the heartbeat of %s failed (%s)", self._run_dir, error)
 
     def _after_conflict(self) -> bytes | None:

@@ -97,8 +97,8 @@ class Recovery:
                            f" another run.dir with init={run_dir}")
         checkpointer.close()
         # What a disk shows may differ between hosts for a moment: the first process decides.
-        if not tell_all(int(any(kept.kind == "resumable" and kept.step <= before
-                                for kept in list_checkpoints(run_dir)))):
+        if not tell_all(int(jax.process_index() == 0 and any(
+                kept.kind == "resumable" and kept.step <= before for kept in list_checkpoints(run_dir)))):
             raise Diverged(f"diverged: {where}, and there is no checkpoint from before them to go back to; look at the"
                            " data of these steps, or take a smaller optimizer.lr or a longer optimizer.warmup_steps")
         if jax.process_index() == 0:

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,6 +41,8 @@ _POLL = 0.5
 _NOTICED = 0.75
 """Of `distributed.heartbeat_seconds`: when a silent process is named, so that all have ended when they are over."""
 _MARGIN = 5.0
+_LAST_WORDS = 30.0
+"""Seconds that writing down the end may take; what it is written to may be what hangs."""
 _LAST_OUT = 3.0
 """Seconds that the first process stays behind the others: with it goes JAX's coordinator, without which they abort."""
 
@@ -60,6 +63,7 @@ class Watchdog:
         self._config, self._heartbeat, self._directory = config, heartbeat_seconds, directory
         self._ledger, self._tell = ledger, tell
         self._index, self._count = jax.process_index(), jax.process_count()
+        self._status = REQUEUE
         self._on_their_way: deque[tuple[int, Any]] = deque()
         self._durations: deque[float] = deque(maxlen=64)
         self._sign = self._finished_at = time.monotonic()
@@ -88,6 +92,12 @@ class Watchdog:
     def beat(self) -> None:
         """A sign of life in a slow phase."""
         self._sign = time.monotonic()
+
+    def leave(self, status: int) -> None:
+        """This process ends by itself, with this status; the others, which miss it, end with the same."""
+        if self._count > 1 and not is_remote(self._directory):
+            with suppress(OSError):
+                self._write_sign(ended=status)
 
     def await_verdict(self, error: BaseException) -> None:
         """After an error that a lost peer may have caused: wait until it would be missed, in which case the process
@@ -137,31 +147,39 @@ class Watchdog:
         self._finished, self._finished_at, self._sign = finished, now, now
 
     def _watch_peers(self) -> None:
-        folder = self._directory / PROCESSES
-        folder.mkdir(parents=True, exist_ok=True)
-        mine = folder / str(self._index)
-        mine.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        mine = self._write_sign()
+        folder, began = mine.parent, mine.stat().st_mtime
         while not self._done.wait(self._heartbeat / 10):
             try:
                 os.utime(mine)
                 # While steps are made all are alive: nobody reads a thousand files then.
-                gone = self._silent(folder, mine) if self.idle() > _NOTICED * self._heartbeat / 2 else []
+                gone = self._silent(folder, mine, began=began) if self.idle() > _NOTICED * self._heartbeat / 2 else []
             except OSError as error:
                 log.warning("no sign of life could be given or looked for in %s: %s", folder, error)
                 continue
             if gone:
                 self._end("lost a process", "; ".join(gone))
 
-    def _silent(self, folder: Path, mine: Path) -> list[str]:
-        """What to say of each process that is silent. Times are those of the disk, which has one clock."""
+    def _write_sign(self, **more: Any) -> Path:
+        mine = self._directory / PROCESSES / str(self._index)
+        mine.parent.mkdir(parents=True, exist_ok=True)
+        mine.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), **more}))
+        return mine
+
+    def _silent(self, folder: Path, mine: Path, *, began: float) -> list[str]:
+        """What to say of each process that is silent. Times are those of the disk, which has one clock; a file from
+        before `began` is of an earlier attempt, whose process has not begun yet."""
         now, found = mine.stat().st_mtime, []
         for index in range(self._count):
             path = folder / str(index)
             if index == self._index or not path.exists():
                 continue
-            silent = now - path.stat().st_mtime
-            if silent > _NOTICED * self._heartbeat:
+            sign = path.stat().st_mtime
+            silent = now - sign
+            if sign >= began and silent > _NOTICED * self._heartbeat:
                 known = json.loads(path.read_text() or "{}")
+                if known.get("ended") not in (None, REQUEUE):
+                    self._status = known["ended"]  # what it cannot mend by going on, nobody can
                 found.append(f"process {index} (of {self._count}, on {known.get('host')}, pid {known.get('pid')}) has"
                              f" given no sign of life for {silent:.0f} s")
         return found
@@ -171,6 +189,10 @@ class Watchdog:
         with self._ending:
             if self._done.is_set():
                 return
+            # Whatever hangs, a disk included, this process ends.
+            last = threading.Timer(_LAST_WORDS, os._exit, (self._status,))
+            last.daemon = True
+            last.start()
             message = f"process {self._index} on {socket.gethostname()}: {what}"
             # Not on an object store: it may be what hangs.
             folder = Path(tempfile.gettempdir()) if is_remote(self._directory) else self._directory
@@ -178,15 +200,20 @@ class Watchdog:
             sys.stderr.write(f"{message}; every thread's stack follows, and is in {path}\n")
             sys.stderr.flush()
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(f"{message}\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
+            try:
+                with open(path, "w", encoding="utf-8") as file:
+                    file.write(f"{message}\n")
+                    file.flush()
+                    faulthandler.dump_traceback(file, all_threads=True)
+            except OSError as error:
+                sys.stderr.write(f"{path} could not be written: {error}\n")
             try:
                 self._tell(reason, message)
+            except Exception as error:
+                sys.stderr.write(f"the end could not be recorded: {type(error).__name__}: {error}\n")
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 if self._index == 0 and self._count > 1:
                     time.sleep(_LAST_OUT)
-                os._exit(REQUEUE)
+                os._exit(self._status)

@@ -180,6 +180,8 @@ def test_nothing_is_written_elsewhere(isolation, tmp_path):
     before = set(os.listdir(tempfile.gettempdir()))
     for program in (f"open({str(victim)!r}, 'w').write('broken')", f"import os; os.remove({str(victim)!r})",
                     f"import os; os.rename({str(victim)!r}, 'stolen')", f"import os; os.truncate({str(victim)!r}, 0)",
+                    f"import os; os.chmod({str(victim)!r}, 0)", f"import os; os.utime({str(victim)!r}, (0, 0))",
+                    f"import os; os.setxattr({str(victim)!r}, 'user.a', b'b')",
                     f"open({str(tmp_path / 'new')!r}, 'w')", f"import os; os.mkdir({str(tmp_path / 'new')!r})",
                     "open('/tmp/sandbox-test-new', 'w')", "open('/dev/shm/sandbox-test-new', 'w')",
                     f"import os; os.symlink({str(victim)!r}, 'link'); open('link', 'w')",
@@ -190,6 +192,7 @@ def test_nothing_is_written_elsewhere(isolation, tmp_path):
         assert "PermissionError" in outcome.output or "Read-only file system" in outcome.output \
             or "cross-device" in outcome.output, (program, outcome.output)
     assert victim.read_text() == "whole" and os.listdir(tmp_path) == ["victim"]
+    assert victim.stat().st_mode & 0o777 == 0o666 and victim.stat().st_mtime > 0 and not os.listxattr(victim)
     assert run("open('left', 'w').write('x' * 1000)", isolation).passed
     left = [name for name in set(os.listdir(tempfile.gettempdir())) - before if name.startswith("sandbox-")]
     assert not left and not Path("/dev/shm/sandbox-test-new").exists()

@@ -186,6 +186,21 @@ def test_chc_bench_by_category(tmp_path):
     assert [len(table.columns) for table in tables_of(run, other)] == [1, 1]
 
 
+def test_what_was_measured_counts_and_not_only_at_the_last_step(tmp_path):
+    """The loop's figures of the last step do not hide a milestone's; nor does one that was judged later another's."""
+    run = write_run(tmp_path / "run")
+    write_choices(run, 5, {"cmmlu": (5, 10, 10)}, tokens=500)
+    lines = [{"event": "start", "time": 1.0, "step": 0, "tokens_per_step": 100},
+             {"event": "evaluation", "time": 2.0, "step": 9, "tokens": 900, "sources": {"zh": {"bits_per_byte": 2.5}}}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert row_of(tables_of(run)[0], "CMMLU")[-1].value == 50.0
+    tuned = write_run(tmp_path / "tuned", kind="sft")
+    write_judged(tuned, 5, {"writing": (4.5, 33), "math": (3.0, 34)})
+    write_judged(tuned, 7, {"writing": (5.5, 33), "math": (3.0, 34)})
+    write_judged(tuned, 6, {"a": (5.5, 33)}, name="mine")
+    assert [[column.below for column in table.columns] for table in tables_of(tuned)] == [["step 7"], ["step 6"]]
+
+
 def test_bits_per_byte_and_benchmarks_of_the_loop_are_there_too(tmp_path):
     run = write_run(tmp_path / "run")
     told = {"value": 26.0, "low": 20.0, "high": 33.0, "chance": 25.0, "questions": 40, "metric": "acc,none",

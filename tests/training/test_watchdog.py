@@ -83,6 +83,24 @@ class Metric:
         return self.ready
 
 
+def test_a_peer_of_an_earlier_attempt_is_not_missed_and_one_that_left_says_how(tmp_path):
+    """A file from before this attempt is nobody's; what a peer ended with is what this process ends with."""
+    found = Watchdog(WatchdogConfig(), heartbeat_seconds=10, directory=tmp_path, ledger=Ledger(), tell=None)
+    found._count = 3
+    mine = found._write_sign()
+    now = mine.stat().st_mtime
+    for index, sign in ((1, now - 100), (2, now)):
+        (mine.parent / str(index)).write_text('{"host": "h", "pid": 7}')
+        os.utime(mine.parent / str(index), (sign, sign))
+    os.utime(mine, (now + 20, now + 20))
+    message, = found._silent(mine.parent, mine, began=now)
+    assert message.startswith("process 2 (of 3, on h, pid 7) has given no sign of life for 20 s")
+    assert found._status == REQUEUE
+    (mine.parent / "2").write_text('{"host": "h", "pid": 7, "ended": 2}')
+    os.utime(mine.parent / "2", (now, now))
+    assert found._silent(mine.parent, mine, began=now) and found._status == 2
+
+
 def test_how_long_is_too_long(tmp_path, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
