@@ -197,10 +197,8 @@ def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any], reque
 
     config, last = run.config, run.config.steps
     def save(step: int, state: Any) -> None:
-        if displaces(step):
-            return
         began = time.perf_counter()
-        if run.checkpointer.save(state, step=step, last=is_wanted(step)):
+        if not displaces(step) and run.checkpointer.save(state, step=step, last=is_wanted(step)):
             writer.event("checkpoint", step=step, seconds=time.perf_counter() - began)
         journal.goodput()
 
