@@ -256,10 +256,11 @@ def _from_alpaca(record: dict) -> list[Message]:
     for name in ("instruction", "output"):
         if name not in record:
             raise ValueError(f"no field {name!r}; its fields are {', '.join(record) or 'none'}")
-    messages = []
-    for turn in record.get("history") or []:
-        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
-            raise ValueError("history must be a list of pairs of question and answer")
+    messages, history = [], record.get("history") or []
+    pairs = (list, tuple)
+    if not isinstance(history, pairs) or any(not isinstance(turn, pairs) or len(turn) != 2 for turn in history):
+        raise ValueError("history must be a list of pairs of question and answer")
+    for turn in history:
         messages += [Message("user", checked_value(turn[0], "history")),
                      Message("assistant", checked_value(turn[1], "history"))]
     said = [checked_value(record[name], name) for name in ("instruction", "input") if record.get(name)]

@@ -82,7 +82,8 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(path, content)
         try:
             self._processor = SentencePieceProcessor(model_proto=content)
-        except RuntimeError as error:
+        # The second where the message would quote a piece that is no UTF-8.
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not a SentencePiece model: {error}") from None
         processor = self._processor
         self.vocab_size = processor.vocab_size()
@@ -148,8 +149,10 @@ class JsonTokenizer(Tokenizer):
         try:
             self._spec = json.loads(content)
             self._backend = Backend.from_str(content.decode())
-        # The backend raises a bare Exception for anything that it cannot read.
-        except Exception as error:
+        # The backend raises a bare Exception for anything that it cannot read, and a panic of Rust is none.
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise UserError(f"{path} is not a tokenizer.json: {error}") from None
         self._backend.no_padding()
         self._backend.no_truncation()

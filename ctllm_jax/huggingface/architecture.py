@@ -66,9 +66,9 @@ def read_model_config(directory: Path, *, vocab_size: int) -> ModelConfig:
     if problems:
         raise UserError("\n  ".join([f"{path} describes a model that this decoder cannot compute:", *problems]))
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    missing = [name for name in needed if not isinstance(given.get(name), int)]
+    missing = [name for name in needed if not _is_count(given.get(name))]
     if missing:
-        raise UserError(f"{path} must give {', '.join(missing)} as whole numbers")
+        raise UserError(f"{path} must give {', '.join(missing)} as whole numbers above 0")
     known = _DEFAULTS[kind] | {name: value for name, value in given.items() if value is not None
                                or name == "sliding_window"}
     rows, heads = given["vocab_size"], given["num_attention_heads"]
@@ -90,9 +90,13 @@ def read_model_config(directory: Path, *, vocab_size: int) -> ModelConfig:
 def embedding_rows(directory: Path) -> int:
     """Rows of the embedding, padding included. UserError where config.json does not say."""
     rows = read_json(directory / CONFIG).get("vocab_size")
-    if not isinstance(rows, int):
-        raise UserError(f"{directory / CONFIG} must give vocab_size as a whole number")
+    if not _is_count(rows):
+        raise UserError(f"{directory / CONFIG} must give vocab_size as a whole number above 0")
     return rows
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def describe_architecture(config: ModelConfig, *, rows: int, dtype: str, ids: dict[str, Any]) -> dict[str, Any]:
