@@ -1,13 +1,14 @@
 """Seconds a question of MMLU and CMMLU on CPU: our harness beside lm-eval's own Hugging Face model on the same weights.
 
-    python benchmarks/evaluate_cpu.py MMLU.zip CMMLU.zip [--subjects N] [--limit N] [--model RUN] [--threads N]
+    python benchmarks/evaluate_cpu.py MMLU.zip CMMLU.zip [--subjects N] [--limit N] [--model RUN] [--complete]
 
 Five examples before each question, at most 2,048 tokens, float32; some subjects of each, of each so many questions. The
 model has random weights (10.1M parameters and a tokenizer of 8,000 pieces that is trained on the questions), or is a
 MODEL of ours; lm-eval gets the export of the same one, and of several batch sizes takes the fastest. Both take turns in
 one process: what is timed is lm-eval's call of the model, from texts to log-likelihoods. Ours compiles in its first
-turn, which is told apart. All log-likelihoods must be equal to 1e-3, or the two did not do the same. The result is
-printed and written to benchmarks/results/. Needs the extras `eval` and `parity`, and a machine that does nothing else.
+turn, which is told apart. All log-likelihoods must be equal to 1e-3, or the two did not do the same. --complete then
+asks all questions of both, by `launch.py evaluate`, timed from its start to its end. The result is printed and written
+to benchmarks/results/. Needs the extras `eval` and `parity`, and a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each")
     parser.add_argument("--model", help="a run directory or RUN@STEP; default: random weights")
+    parser.add_argument("--complete", action="store_true", help="then all questions, by launch.py evaluate")
     parser.add_argument("--output", type=Path, help="default: results/evaluate_cpu.json")
     arguments = parser.parse_args()
     # XLA makes as many threads as the process may use processors.
@@ -185,6 +188,8 @@ def main() -> None:
                          "padded_tokens_a_question": counts["padded"] / questions},
                 "lm-eval": {"seconds_a_question": [wall / questions for wall in walls["lm-eval"]],
                             "batch_size": theirs.batch_size_per_gpu}}
+        for suite in archives if arguments.complete else ():
+            result["sections"][f"{suite}, all questions"] = {"launch.py evaluate": ask_all(run, suite, folder)}
     import jax
 
     result |= {
@@ -197,6 +202,22 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"written to {output}")
+
+
+def ask_all(run: str, suite: str, folder: Path) -> dict[str, float]:
+    """Questions, seconds and accuracy of `launch.py evaluate` on a whole suite; the zips lie in `folder`."""
+    launch = Path(__file__).parent.parent / "launch.py"
+    words = [f"tasks={suite}", f"num_fewshot={SHOTS}", f"max_length={LENGTH}", f"data={folder}",
+             f"output={folder / 'all' / suite}"]
+    began = time.perf_counter()
+    subprocess.run([sys.executable, str(launch), "evaluate", run, *words], check=True)
+    seconds = time.perf_counter() - began
+    [path] = (folder / "all" / suite).rglob("*.json")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    questions = sum(counts["effective"] for counts in found["n-samples"].values())
+    print(f"{suite}, all {questions:,} questions: {seconds:.0f} s, {seconds / questions * 1e3:.1f} ms a question")
+    return {"questions": questions, "wall_seconds": seconds, "questions_per_second": questions / seconds,
+            "accuracy": found["results"][suite]["acc,none"]}
 
 
 def check(logps: list, accuracies: dict, other_logps: list, other_accuracies: dict) -> None:

@@ -82,7 +82,10 @@ def _is_raw(value: Any) -> bool:
 
 
 def _columns(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Mappings beside each other, a row for each key that one of them has."""
+    """Mappings beside each other, a row for each key that one of them has; what a mapping in one holds are rows too."""
+    columns = {name: {f"{key}, {inner}" if inner else key: entry for key, value in column.items()
+                      for inner, entry in (value.items() if isinstance(value, Mapping) else [("", value)])}
+               for name, column in columns.items()}
     keys = dict.fromkeys(key for column in columns.values() for key in column)
     rows = ([_words(key), *(_shown(key, column.get(key)) for column in columns.values())] for key in keys)
     return ["", *_table(["", *map(_words, columns)], rows)] if columns else []
