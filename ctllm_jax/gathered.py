@@ -5,6 +5,8 @@ slice by an all-reduce of the full array, during which nothing is computed. Here
 the torus, a block at a time, while the matmul computes the next block of it (Wang et al., ASPLOS 2023, "Overlap
 communication with dependent computation via decomposition"). All of this runs inside of a `shard_map`.
 
+The steps around a ring are XLA's permutes, or remote copies of our own (`kernels.ring`).
+
 Legend: T tokens of a device, I inputs, O outputs of a weight.
 """
 
@@ -14,6 +16,7 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +24,45 @@ import numpy as np
 from jax.sharding import Mesh
 
 
-def find_rings(mesh: Mesh, axis: str) -> tuple[int, ...]:
-    """Lengths of the torus directions that a mesh axis of TPUs runs along, slowest first; () where it does not.
+class Rings(NamedTuple):
+    """How sums go around a torus. False where they do not: there is none, or XLA's reduction is as good.
 
-    Nor for v5e of more than 16 chips: what goes from neighbor to neighbor there is synchronous (libtpu 0.0.42), and no
-    faster than one reduction over both directions of its network.
+    Attributes:
+      sizes: lengths of the directions of the torus that a mesh axis runs along, slowest first.
+      remote: steps are remote copies; else permutes.
+      gathers: weights are gathered ring by ring, too; else at once.
     """
+
+    sizes: tuple[int, ...] = ()
+    remote: bool = False
+    gathers: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.sizes)
+
+
+def find_rings(mesh: Mesh, axis: str, how: str = "auto") -> Rings:
+    """The rings of a mesh axis of TPUs.
+
+    Args:
+      how: "auto": with permutes, but none on v5e of more than 16 chips: those are synchronous there (libtpu 0.0.42),
+        and no faster than one reduction over both directions of the network. "off": none. "remote_copies": on every
+        torus, with remote copies.
+    """
+    if how == "off":
+        return Rings()
+    flat = mesh.devices.flat[0].device_kind == "TPU v5 lite" and mesh.size > 16
+    if flat and how == "auto":
+        return Rings()
+    # XLA gathers over a whole torus by all-reduces, of twice the bytes; on v5e a flag keeps it from that.
+    return Rings(_directions(mesh, axis), remote=how == "remote_copies", gathers=not flat)
+
+
+def _directions(mesh: Mesh, axis: str) -> tuple[int, ...]:
+    """Lengths of the torus directions that a mesh axis of TPUs runs along, slowest first; () where it does not."""
     place = mesh.axis_names.index(axis)
     devices = np.moveaxis(mesh.devices, place, 0).reshape(mesh.shape[axis], -1)[:, 0]
     if devices[0].platform != "tpu" or len({getattr(device, "slice_index", 0) for device in devices}) > 1:
-        return ()
-    if devices[0].device_kind == "TPU v5 lite" and mesh.size > 16:
         return ()
     coordinates = np.array([(*device.coords, device.core_on_chip) for device in devices])
     if np.abs(coordinates - np.roll(coordinates, 1, 0)).sum(1).max() == 1:  # neighbors, the last and the first too
@@ -48,7 +79,7 @@ def find_rings(mesh: Mesh, axis: str) -> tuple[int, ...]:
     return ()
 
 
-def gathered_matmul(x_TI: jax.Array, part: jax.Array, *, axis: str, dim: int, rings: tuple[int, ...],
+def gathered_matmul(x_TI: jax.Array, part: jax.Array, *, axis: str, dim: int, rings: Rings,
                     keep: bool) -> jax.Array:
     """x · W, where each device along `axis` has a part of W [I, O] in its dim 0 or 1: [T, O] in x's dtype.
 
@@ -96,13 +127,12 @@ def _backward(setting, residuals, dy_TO):
 _matmul.defvjp(_forward, _backward)
 
 
-def gather(part: jax.Array, axis: str, *, dim: int, rings: tuple[int, ...]) -> jax.Array:
-    """All parts along `axis`, in its order; one ring after the other, as TPU's compiler gathers a whole torus by an
-    all-reduce of zeros and parts, of twice the bytes."""
-    if len(rings) < 2:
+def gather(part: jax.Array, axis: str, *, dim: int, rings: Rings) -> jax.Array:
+    """All parts along `axis`, in its order; at once, or one ring after the other."""
+    if len(rings.sizes) < 2 or not rings.gathers:
         return jax.lax.all_gather(part, axis, axis=dim, tiled=True)
-    left, devices = 1, math.prod(rings)
-    for ring in reversed(rings):
+    left, devices = 1, math.prod(rings.sizes)
+    for ring in reversed(rings.sizes):
         firsts = [index for index in range(devices) if index // left % ring == 0]
         groups = [[first + step * left for step in range(ring)] for first in firsts]
         part = jax.lax.all_gather(part, axis, axis=dim, tiled=True, axis_index_groups=groups)
@@ -110,7 +140,7 @@ def gather(part: jax.Array, axis: str, *, dim: int, rings: tuple[int, ...]) -> j
     return part
 
 
-def scatter_sum(block: Callable, *, size: int, other: int, axis: str, dim: int, rings: tuple[int, ...]) -> jax.Array:
+def scatter_sum(block: Callable, *, size: int, other: int, axis: str, dim: int, rings: Rings) -> jax.Array:
     """This device's part, along `dim`, of the sum over `axis` of an array [size, other] (or [other, size]).
 
     Args:
@@ -119,20 +149,17 @@ def scatter_sum(block: Callable, *, size: int, other: int, axis: str, dim: int, 
     """
     middle = other // 2
     halves = [(slice(0, middle), 1), (slice(middle, other), -1)]  # the two ways around a ring
-    index, left = jax.lax.axis_index(axis), math.prod(rings)
-    for ring in rings:
+    left = math.prod(rings.sizes)
+    for number, ring in enumerate(rings.sizes):
         size, left = size // ring, left // ring
-        digit = index // left % ring
-        ways = [_hops(rings, ring=ring, left=left, way=way) for _, way in halves]
+        digit = jax.lax.axis_index(axis) // left % ring
+        move = partial(_by_copies if rings.remote else _by_permutes, rings=rings, number=number, axis=axis)
 
         def mine(step, size=size, ring=ring, digit=digit, block=block):
             return [block((digit - way * (1 + step)) % ring * size, size, half) for half, way in halves]
 
-        def hop(step, sums, mine=mine, ways=ways):
-            moved = [jax.lax.ppermute(each, axis, hops) for each, hops in zip(sums, ways, strict=True)]
-            # Apart, or XLA fuses the addition into the matmul, which then waits for what it was to overlap.
-            own = jax.lax.optimization_barrier(mine(step))
-            return [each + new for each, new in zip(moved, own, strict=True)]
+        def hop(step, sums, mine=mine, move=move):
+            return [each + new for each, new in zip(*move(sums, mine, step), strict=True)]
 
         sums = jax.lax.fori_loop(1, ring, hop, mine(0))
         whole = jnp.concatenate(sums, 1 - dim)
@@ -140,14 +167,35 @@ def scatter_sum(block: Callable, *, size: int, other: int, axis: str, dim: int, 
     return whole
 
 
+def _by_permutes(sums: list, mine: Callable, step: jax.Array, *, rings: Rings, number: int, axis: str) -> tuple:
+    """(what arrives from both neighbors, what `mine(step)` computes meanwhile)."""
+    count = range(math.prod(rings.sizes))
+    moved = [jax.lax.ppermute(each, axis, [(index, _neighbor(index, rings.sizes, number, way)) for index in count])
+             for each, way in zip(sums, (1, -1), strict=True)]
+    # Apart, or XLA fuses the addition into the matmul, which then waits for what it was to overlap.
+    return moved, jax.lax.optimization_barrier(mine(step))
+
+
+def _by_copies(sums: list, mine: Callable, step: jax.Array, *, rings: Rings, number: int, axis: str) -> tuple:
+    """As `_by_permutes`."""
+    from ctllm_jax.kernels import ring
+
+    index = jax.lax.axis_index(axis)
+    moving = ring.send(sums, [_neighbor(index, rings.sizes, number, way) for way in (1, -1)], axis=axis,
+                            barrier=number)
+    # XLA does not know what a copy waits for: first it is sent, then computed, then waited.
+    step, moving = jax.lax.optimization_barrier((step, moving))
+    own, moving = jax.lax.optimization_barrier((mine(step), moving))
+    return ring.receive(moving), own
+
+
 def _part_of(array: jax.Array, start: jax.Array, size: int, half: slice, *, dim: int) -> jax.Array:
     along = jax.lax.dynamic_slice_in_dim(array, start, size, dim)
     return along[:, half] if dim == 0 else along[half]
 
 
-def _hops(rings: tuple[int, ...], *, ring: int, left: int, way: int) -> list[tuple[int, int]]:
-    """Who sends to whom, a step along a ring: `left` devices lie between neighbors."""
-    def neighbor(index: int) -> int:
-        digit = index // left % ring
-        return index + ((digit + way) % ring - digit) * left
-    return [(index, neighbor(index)) for index in range(math.prod(rings))]
+def _neighbor(index: jax.Array | int, sizes: tuple[int, ...], number: int, way: int) -> jax.Array | int:
+    """The next device (`way` 1) of one of the rings, or the one before (-1), counted along the mesh axis."""
+    left, ring = math.prod(sizes[number + 1:]), sizes[number]  # `left` devices lie between neighbors
+    digit = index // left % ring
+    return index + ((digit + way) % ring - digit) * left

@@ -172,15 +172,15 @@ def embed_tokens(embedding_VD: jax.Array, tokens_BS: jax.Array, *, mesh: Mesh, d
 
 
 def project(x: jax.Array, weights: Sequence[jax.Array], dims: Sequence[tuple[str | None, ...]], *,
-            mesh: Mesh, keep: bool = False) -> list[jax.Array]:
+            mesh: Mesh, keep: bool = False, rings: str = "auto") -> list[jax.Array]:
     """As `model.decoder.project`, of weights that are split over the mesh as RULES say: x·W for each.
 
     Each device gathers what others hold of a weight along fsdp, and gets its part of the gradient's sum; only that part
-    is then added up over copies of the model. `keep` is that of `gathered_matmul`.
+    is then added up over copies of the model. `keep` is that of `gathered_matmul`, `rings` of `find_rings`.
     """
     inputs = x.ndim - 2
     specs = [partition_spec(each) for each in dims]
-    rings = find_rings(mesh, "fsdp")
+    found_rings = find_rings(mesh, "fsdp", rings)
 
     def outside(spec: PartitionSpec) -> list:
         return [None if axis == "fsdp" else axis for axis in spec]
@@ -195,7 +195,7 @@ def project(x: jax.Array, weights: Sequence[jax.Array], dims: Sequence[tuple[str
             x_TI = x.reshape(-1, part.shape[0] if split else x.shape[-1])
             if "tensor" not in spec[:inputs]:
                 x_TI = jax.lax.pcast(x_TI, "tensor", to="varying")
-            y = gathered_matmul(x_TI, part, axis="fsdp", dim=int(split), rings=rings, keep=keep)
+            y = gathered_matmul(x_TI, part, axis="fsdp", dim=int(split), rings=found_rings, keep=keep)
             y = y.reshape(*x.shape[:2], *shape)
             found.append(jax.lax.psum(y, "tensor") if "tensor" in spec[:inputs] else y)
         return found
@@ -217,19 +217,21 @@ def attention_on(mesh: Mesh | None, *, implementation: str) -> Callable[..., jax
 
 
 @functools.cache
-def swiglu_on(mesh: Mesh | None, *, implementation: str, recompute: bool) -> Callable[..., jax.Array]:
+def swiglu_on(mesh: Mesh | None, *, implementation: str, recompute: bool, rings: str = "auto"
+              ) -> Callable[..., jax.Array]:
     """`(x_BSD, gate_DF, up_DF) -> [B, S, F]` for a decoder on this mesh, or for one without, whose arrays lie anywhere.
 
     Args:
       implementation: as of `kernels.swiglu`.
       recompute: as of `kernels.swiglu`; False where remat computes the FFN again, which is not to happen twice.
+      rings: as of `project`.
     """
     if mesh is None:
         # Of arrays that several devices may hold the partitioner takes care, and it cannot split a kernel.
         return partial(kernels.swiglu, recompute=recompute,
                        implementation=implementation if jax.device_count() == 1 else "xla")
     def both(x_BSD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array) -> list[jax.Array]:
-        return project(x_BSD, [gate_DF, up_DF], [("embed", "ffn")] * 2, mesh=mesh, keep=not recompute)
+        return project(x_BSD, [gate_DF, up_DF], [("embed", "ffn")] * 2, mesh=mesh, keep=not recompute, rings=rings)
 
     return partial(kernels.sharded_swiglu, mesh=mesh, batch_axes=BATCH_AXES, weight_axis="fsdp", tensor_axis="tensor",
                    implementation=implementation, recompute=recompute, project=both)

@@ -78,8 +78,10 @@ def _check(context: Context, ops: tuple[str, ...]) -> tuple[list[dict[str, Any]]
                                          for what, (error, tolerance) in errors.items())
             table.add_row(case.op, case.case, implementation, _verdict(good, "good", "WRONG"), shown)
     _finish(context, table, cases, list(refused))
-    if not context.dry_run and not rows:
+    if not cases:
         raise UserError(f"match={context.config.match}: no case of that name")
+    if not context.dry_run and not rows:
+        raise UserError("none of these cases can run here")
     if failed:
         context.console.print(Text(f"{failed} of {len(rows)} are wrong", style="bold red"))
     return rows, int(failed > 0)

@@ -54,6 +54,7 @@ class ComputeConfig(Section):
     scan_layers: bool = key(True, "one compiled block scanned over the layers (short compile) instead of L copies (faster step)", changeable=True)
     remat: Remat = key("block", "what the backward pass computes again: none; ffn (the FFN's wide activations); attention (all but attention's inputs and output); block (everything but each block's input)", changeable=True)
     loss_chunk: int = key(4096, "tokens whose logits are held at once, on each device", ge=1, changeable=True)
+    gradient_rings: Literal["auto", "off", "remote_copies"] = key("auto", "how a TPU slice sums gradients over mesh.fsdp: auto (around its rings, where its compiler's permutes are asynchronous), off (by XLA's reductions), remote_copies (around its rings by copies of our own: what hides them on v5e of more than 16 chips)", changeable=True)
     xla_flags: Literal["auto", "none"] = key("auto", "auto: flags of XLA that help on this machine's chips, before your own (which win); none: yours alone", changeable=True)
     compilation_cache: str = key("auto", "where compiled programs are kept for the next start: auto (beside the run on TPUs and GPUs, nowhere on CPUs), off, or a directory or gs:// path that all processes see", changeable=True)
 

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-OPS = ("attention", "swiglu")
+OPS = ("attention", "swiglu", "ring")
 """Ops with a module `ctllm_jax.kernels.OP.cases`, which has `checks()`, `benches(...)` and `compiles(chips)`."""
 
 

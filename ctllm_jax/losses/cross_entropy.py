@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from ctllm_jax.gathered import find_rings, gather, scatter_sum
+from ctllm_jax.gathered import Rings, find_rings, gather, scatter_sum
 
 MASKED = -1e30
 
@@ -34,13 +34,13 @@ class _Setting(NamedTuple):
     batch_axes: tuple[str, ...]
     fsdp_axis: str | None
     tensor_axis: str | None
-    rings: tuple[int, ...]
+    rings: Rings
 
 
 def chunked_cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, weights_BS: jax.Array, *,
                           z_loss: float = 0.0, chunk_size: int = 4096, vocab_size: int | None = None,
                           mesh: Mesh | None = None, batch_axes: Sequence[str] = ("data", "fsdp"),
-                          fsdp_axis: str | None = "fsdp", tensor_axis: str | None = "tensor"
+                          fsdp_axis: str | None = "fsdp", tensor_axis: str | None = "tensor", rings: str = "auto"
                           ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Weighted sum of -log p(target), with z-loss (PaLM, arXiv 2204.02311).
 
@@ -54,6 +54,7 @@ def chunked_cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS:
       vocab_size: columns behind it are padding and get no probability; None: V.
       mesh: hidden, targets and weights are split over `batch_axes` in dim 0, the head over `fsdp_axis` and
         `tensor_axis`; None: one device. Inside another shard_map, call it without a mesh.
+      rings: how the head's gradient is summed over `fsdp_axis`, as of `gathered.find_rings`.
 
     Returns:
       (sum of loss, sum of weights, {"z_loss": its part of the sum, for looking at alone}), float32 scalars over the
@@ -64,7 +65,7 @@ def chunked_cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS:
     """
     setting = _make_setting(hidden_BSD, head_DV, targets_BS, weights_BS, z_loss=z_loss, chunk_size=chunk_size,
                             vocab_size=vocab_size, mesh=mesh, batch_axes=batch_axes, fsdp_axis=fsdp_axis,
-                            tensor_axis=tensor_axis)
+                            tensor_axis=tensor_axis, rings=rings)
     loss, weight, z_part = _loss(setting, hidden_BSD, head_DV, targets_BS, weights_BS)
     return loss, weight, {"z_loss": jax.lax.stop_gradient(z_part)}
 
@@ -72,7 +73,7 @@ def chunked_cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS:
 def token_logps(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, *, chunk_size: int = 4096,
                 vocab_size: int | None = None, mesh: Mesh | None = None,
                 batch_axes: Sequence[str] = ("data", "fsdp"), fsdp_axis: str | None = "fsdp",
-                tensor_axis: str | None = "tensor") -> jax.Array:
+                tensor_axis: str | None = "tensor", rings: str = "auto") -> jax.Array:
     """log p(target) of each token, float32 [B, S], split over the mesh as the targets are.
 
     Arguments and errors are those of `chunked_cross_entropy`. Reverse-mode differentiable in hidden and head; the
@@ -80,12 +81,12 @@ def token_logps(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array
     """
     setting = _make_setting(hidden_BSD, head_DV, targets_BS, targets_BS, z_loss=0.0, chunk_size=chunk_size,
                             vocab_size=vocab_size, mesh=mesh, batch_axes=batch_axes, fsdp_axis=fsdp_axis,
-                            tensor_axis=tensor_axis)
+                            tensor_axis=tensor_axis, rings=rings)
     return _logps(setting, hidden_BSD, head_DV, targets_BS)
 
 
 def _make_setting(hidden_BSD, head_DV, targets_BS, weights_BS, *, z_loss, chunk_size, vocab_size, mesh, batch_axes,
-                  fsdp_axis, tensor_axis) -> _Setting:
+                  fsdp_axis, tensor_axis, rings) -> _Setting:
     """What was asked for, checked. Raises ValueError."""
     hidden = hidden_BSD.shape[-1]
     if hidden_BSD.shape[:-1] != targets_BS.shape or targets_BS.shape != weights_BS.shape or head_DV.shape[0] != hidden:
@@ -101,7 +102,7 @@ def _make_setting(hidden_BSD, head_DV, targets_BS, weights_BS, *, z_loss, chunk_
             raise ValueError(f"cross-entropy: fsdp_axis={fsdp_axis!r} must be one of batch_axes={tuple(batch_axes)}")
     mesh = None if mesh is None or mesh.size == 1 else mesh
     return _Setting(float(z_loss), chunk_size, vocab_size or head_DV.shape[1], mesh, tuple(batch_axes), fsdp_axis,
-                    tensor_axis, find_rings(mesh, fsdp_axis) if mesh and fsdp_axis else ())
+                    tensor_axis, find_rings(mesh, fsdp_axis, rings) if mesh and fsdp_axis else Rings())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -162,7 +163,7 @@ def _local(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, wa
     with_grads = want == "grads"
     tensor_axis = setting.tensor_axis if sharded else None
     fsdp_axis = setting.fsdp_axis if sharded else None
-    rings = setting.rings if sharded else ()
+    rings = setting.rings if sharded else Rings()
     head_dtype, hidden_dim = head_DV.dtype, hidden_BSD.shape[-1]
     head_DV = head_DV.astype(hidden_BSD.dtype)
     if fsdp_axis:
@@ -178,7 +179,7 @@ def _local(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, wa
 
     per_chunk = (split(hidden_BSD, hidden_dim), split(targets_BS), split(weights_BS.astype(jnp.float32)))
     first = jax.lax.axis_index(tensor_axis) * head_DV.shape[1] if tensor_axis else 0
-    rows = hidden_dim // math.prod(rings)  # of the head's gradient that a device holds while it adds up chunks
+    rows = hidden_dim // math.prod(rings.sizes)  # of the head's gradient that a device holds while it adds up chunks
 
     def step(carry, chunk):
         sums, head_grad_DV = carry
@@ -211,7 +212,7 @@ def _local(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, wa
 
 
 def _chunk(setting: _Setting, hidden_CD, targets_C, weights_C, head_DV, *, first, tensor_axis, with_grads: bool,
-           rings: tuple[int, ...]):
+           rings: Rings):
     """One chunk: its [loss, weight, z part], its tokens' log p, the gradients of its loss (None where not wanted).
 
     `first` is the id of this device's first column; sums over the vocabulary go over `tensor_axis`. With `rings` the

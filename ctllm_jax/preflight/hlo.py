@@ -1,8 +1,8 @@
 """What a compiled program says of itself: its collectives, and its largest arrays. Text in, figures out; no jax.
 
 A collective inside a loop counts as often as the loop goes round. Between TPU slices it is a `send` to the host that
-names the collective. On TPU a reduce-scatter is an all-reduce in a fusion
-that keeps a part, and an asynchronous collective may be spread over fusions that compute meanwhile; both are seen.
+names the collective. On TPU a reduce-scatter is an all-reduce in a fusion that keeps a part, an asynchronous collective
+may be spread over fusions that compute meanwhile, and `kernels.ring` sends from a kernel; all are seen.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
          "ragged-all-to-all")
+REMOTE_COPY = "remote-copy"
+_RING_SEND = re.compile(r"ring_send(\.\d+)?$")  # the kernel's name in kernels/ring
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32,
          "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64}
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
@@ -38,7 +40,7 @@ class Collective:
     """One collective of a step.
 
     Attributes:
-      kind: one of KINDS.
+      kind: one of KINDS, or REMOTE_COPY.
       payload: bytes of the whole array on each device: gathered, or before it is reduced.
       group: devices that take part with each other.
       times: how often it runs in a step.
@@ -59,7 +61,7 @@ class Collective:
     def sent(self) -> int:
         """Bytes that a device sends in a step, in a ring."""
         share = (self.group - 1) / self.group
-        factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+        factor = {"all-reduce": 2 * share, "collective-permute": 1.0, REMOTE_COPY: 1.0}.get(self.kind, share)
         return round(self.payload * factor * self.times)
 
 
@@ -107,6 +109,10 @@ class Program:
             kind = instruction.opcode.removesuffix("-start")
             if kind == "send" and (between := _between_slices(instruction, times)):
                 found[(index,)] = between
+            if kind == "custom-call" and _RING_SEND.match(instruction.name):
+                sizes = [_bytes(*array) for array in _ARRAY.findall(instruction.type)]
+                found[(index,)] = Collective(REMOTE_COPY, sum(sizes[:2]), 2, times, True, False,
+                                             _source(instruction.rest))
             if kind not in KINDS:
                 continue
             one = self._collective(instruction, kind, times, within)

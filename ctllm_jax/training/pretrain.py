@@ -54,14 +54,15 @@ def make_decoder(config: PretrainConfig, mesh: jax.sharding.Mesh | None = None) 
     decoder = Decoder(config.model, dtype=jnp.dtype(config.compute.dtype),
                       attention=sharding.attention_on(mesh, implementation=config.compute.attention),
                       swiglu=sharding.swiglu_on(mesh, implementation=config.compute.swiglu,
-                                                recompute=config.compute.remat == "none"),
+                                                recompute=config.compute.remat == "none",
+                                                rings=config.compute.gradient_rings),
                       scan_layers=config.compute.scan_layers, remat=config.compute.remat)
     if mesh is None or mesh.size == 1:
         return decoder
     constrain = partial(jax.lax.with_sharding_constraint,
                         shardings=NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES)))
     return decoder.clone(constrain=constrain,
-                         project=partial(sharding.project, mesh=mesh,
+                         project=partial(sharding.project, mesh=mesh, rings=config.compute.gradient_rings,
                                          keep=config.compute.remat in ("attention", "block")),
                          embed=partial(sharding.embed_tokens, mesh=mesh, dtype=jnp.dtype(config.compute.dtype)))
 
@@ -85,7 +86,7 @@ def make_loss_fn(config: PretrainConfig, decoder: Decoder, *, mesh: jax.sharding
         loss, weight, sums = chunked_cross_entropy(
             hidden_BSD, head_weights(params), batch.targets, batch.loss_weights, z_loss=z_loss,
             chunk_size=config.compute.loss_chunk, vocab_size=config.model.vocab_size, mesh=mesh,
-            batch_axes=sharding.BATCH_AXES, tensor_axis="tensor")
+            batch_axes=sharding.BATCH_AXES, tensor_axis="tensor", rings=config.compute.gradient_rings)
         if table is not None:
             sums = {**sums, "bytes": jnp.sum(jnp.asarray(table)[batch.targets] * batch.loss_weights)}
         return loss, weight, sums

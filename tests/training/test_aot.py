@@ -1,10 +1,13 @@
 """The train steps compiled by TPU's own compiler, for a slice that is not here: what it costs in memory."""
 
+import re
+
 import numpy as np
 import pytest
 
 from ctllm_jax import sharding
 from ctllm_jax.cluster.topology import parse_topology
+from ctllm_jax.cluster.xla_flags import compiler_options
 from ctllm_jax.config.dpo import DPOConfig
 from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import PretrainConfig
@@ -69,12 +72,42 @@ def test_weights_are_gathered_and_gradients_go_around_the_ring(devices):
     assert sum(each.payload * each.times for each in around) == pytest.approx(expected, rel=0.01)
 
 
+def test_above_16_chips_of_v5e_gradients_go_around_by_remote_copies():
+    """Where XLA would have each wait for the network: none does, and matmuls stand between sending and receiving."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x8").devices
+    rows = [f"batch.tokens={64 * LENGTH}", "mesh.fsdp=32", "mesh.tensor=1"]
+    step = plan(devices, "block", XLA, *rows, "compute.gradient_rings=remote_copies")
+    text = step.compile(compiler_options("v5e", {})).as_text()
+    sent = Program(text).collectives()
+    assert not [each for each in sent if each.kind in ("all-reduce", "reduce-scatter") and each.payload > 2**16]
+    around = [each for each in sent if each.kind == "remote-copy"]
+    expected = 31 / 32 * (2 * LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * 768) + 4 * HIDDEN * VOCAB * 2)
+    assert sum(each.payload * each.times for each in around) == pytest.approx(expected, rel=0.01)
+
+    lines = text.splitlines()  # of a scheduled module: in the order in which they run
+    names = [line.split()[0] for line in lines if " = " in line]
+    lines = [line for line in lines if " = " in line]
+    sends = [place for place, name in enumerate(names) if name.startswith("%ring_send")]
+    overlapped = 0
+    for place in sends:
+        parts = {name for name, line in zip(names, lines, strict=True) if f"get-tuple-element({names[place]})" in line}
+        end = next(end for end in range(place, len(names)) if names[end].startswith("%ring_receive"))
+        # Nothing is copied while it is on its way.
+        operands = re.findall(r"%[\w.\-]+", lines[end].partition("custom-call(")[2].partition(")")[0])
+        assert set(operands) == parts and len(parts) == 8
+        overlapped += any("dot_general" in line for line in lines[place:end])
+    assert overlapped == len(sends) // 2  # the second of two rings adds up what the first has computed
+
+
 @pytest.mark.parametrize(("name", "rings"), [
     ("v5e:2x2", (4,)), ("v5e:4x4", (16,)), ("v5e:16x16", ()), ("v6e:16x16", (16, 16)), ("v4:2x2x4", (4, 2, 2)),
     ("v5p:4x4x4", (4, 4, 4)), ("tpu7x:4x4x4", (4, 4, 4, 2))])
 def test_rings_of_a_slice(name, rings):
     mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, open_devices(parse_topology(name)))
-    found = find_rings(mesh, "fsdp")
+    assert not find_rings(mesh, "fsdp", "off")
+    found = find_rings(mesh, "fsdp").sizes
     assert sorted(found) == sorted(rings)
     if len(found) > 1:  # from one device to the next along a ring only one coordinate changes, by one
         coordinates = np.array([(*device.coords, device.core_on_chip) for device in mesh.devices.flat])

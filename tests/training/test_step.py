@@ -13,6 +13,7 @@ from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.data.batch import Batch
 from ctllm_jax.data.synthetic import SyntheticData
+from ctllm_jax.gathered import Rings
 from ctllm_jax.losses import cross_entropy
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.model.parameters import decoder_parameters
@@ -77,7 +78,7 @@ def test_every_mesh_gives_the_same(one_device, sizes):
 def test_gradients_that_go_around_rings_are_the_same(one_device, monkeypatch, sizes, rings):
     """As on a torus of TPUs: no reduce-scatter then, but blocks from neighbor to neighbor, both ways."""
     for module in (sharding, cross_entropy):
-        monkeypatch.setattr(module, "find_rings", lambda mesh, axis: rings)
+        monkeypatch.setattr(module, "find_rings", lambda mesh, axis, how: Rings(rings, gathers=True))
     mesh_sizes = dict(zip(sharding.AXES, sizes, strict=True))
     assert_same(take_steps(make_config(), mesh_sizes=mesh_sizes), one_device)
 
