@@ -24,9 +24,9 @@ from data_loading import cpu_name
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUTPUT = REPOSITORY / "benchmarks" / "results" / "compile_table.json"
 COPIES = "v5e:16x16 remote_copies"  # the same with compute.gradient_rings=remote_copies
-CONFIGS = {"v4:4x4x4": "pretrain", "v5e:16x16": "v5e_256", COPIES: "v5e_256", "v5p:4x4x4": "pretrain", "v5p-64": "v5p_64",
-           "v5p-256": "v5p_256", "v6e:16x16": "v6e_256", "tpu7x:4x4x4": "pretrain", "h100:1": "h100",
-           "h100:8": "h100_8", "8*a3-highgpu-8g": "h100_8x8"}
+CONFIGS = {"v4:4x4x4": "pretrain", "v5e:16x16": "v5e_256", COPIES: "v5e_256", "v5p:4x4x4": "pretrain",
+           "v5p-64": "v5p_64", "v5p-256": "v5p_256", "v6e:16x16": "v6e_256", "tpu7x:4x4x4": "pretrain",
+           "h100:1": "h100", "h100:8": "h100_8", "8*a3-highgpu-8g": "h100_8x8"}
 GIB, MIB = 2**30, 2**20
 
 
