@@ -5,7 +5,7 @@ slice by an all-reduce of the full array, during which nothing is computed. Here
 the torus, a block at a time, while the matmul computes the next block of it (Wang et al., ASPLOS 2023, "Overlap
 communication with dependent computation via decomposition"). All of this runs inside of a `shard_map`.
 
-The steps around a ring are XLA's permutes, or remote copies of our own (`kernels.ring`).
+The steps around a ring are XLA's permutes, or remote copies of our own (`ring_copies`).
 
 Legend: T tokens of a device, I inputs, O outputs of a weight.
 """
@@ -178,15 +178,15 @@ def _by_permutes(sums: list, mine: Callable, step: jax.Array, *, rings: Rings, n
 
 def _by_copies(sums: list, mine: Callable, step: jax.Array, *, rings: Rings, number: int, axis: str) -> tuple:
     """As `_by_permutes`."""
-    from ctllm_jax.kernels import ring
+    from ctllm_jax import ring_copies
 
     index = jax.lax.axis_index(axis)
-    moving = ring.send(sums, [_neighbor(index, rings.sizes, number, way) for way in (1, -1)], axis=axis,
+    moving = ring_copies.send(sums, [_neighbor(index, rings.sizes, number, way) for way in (1, -1)], axis=axis,
                             barrier=number)
     # XLA does not know what a copy waits for: first it is sent, then computed, then waited.
     step, moving = jax.lax.optimization_barrier((step, moving))
     own, moving = jax.lax.optimization_barrier((mine(step), moving))
-    return ring.receive(moving), own
+    return ring_copies.receive(moving), own
 
 
 def _part_of(array: jax.Array, start: jax.Array, size: int, half: slice, *, dim: int) -> jax.Array:

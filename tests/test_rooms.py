@@ -14,7 +14,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Top floor to ground; a room imports those that stand after it.
 ROOMS = ["cli", "evaluation", "preflight", "inference", "training", "huggingface", "data", "model", "sharding",
-         "cluster", "dataset", "kernels", "losses", "gathered", "report", "storage", "config"]
+         "cluster", "dataset", "kernels", "losses", "gathered", "ring_copies", "report",
+         "storage", "config"]
 
 # What data_prep may use of the package, and who may use data_prep.
 DATA_PREP_USES = ("ctllm_jax.dataset", "ctllm_jax.config", "ctllm_jax.report", "ctllm_jax.data.tokenizer")
@@ -22,7 +23,8 @@ DATA_PREP_USERS = ("cli",)
 
 # Rooms that another project can take: what they may import besides the standard library and rooms below.
 ARRAYS = {"jax", "jaxlib", "numpy"}
-MAY_IMPORT = {"kernels": ARRAYS, "losses": ARRAYS, "gathered": ARRAYS, "model": ARRAYS | {"flax"}}
+MAY_IMPORT = {"kernels": ARRAYS, "losses": ARRAYS, "gathered": ARRAYS, "ring_copies": ARRAYS,
+              "model": ARRAYS | {"flax"}}
 HEAVY = ["grain", "tensorflow_datasets", "sentencepiece", "orbax", "optax", "omegaconf", "pydantic", "rich"]
 
 WITHOUT_JAX = ["ctllm_jax.config", "ctllm_jax.storage", "ctllm_jax.report", "ctllm_jax.dataset",

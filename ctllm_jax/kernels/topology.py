@@ -8,8 +8,8 @@ SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x
 """Chip -> the smallest slice of it that the compiler takes."""
 
 
-def find_topology(chip: str) -> list[jax.Device]:
-    """The devices of the smallest slice of a chip.
+def find_topology(chip: str, *, megacore: bool = False) -> list[jax.Device]:
+    """The devices of the smallest slice of a chip; with `megacore` one of both cores of a v4's chip, as meshes want it.
 
     Raises:
       ValueError: an unknown chip.
@@ -19,4 +19,5 @@ def find_topology(chip: str) -> list[jax.Device]:
 
     if chip not in SLICES:
         raise ValueError(f"chip {chip!r} must be one of {', '.join(SLICES)}")
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=SLICES[chip]).devices)
+    options = {"chip_config_name": "megacore"} if megacore and chip == "v4" else {}
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=SLICES[chip], **options).devices)

@@ -2,7 +2,7 @@
 
 A collective inside a loop counts as often as the loop goes round. Between TPU slices it is a `send` to the host that
 names the collective. On TPU a reduce-scatter is an all-reduce in a fusion that keeps a part, an asynchronous collective
-may be spread over fusions that compute meanwhile, and `kernels.ring` sends from a kernel; all are seen.
+may be spread over fusions that compute meanwhile, and `ring_copies` sends from a kernel; all are seen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
          "ragged-all-to-all")
 REMOTE_COPY = "remote-copy"
-_RING_SEND = re.compile(r"ring_send(\.\d+)?$")  # the kernel's name in kernels/ring
+_RING_SEND = re.compile(r"ring_send(\.\d+)?$")  # the kernel's name in ring_copies.py
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32,
          "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64}
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")

@@ -8,8 +8,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
+from ctllm_jax import ring_copies
 from ctllm_jax.gathered import Rings, scatter_sum
-from ctllm_jax.kernels import ring
 from ctllm_jax.kernels.ring import cases
 
 STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -18,8 +18,8 @@ STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 def exchange(arrays, neighbors, *, axis, barrier):
     """`send` and `receive` as one kernel: the interpreter has no semaphores that outlive a kernel."""
     def kernel(targets_ref, first, second, from_before, from_next, *semaphores):
-        ring._send(targets_ref, first, second, None, None, from_before, from_next, *semaphores)
-        ring._receive(first, second, from_before, from_next, *semaphores)
+        ring_copies._send(targets_ref, first, second, None, None, from_before, from_next, *semaphores)
+        ring_copies._receive(first, second, from_before, from_next, *semaphores)
 
     spec = pl.BlockSpec(memory_space=pltpu.HBM)
     arrived = pl.pallas_call(
@@ -27,16 +27,16 @@ def exchange(arrays, neighbors, *, axis, barrier):
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), spec, spec], out_specs=[spec, spec],
         scratch_shapes=[pltpu.SemaphoreType.DMA(())] * 4, interpret=STRICT,
         compiler_params=pltpu.CompilerParams(collective_id=barrier, has_side_effects=True),
-    )(jnp.stack([ring._number(axis, index) for index in neighbors]), *arrays)
-    return ring.Moving(arrays, arrived, ())
+    )(jnp.stack([ring_copies._number(axis, index) for index in neighbors]), *arrays)
+    return ring_copies.Moving(arrays, arrived, ())
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
-    monkeypatch.setattr(ring, "send", exchange)
-    monkeypatch.setattr(ring, "receive", lambda moving: moving.arriving)
+    monkeypatch.setattr(ring_copies, "send", exchange)
+    monkeypatch.setattr(ring_copies, "receive", lambda moving: moving.arriving)
     yield
     # Races are only printed; the flag is None where detection did not run.
     assert interpret_pallas_call.races is not None and not interpret_pallas_call.races.races_found
@@ -57,8 +57,8 @@ def test_one_array_goes_ahead_and_one_back(interpreted):
 
     def step(x):
         index = jax.lax.axis_index("fsdp")
-        moving = ring.send([x, 10 * x], [(index + 1) % 4, (index - 1) % 4], axis="fsdp", barrier=0)
-        return jnp.stack(ring.receive(moving), 1)
+        moving = ring_copies.send([x, 10 * x], [(index + 1) % 4, (index - 1) % 4], axis="fsdp", barrier=0)
+        return jnp.stack(ring_copies.receive(moving), 1)
 
     x = np.arange(8 * 8 * 128, dtype=np.float32).reshape(64, 128)
     found = np.asarray(on(mesh, step)(x)).reshape(2, 4, 8, 2, 128)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ctllm_jax.gathered import Rings, find_rings, scatter_sum
 from ctllm_jax.kernels.dispatch import CannotRun
 from ctllm_jax.kernels.registry import Bench, Check, Compile
-from ctllm_jax.kernels.topology import SLICES
+from ctllm_jax.kernels.topology import find_topology
 
 TOLERANCES = {"float32": 1e-5, "bfloat16": 0.1}
 """Largest error after SUMS, relative to the largest number."""
@@ -41,11 +41,8 @@ def benches(*, lengths: list[int], rows: int, hidden: int, ffn: int, dtype: str,
 
 def compiles(*, chips: list[str]) -> Iterator[Compile]:
     """Remote copies, around the smallest slice where it is a torus."""
-    from ctllm_jax.cluster.topology import parse_topology
-    from ctllm_jax.preflight.aot import open_devices
-
     for name in chips:
-        mesh = make_mesh(open_devices(parse_topology(SLICES[name])))
+        mesh = make_mesh(find_topology(name, megacore=True))
         for dtype in TOLERANCES if find_rings(mesh, AXIS, "remote_copies") else ():
             yield Compile(name, "ring", f"sum of 2048 x 512, {dtype}", 0, partial(_lower, mesh, dtype))
 
