@@ -31,6 +31,7 @@ from ctllm_jax.training import checkpoint_files as files
 from ctllm_jax.training import checkpoint_objects as objects
 from ctllm_jax.training.checkpoint_arrays import find_structural_damage, refuse_other_arrays
 from ctllm_jax.training.checkpoint_files import CHECKPOINTS, MILESTONES, TRASH
+from ctllm_jax.training.checkpoint_leak import leave_out
 from ctllm_jax.training.state import State
 
 log = logging.getLogger(__name__)
@@ -346,6 +347,7 @@ class _Manager:
     """Orbax's manager of one folder of steps, whose steps get their manifest before they get their name."""
 
     def __init__(self, directory: Path, preservation: Any):
+        leave_out()
         self.directory, self._step = storage.absolute(directory), None
         remote = storage.is_remote(directory)
         self._orbax = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
