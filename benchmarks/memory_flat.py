@@ -8,8 +8,7 @@ third is left out because compiling, the first checkpoints and the caches of the
 they differ by more than 2 %.
 
 glibc gives every thread an arena of its own and takes little back from it; each save has new threads. With two arenas
-(MALLOC_ARENA_MAX=2) what is measured is what the program keeps. arenas=0 leaves the allocator its own ways: 650 instead
-of 345 MiB, which go on growing by 2 % in a run of 3,000 steps, and stand still from step 6,000 on.
+(MALLOC_ARENA_MAX=2) what is measured is what the program keeps; arenas=0 leaves the allocator its own ways.
 """
 
 from __future__ import annotations
