@@ -75,36 +75,28 @@ class Benchmark:
     """Folder of its definition: below lm-eval's `tasks`, or below our `definitions` where `ours` is set."""
     metric: str = "acc"
     """What is reported first, as lm-eval names it."""
-    choices: int | None = None
-    """Answers to choose among, which makes the score of chance; None: none, or not the same for every question."""
     ours: bool = False
     members: tuple[str, ...] = field(default=())
     """Tasks of a group of ours over stock tasks; empty: the definition says."""
 
-    @property
-    def chance(self) -> float | None:
-        """Score of guessing, 0 to 1; None where there is no such thing."""
-        return 1 / self.choices if self.choices else None
-
 
 BENCHMARKS: Mapping[str, Benchmark] = {
-    "boolq": Benchmark("super_glue/boolq", choices=2),
-    "cb": Benchmark("super_glue/cb", choices=3),
-    "copa": Benchmark("super_glue/copa", choices=2),
-    "sglue_rte": Benchmark("super_glue/rte", choices=2),
-    "multirc": Benchmark("super_glue/multirc", choices=2),
-    "wic": Benchmark("super_glue/wic", choices=2),
-    "piqa": Benchmark("piqa", metric="acc_norm", choices=2),
-    "social_iqa": Benchmark("siqa", choices=3),
-    "hellaswag": Benchmark("hellaswag", metric="acc_norm", choices=4),
-    "winogrande": Benchmark("winogrande", choices=2),
+    "boolq": Benchmark("super_glue/boolq"),
+    "cb": Benchmark("super_glue/cb"),
+    "copa": Benchmark("super_glue/copa"),
+    "sglue_rte": Benchmark("super_glue/rte"),
+    "multirc": Benchmark("super_glue/multirc"),
+    "wic": Benchmark("super_glue/wic"),
+    "piqa": Benchmark("piqa", metric="acc_norm"),
+    "social_iqa": Benchmark("siqa"),
+    "hellaswag": Benchmark("hellaswag", metric="acc_norm"),
+    "winogrande": Benchmark("winogrande"),
     "arc_easy": Benchmark("arc", metric="acc_norm"),
     "arc_challenge": Benchmark("arc", metric="acc_norm"),
-    "openbookqa": Benchmark("openbookqa", metric="acc_norm", choices=4),
-    "commonsense_qa": Benchmark("commonsense_qa", choices=5),
-    "mmlu": Benchmark("mmlu/default", choices=4),
-    **{f"mmlu_{group}": Benchmark("mmlu/default", choices=4)
-       for group in ("stem", "humanities", "social_sciences", "other")},
+    "openbookqa": Benchmark("openbookqa", metric="acc_norm"),
+    "commonsense_qa": Benchmark("commonsense_qa"),
+    "mmlu": Benchmark("mmlu/default"),
+    **{f"mmlu_{group}": Benchmark("mmlu/default") for group in ("stem", "humanities", "social_sciences", "other")},
     **{name: Benchmark("humaneval", metric="pass@1") for name in ("humaneval", "humaneval_instruct")},
     "humaneval_64": Benchmark("humaneval", metric="pass@64"),
     **{name: Benchmark("mbpp", metric="pass_at_1") for name in ("mbpp", "mbpp_instruct")},
@@ -114,16 +106,15 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "lambada_standard": Benchmark("lambada"),
     "squadv2": Benchmark("squadv2", metric="f1"),
     "gsm8k": Benchmark("gsm8k", metric="exact_match"),
-    "ceval-valid": Benchmark("ceval", choices=4),
-    **{group: Benchmark("ceval", choices=4, members=tuple(f"ceval-valid_{subject}" for subject in subjects))
+    "ceval-valid": Benchmark("ceval"),
+    **{group: Benchmark("ceval", members=tuple(f"ceval-valid_{subject}" for subject in subjects))
        for group, subjects in CEVAL_GROUPS.items()},
-    "cmmlu": Benchmark("cmmlu", choices=4),
-    **{group: Benchmark("cmmlu", choices=4, members=tuple(f"cmmlu_{subject}" for subject in subjects))
+    "cmmlu": Benchmark("cmmlu"),
+    **{group: Benchmark("cmmlu", members=tuple(f"cmmlu_{subject}" for subject in subjects))
        for group, subjects in CMMLU_GROUPS.items()},
-    **{f"agieval_gaokao_{subject}": Benchmark("agieval", choices=None if subject == "mathcloze" else 4)
-       for subject in GAOKAO},
-    "cvalues_responsibility": Benchmark("cvalues", choices=2, ours=True),
-    "cvalues_responsibility_generate": Benchmark("cvalues", choices=2, ours=True),
+    **{f"agieval_gaokao_{subject}": Benchmark("agieval") for subject in GAOKAO},
+    "cvalues_responsibility": Benchmark("cvalues", ours=True),
+    "cvalues_responsibility_generate": Benchmark("cvalues", ours=True),
 }
 
 FOLDER_OF_PREFIX: Mapping[str, str] = {"mmlu_": "mmlu_stem", "cmmlu_": "cmmlu", "ceval-valid_": "ceval-valid"}
