@@ -147,6 +147,8 @@ def scatter_sum(block: Callable, *, size: int, other: int, axis: str, dim: int, 
       block: `(start, size, half) -> block` of this device's own array: `size` along `dim` from `start`, `half` of the
         other dim. It is computed while the blocks before it are on their way.
     """
+    if not rings:
+        raise ValueError("scatter_sum: there are no rings to go around")
     middle = other // 2
     halves = [(slice(0, middle), 1), (slice(middle, other), -1)]  # the two ways around a ring
     left = math.prod(rings.sizes)

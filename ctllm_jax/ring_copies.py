@@ -22,7 +22,7 @@ _SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
 
 
 class Moving(NamedTuple):
-    """Two arrays on their way, each with the buffer that this device's own is read from and the one that is filled."""
+    """Two arrays on their way: this device's own, which are still read, and the buffers that the neighbors' fill."""
 
     sent: Sequence[jax.Array]
     arriving: Sequence[jax.Array]
@@ -31,6 +31,9 @@ class Moving(NamedTuple):
 
 def send(arrays: Sequence[jax.Array], neighbors: Sequence[jax.Array], *, axis: str, barrier: int) -> Moving:
     """Begin to send the first of two arrays to the next device of a ring, the second to the one before.
+
+    `receive` must follow before the next `send` with the same barrier: otherwise a device two steps ahead would write
+    into one that is not there yet. A loop whose body holds both keeps to that; `tests/training/test_aot.py` looks.
 
     Args:
       arrays: two, each of one shape and dtype on all devices.
@@ -54,7 +57,8 @@ def receive(moving: Moving) -> Sequence[jax.Array]:
         _receive, out_shape=shapes, in_specs=[_HBM] * 4 + [_SEMAPHORE] * 4, out_specs=(_HBM,) * 2,
         input_output_aliases={2: 0, 3: 1}, name=RECEIVE,
         compiler_params=pltpu.CompilerParams(has_side_effects=True),
-    )(*moving.sent, *moving.arriving, *moving.semaphores)
+    )(*(pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in moving.sent), *moving.arriving,
+      *moving.semaphores)
 
 
 def _number(axis: str, index: jax.Array) -> jax.Array:
@@ -69,8 +73,8 @@ def _send(targets_ref: Any, *refs: Any) -> None:
     arriving, semaphores = refs[4:6], refs[6:]
     here = pltpu.get_barrier_semaphore()
     # What is sent to a device that is still elsewhere in its program would be written over something. So each tells
-    # both neighbors that it is here. It leaves with the word of both, and no neighbor speaks twice before: the next
-    # step of its ring needs what this device sends now.
+    # both neighbors that it is here. It goes on with the word of both, and no neighbor speaks twice before: the next
+    # step of its ring needs what this device sends now. A word for the next step may be there already at the end.
     for way in range(2):
         pl.semaphore_signal(here, device_id=targets_ref[way], device_id_type=pl.DeviceIdType.LOGICAL)
     pl.semaphore_wait(here, 2)

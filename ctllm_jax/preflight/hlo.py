@@ -16,7 +16,8 @@ from typing import NamedTuple
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
          "ragged-all-to-all")
 REMOTE_COPY = "remote-copy"
-_RING_SEND = re.compile(r"ring_send(\.\d+)?$")  # the kernel's name in ring_copies.py
+# The kernels' names in ring_copies.py.
+_RING_SEND, _RING_RECEIVE = re.compile(r"ring_send\b"), re.compile(r"ring_receive\b")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32,
          "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64}
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
@@ -111,8 +112,8 @@ class Program:
                 found[(index,)] = between
             if kind == "custom-call" and _RING_SEND.match(instruction.name):
                 sizes = [_bytes(*array) for array in _ARRAY.findall(instruction.type)]
-                found[(index,)] = Collective(REMOTE_COPY, sum(sizes[:2]), 2, times, True, False,
-                                             _source(instruction.rest))
+                found[(index,)] = Collective(REMOTE_COPY, sum(sizes[:2]), 2, times,
+                                             self._overlaps(instruction, within), False, _source(instruction.rest))
             if kind not in KINDS:
                 continue
             one = self._collective(instruction, kind, times, within)
@@ -147,6 +148,16 @@ class Program:
             for _, called in _CALLED.findall(instruction.rest):
                 for inner in re.findall(r"[\w.\-]+", called):
                     yield from self._executed(inner, times * trips, (*within, inner))
+
+    def _overlaps(self, send: Instruction, within: tuple[str, ...]) -> bool:
+        """Whether a matmul stands between a send around a ring and what waits for it; a module lists what it runs."""
+        after = self._computations[within[-1] if within else self._entry]
+        for instruction in after[after.index(send) + 1:]:
+            if _RING_RECEIVE.match(instruction.name):
+                break
+            if "dot_general" in instruction.rest:
+                return True
+        return False
 
     def _trips(self, loop: Instruction) -> int:
         """How often a loop goes round: as it says, or what its condition compares with; 1 where neither tells."""

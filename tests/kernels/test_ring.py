@@ -1,4 +1,7 @@
-"""Steps around a ring by remote copies, in the interpreter of TPU kernels: what arrives, races, and whole sums."""
+"""Steps around a ring by remote copies, in the interpreter of TPU kernels: what arrives, and whole sums.
+
+Its kernels end together on all devices, so none is ever a step ahead: what the barrier is for, it cannot show.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +73,7 @@ def test_one_array_goes_ahead_and_one_back(interpreted):
 @pytest.mark.parametrize(("sizes", "rings"), [
     ({"fsdp": 8}, (2, 4)), ({"fsdp": 4, "tensor": 2}, (4,))], ids=str)
 def test_sums_that_go_around_by_copies_are_those_of_a_reduction(interpreted, sizes, rings):
-    """Twice after each other, as two layers do: a device that is ahead does not disturb one that is behind."""
+    """Twice after each other, as two layers do."""
     mesh, devices = make_mesh(**sizes), sizes["fsdp"]
 
     def around(x):
