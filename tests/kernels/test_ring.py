@@ -102,3 +102,10 @@ def test_what_kernels_check_compares(interpreted, monkeypatch):
     for check in cases.checks():
         [(error, tolerance)] = check.compare("pallas").values()
         assert error < tolerance, check.case
+
+
+def test_what_kernels_bench_times_is_the_gradient_of_a_weight(monkeypatch):
+    monkeypatch.setattr(cases, "_find", lambda mesh, implementation: Rings((2, 4)))
+    [bench] = cases.benches(lengths=[8], rows=2, hidden=16, ffn=6, dtype="float32")
+    function, (x_TI, dy_TO) = bench.prepare("xla")
+    np.testing.assert_allclose(function(x_TI, dy_TO), np.asarray(x_TI).T @ np.asarray(dy_TO), atol=1e-4)
