@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ctllm_jax.cli.progress import stage_bars
+from ctllm_jax.config.control import visible
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.inspect import InspectConfig, Inspection, VerifyConfig, plan_inspection
 from ctllm_jax.data.batch import Batch
@@ -204,14 +205,7 @@ def _visible(ids: np.ndarray, tokenizer: Tokenizer, eod_id: int) -> str:
 
 def signs(text: str) -> str:
     """A text whose line ends and control characters are signs."""
-    return "".join(map(_sign, text)).replace("\n", "↵\n")
-
-
-def _sign(character: str) -> str:
-    code = ord(character)
-    if code < 0x20 and character not in "\n\t":
-        return chr(0x2400 + code)
-    return "␡" if code == 0x7F or 0x80 <= code < 0xA0 else character
+    return visible(text).replace("\n", "↵\n")
 
 
 def table(row: Batch, tokenizer: Tokenizer, eod_id: int, limit: int, names: Mapping[int, str] | None = None) -> Table:

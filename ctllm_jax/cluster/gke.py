@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,8 +62,8 @@ def render(job: GKEJobConfig, command: TrainingCommand, *, checkpoint_bytes: int
              "apiVersion: jobset.x-k8s.io/v1alpha2",
              "kind: JobSet",
              "metadata:",
-             f"  name: {name}",
-             f"  namespace: {job.namespace}"]
+             f"  name: {_text(name)}",
+             f"  namespace: {_text(job.namespace)}"]
     if job.queue:
         lines += ["  labels:", f"    kueue.x-k8s.io/queue-name: {_text(job.queue)}"]
     if topology.is_tpu and pods > 1:
@@ -95,9 +96,15 @@ def render(job: GKEJobConfig, command: TrainingCommand, *, checkpoint_bytes: int
               f"              runAsUser: {job.user}",
               f"              runAsNonRoot: {'true' if job.user else 'false'}",
               f"              fsGroup: {job.user}",
+              "              seccompProfile:",
+              "                type: RuntimeDefault",
               "            containers:",
               "            - name: trainer",
               f"              image: {_text(job.image)}",
+              "              securityContext:",
+              "                allowPrivilegeEscalation: false",
+              "                capabilities:",
+              "                  drop: [ALL]",
               "              args:  # of launch.py, which the image starts",
               *(f"              - {_text(word)}" for word in words)]
     environment = []
@@ -141,7 +148,7 @@ def render(job: GKEJobConfig, command: TrainingCommand, *, checkpoint_bytes: int
 
 def next_step(path: str) -> str:
     """What to type when the job lies in a file."""
-    return f"kubectl apply -f {path}"
+    return f"kubectl apply -f {shlex.quote(path)}"
 
 
 def _failure_policy(job: GKEJobConfig) -> list[str]:

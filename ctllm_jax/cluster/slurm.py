@@ -71,11 +71,11 @@ def render(job: SlurmJobConfig, command: TrainingCommand, *, checkpoint_bytes: i
     per = "GPU" if job.gpus_per_node and job.task_per == "gpu" else "node"
     gpus = f" of {job.gpus_per_node} GPUs" if job.gpus_per_node else ""
     lines = ["#!/bin/bash",
-             f"# {command.stage} {command.config.run.dir}: {job.nodes} node{'s' * (job.nodes > 1)}{gpus}, one process a"
-             f" {per}, {job.nodes * job.tasks_per_node} in all",
+             f"# {command.stage} {shlex.quote(command.config.run.dir)}: {job.nodes} node{'s' * (job.nodes > 1)}{gpus},"
+             f" one process a {per}, {job.nodes * job.tasks_per_node} in all",
              f"# It is told {notice} s before its time is over{kept}, and comes back until the run is done.",
              f"# To end it for good: touch {shlex.quote(command.config.run.dir + '/STOP')}, or scancel.",
-             *(f"#SBATCH {option}" for option in _options(job, command, notice)), ""]
+             *(f"#SBATCH {shlex.join(option)}" for option in _options(job, command, notice)), ""]
     if job.directory is not None:
         lines.append(f"cd {shlex.quote(job.directory)} || exit 1")
     lines += job.setup
@@ -97,7 +97,8 @@ def next_step(path: str) -> str:
     return f"sbatch {shlex.quote(path)}"
 
 
-def _options(job: SlurmJobConfig, command: TrainingCommand, notice: int) -> list[str]:
+def _options(job: SlurmJobConfig, command: TrainingCommand, notice: int) -> list[list[str]]:
+    """The words of each line for sbatch, which reads quotes as a shell does."""
     name = job.name or PurePath(command.config.run.dir).name
     gpus = f"gpu:{job.gpu_type + ':' if job.gpu_type else ''}{job.gpus_per_node}"
     given = {"job-name": re.sub(r"[^\w.+-]", "_", name), "nodes": job.nodes, "ntasks-per-node": job.tasks_per_node,
@@ -106,7 +107,8 @@ def _options(job: SlurmJobConfig, command: TrainingCommand, notice: int) -> list
              "account": job.account, "qos": job.qos, "constraint": job.constraint, "output": job.log,
              "signal": f"B:USR1@{notice}"}
     words = [f"--{option}={value}" for option, value in given.items() if value is not None]
-    return [*words, "--open-mode=append", "--requeue", *["--exclusive"] * job.exclusive, *job.sbatch]
+    words += ["--open-mode=append", "--requeue", *["--exclusive"] * job.exclusive]
+    return [*([word] for word in words), *(shlex.split(option) for option in job.sbatch)]
 
 
 def _srun(job: SlurmJobConfig, command: TrainingCommand) -> str:
@@ -127,4 +129,4 @@ def _srun(job: SlurmJobConfig, command: TrainingCommand) -> str:
         here = []
     else:
         here = []
-    return " ".join([shlex.join(words), *here, job.launcher, shlex.join(command.words)])
+    return " ".join([shlex.join(words), *here, shlex.join(shlex.split(job.launcher)), shlex.join(command.words)])

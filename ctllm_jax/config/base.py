@@ -1,15 +1,19 @@
 """The pieces every schema is made of.
 
-A section is a frozen pydantic model that forbids unknown keys. Every key has a description (the help text), and three
-marks may stand beside it: `changeable` (a resumed run may differ in it), `text` (its value may be read from a file or
-from standard input: `key=@FILE`, `key=-`), and `shorthand` on the class (a bare value for the whole section).
+A section is a frozen pydantic model that forbids unknown keys, and control characters in its texts. Every key has a
+description (the help text), and these marks may stand with it: `changeable` (a resumed run may differ in it), `prose`
+(its texts may hold line ends and tabs), `text` (prose that may be read from a file or from standard input: `key=@FILE`,
+`key=-`), and `shorthand` on the class (a bare value for the whole section).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from ctllm_jax.config.control import find_control
 
 
 class Section(BaseModel):
@@ -19,10 +23,37 @@ class Section(BaseModel):
 
     shorthand: ClassVar[str | None] = None
 
+    @field_validator("*")
+    @classmethod
+    def _refuse_control_characters(cls, value: Any, info: ValidationInfo) -> Any:
+        """Values reach job scripts, paths, logs and pages, where a line end or an escape would become a command."""
+        prose = bool((cls.model_fields[info.field_name].json_schema_extra or {}).get("prose"))
+        for text in _texts(value):
+            found = find_control(text, prose=prose)
+            if found is not None:
+                raise ValueError(f"{text[:80]!r} holds the control character U+{ord(found):04X}; "
+                                 + ("only line ends and tabs are allowed here" if prose
+                                    else "write the value as one line of plain text"))
+        return value
 
-def key(default: Any = ..., meaning: str = "", *, changeable: bool = False, text: bool = False, **constraints) -> Any:
-    """A key of a section: its default (`...` if it must be given), its meaning, and pydantic's constraints on it."""
-    marks = {name: True for name, on in (("changeable", changeable), ("text", text)) if on}
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text of a value, names of mappings included; a section has checked its own."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _texts(name)
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def key(default: Any = ..., meaning: str = "", *, changeable: bool = False, text: bool = False, prose: bool = False,
+        **constraints) -> Any:
+    """A key of a section: its default (`...` if it must be given), its meaning, its marks, and pydantic's constraints."""
+    marks = {name: True for name, on in (("changeable", changeable), ("text", text), ("prose", prose or text)) if on}
     if isinstance(default, (dict, list)):
         made = default
         return Field(default_factory=lambda: type(made)(made), description=meaning, json_schema_extra=marks,

@@ -45,7 +45,7 @@ class EndpointConfig(Section):
     top_p: float | None = key(None, "draw from the likeliest tokens that together have this probability; null: the "
                                     "server's own default", gt=0, le=1)
     body: dict[str, Any] = key({}, "further fields of a request, such as {top_k: 50}; null leaves out one that would "
-                                   "be sent, as in {max_tokens: null, max_completion_tokens: 1024}")
+                                   "be sent, as in {max_tokens: null, max_completion_tokens: 1024}", prose=True)
     send_seed: bool = key(False, "send a seed of its own with each request; some servers refuse the field")
     timeout: float = key(120.0, "seconds that an answer may take", gt=0)
     retries: int = key(5, "times that a request is sent again after 408, 429, 5xx, a timeout or a lost connection, "

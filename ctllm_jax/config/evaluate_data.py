@@ -19,7 +19,7 @@ class BenchmarkConfig(Section):
     task: str | None = key(None, "task or group of lm-eval, or of ours; null: there is none, and absent says why")
     shots: int | None = key(None, "examples before each question; null: the task's own number", ge=0)
     metric: str = key("acc,none", "what is reported, as lm-eval names it in its results: METRIC,FILTER")
-    absent: str | None = key(None, "why there is no task")
+    absent: str | None = key(None, "why there is no task", prose=True)
 
     @model_validator(mode="after")
     def _check(self):

@@ -15,7 +15,7 @@ class DrawingConfig(Section):
     top_k: int | None = key(None, "draw from this many likeliest tokens", ge=1)
     min_p: float = key(0.0, "draw no token that is less likely than this times the likeliest one", ge=0, lt=1)
     repetition_penalty: float = key(1.0, "above 1: what stands in prompt and text already becomes less likely", gt=0)
-    stop: list[str] = key([], "texts that end what is written, and are left out; ['\\n'] for the end of a line")
+    stop: list[str] = key([], "texts that end what is written, and are left out; ['\\n'] for the end of a line", prose=True)
     dtype: Literal["float32", "bfloat16"] = key("float32", "what the model computes in; bfloat16 on accelerators takes half the memory")
 
 

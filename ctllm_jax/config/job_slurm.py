@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from typing import Literal
 
 from pydantic import model_validator
@@ -31,12 +32,12 @@ class SlurmJobConfig(JobConfig):
     sbatch: list[str] = key([], "more options of sbatch, such as --reservation=NAME")
     log: str = key("slurm-%x-%j.log", "log of the job; SLURM makes no directories")
     directory: str | None = key(None, "where the command runs, and its paths begin; null: where the job is submitted")
-    setup: list[str] = key([], "lines of shell before the run, such as module load cuda")
+    setup: list[str] = key([], "lines of shell before the run, such as module load cuda; they are written as they are")
     venv: str | None = key(None, "virtual environment that is activated")
     container: str | None = key(None, "image that the processes run in; null: none")
     container_runtime: Literal["pyxis", "apptainer"] = key("pyxis", "what starts the container: srun's plugin, or apptainer")
     mounts: list[str] = key([], "directories that the container sees: PATH or PATH:INSIDE")
-    launcher: str = key("python launch.py", "what starts a command: python launch.py in a checkout, ctllm where the package is installed")
+    launcher: str = key("python launch.py", "what starts a command: python launch.py in a checkout, ctllm where the package is installed; words, and no shell: $NAME and ; are not read")
 
     @model_validator(mode="after")
     def _check(self):
@@ -45,6 +46,12 @@ class SlurmJobConfig(JobConfig):
             raise ValueError(f"job.notice={self.notice} leaves nothing of job.time={self.time}")
         if self.mounts and self.container is None:
             raise ValueError("job.mounts is only read with job.container")
+        for name, texts in (("sbatch", self.sbatch), ("launcher", [self.launcher])):
+            for text in texts:
+                try:
+                    shlex.split(text)
+                except ValueError as error:
+                    raise ValueError(f"job.{name}: {text}: {error}") from None
         if wrong := [option for option in self.sbatch if not option.startswith("-")]:
             raise ValueError(f"job.sbatch: {wrong[0]} is no option of sbatch; they begin with --")
         return self

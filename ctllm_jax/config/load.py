@@ -1,19 +1,22 @@
 """A config from its file, the files it extends, and the command line.
 
-Files are YAML, merged by OmegaConf (`extends: other.yaml`, or a list; later wins; interpolation works in files). What
-stands on the command line comes last, typed by the schema and never by YAML. All errors are reported at once.
+Files are YAML, merged by OmegaConf (`extends: other.yaml`, or a list; later wins). In a file `${model.hidden_size}`
+stands for the value of another key. OmegaConf's resolvers (`${oc.env:HOME}`) are refused: a config of somebody else
+could take secrets from the environment into a path or a log. What stands on the command line comes last, typed by the
+schema and never by YAML. All errors are reported at once.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
@@ -22,6 +25,8 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.types import is_section, keys_of, named_sections, parse, without_none
 
 COMMAND_LINE = "command line"
+_ESCAPED = re.compile(r"(?<!\\)(?:\\\\)*\\\$\{")
+_KEY_INTERPOLATION = re.compile(r"\$\{\s*\.*[\w.\[\]-]+\s*\}")
 
 
 @dataclass
@@ -69,9 +74,24 @@ def find_config(target: str) -> Path:
                     f" ({'did you mean ' + ' or '.join(near) if near else 'there are ' + ', '.join(known)}?)")
 
 
-def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> Loaded:
-    """A config file merged over the files that it extends."""
-    path = path.resolve()
+def read_file(path: Path) -> Loaded:
+    """A config file merged over the files that it extends, with every `${key}` replaced by that key's value.
+
+    Raises:
+      UserError: a file that cannot be read, or an interpolation other than of a key; with file and line.
+    """
+    loaded = Loaded()
+    try:
+        merged, loaded.origins = _merge_files(path.resolve())
+        loaded.values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        where = loaded.origin(error.full_key or "") or _shown(path.resolve())
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
+    return loaded
+
+
+def _merge_files(path: Path, *, seen: tuple[Path, ...] = ()) -> tuple[DictConfig, dict[str, str]]:
+    """(the values of a file over those that it extends, nothing replaced yet; where each key stands)."""
     if path in seen:
         raise UserError(f"{path}: extends itself through {' -> '.join(str(p) for p in seen)}")
     shown = _shown(path)
@@ -81,29 +101,46 @@ def read_file(path: Path, *, seen: tuple[Path, ...] = ()) -> Loaded:
         is_mapping = root is None or isinstance(root, yaml.MappingNode)
         own = OmegaConf.create(text) if root is not None and is_mapping else OmegaConf.create({})
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{shown}: not a readable YAML file: {error}") from None
+        hint = "; the two characters themselves are written \\${" if "${" in str(error) else ""
+        raise UserError(f"{shown}: not a readable YAML file: {error}{hint}") from None
     if not is_mapping:
         raise UserError(f"{shown}: a config is a mapping of keys to values; found a {root.id}")
-    parents = OmegaConf.to_container(own).get("extends") or []
+    raw = OmegaConf.to_container(own)
+    own_origins = {key: f"{shown}:{line}" for key, line in _lines(root)}
+    # Before anything else, since merging into an interpolation resolves it.
+    problems = [f"{key} ({own_origins.get(key, shown)}): {text} is not supported: only ${{KEY}}, the value of another key "
+                "of the config, is replaced; write the value itself, or \\${ for these two characters"
+                for key, text in _other_interpolations(raw)]
+    if problems:
+        raise ConfigError(problems)
+    parents = raw.get("extends") or []
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) and "\0" not in parent for parent in parents):
         raise UserError(f"{shown}: extends={parents!r} must be the path of a config, or a list of them")
-    own.pop("extends", None)
-    loaded = Loaded()
-    merged = OmegaConf.create({})
+    if "extends" in raw:
+        del own["extends"]  # pop would resolve it
+    merged, origins = OmegaConf.create({}), {}
     for parent in parents:
         parent_path = path.parent / parent
         if not parent_path.is_file():
             raise UserError(f"{shown}: extends {parent}, and there is no {parent_path}")
-        base = read_file(parent_path, seen=(*seen, path))
-        merged = OmegaConf.merge(merged, base.values)
-        loaded.origins.update(base.origins)
-    loaded.origins.update({key: f"{shown}:{line}" for key, line in _lines(root)})
-    try:
-        loaded.values = OmegaConf.to_container(OmegaConf.merge(merged, own), resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{shown}: {str(error).splitlines()[0]}") from None
-    return loaded
+        base, base_origins = _merge_files(parent_path.resolve(), seen=(*seen, path))
+        merged = OmegaConf.merge(merged, base)
+        origins.update(base_origins)
+    return OmegaConf.merge(merged, own), {**origins, **own_origins}
+
+
+def _other_interpolations(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(key, text) of everything between `${` and `}` that is not the name of a key."""
+    if isinstance(tree, dict | list):
+        for name, inner in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _other_interpolations(inner, f"{path}.{name}" if path else str(name))
+    elif isinstance(tree, str):
+        text, names = _ESCAPED.sub("", tree), 1
+        while names:  # a name may be made of other values: ${model.${which}}
+            text, names = _KEY_INTERPOLATION.subn("x", text)
+        if "${" in text:
+            yield path, tree
 
 
 def load(schema: type[Section], *, target: str | Path | None = None, overrides: Sequence[str] = ()) -> Section:

@@ -117,7 +117,7 @@ class SampleConfig(Section):
     """Text that the model writes as it learns."""
 
     every: int = key(0, "steps between samples; 0: never, not even at the end", ge=0, changeable=True)
-    prompts: list[str] = key(["今天", "中国"], "what the samples go on from", changeable=True)
+    prompts: list[str] = key(["今天", "中国"], "what the samples go on from", changeable=True, prose=True)
     max_tokens: int = key(64, "tokens of a sample", ge=1, changeable=True)
     temperature: float = key(0.8, "0: the likeliest token each time", ge=0, changeable=True)
     top_k: int | None = key(None, "draw from this many likeliest tokens", ge=1, changeable=True)

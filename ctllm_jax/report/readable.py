@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 
-_SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+from ctllm_jax.config.control import visible as visible
 
-# What would move a cursor, ring a bell, hide text or reverse it: C0 and C1 but tab and newline, the bidirectional
-# controls, and lone surrogates, which no UTF-8 file can hold.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def compact(value: float) -> str:
@@ -57,18 +54,6 @@ def clock(seconds: float) -> str:
 def percent(share: float) -> str:
     """A share of 1 as 41.2%."""
     return f"{share * 100:.1f}%"
-
-
-def visible(text: str) -> str:
-    """The text with every character that steers a terminal or hides from the eye replaced by a visible one."""
-    return _CONTROL.sub(_picture, text)
-
-
-def _picture(match: re.Match) -> str:
-    code = ord(match.group())
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "␡" if code == 0x7F else "\ufffd"
 
 
 def finite(value: object) -> float | None:

@@ -56,6 +56,26 @@ def test_a_manifest_is_valid(name):
         {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": job}, KUBERNETES, strict=True)
 
 
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_pod_gains_no_rights(name):
+    """Kubernetes' Pod Security Standard "restricted", but for the user that job.user=0 asks for."""
+    *_, pod, container = parts(*MANIFESTS[name])
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert pod["securityContext"]["runAsNonRoot"] is (name != "v5e-8")
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+    assert not [volume for volume in pod["volumes"] if "hostPath" in volume]
+
+
+def test_texts_stay_texts_in_yaml():
+    hostile = "a: b #c\u2003[x]"
+    texts = [f"job.{name}={hostile}" for name in ("image", "secret", "queue", "service_account")]
+    jobset, _, pod, container = parts("job.topology=v5p-256", "job.name=no", *texts)
+    assert container["image"] == pod["serviceAccountName"] == jobset["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+    assert container["image"] == container["envFrom"][0]["secretRef"]["name"] == hostile
+    assert jobset["metadata"]["name"] == "no"
+
+
 @pytest.mark.parametrize("change", [("parallelism", "32"), ("completion", 32), ("backoffLimit", -1.5)])
 def test_the_schema_notices_a_slip(change):
     _, job, *_ = parts(*MANIFESTS["v5p-256"])

@@ -1,12 +1,16 @@
 """The sbatch script, as files to read; and what of a job is refused before it is written."""
 
+import json
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from ctllm_jax.config.job_slurm import seconds_of
+from ctllm_jax.config.job_slurm import SlurmJobConfig, seconds_of
+from ctllm_jax.config.types import without_none
 from tests.cli.conftest import call
+from tests.runs import REPOSITORY
 
 GOLDEN = Path(__file__).with_name("golden")
 # The command of each golden file; `python launch.py job slurm … job.output=FILE` writes it anew.
@@ -77,6 +81,42 @@ def test_a_cancelled_job_does_not_come_back(tmp_path):
 def test_the_shell_tells_the_processes_and_waits_for_them(tmp_path, number):
     code, out = run_script(tmp_path, signal=number)
     assert code == 75 and "SCONTROL requeue 7" in out
+
+
+TEXTS = [name for name, info in SlurmJobConfig.model_fields.items()
+         if without_none(info.annotation)[0] in (str, list[str]) and name not in ("site", "output", "setup", "time")]
+ATTACKS = ("x\ntouch pwned", "x;touch pwned", "$(touch pwned)", "`touch pwned`", "x' ; touch pwned '",
+           'x"; touch pwned #', "x --wrap=pwned", "x &touch pwned", "x\u2028touch pwned")
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_text_of_somebody_elses_config_becomes_a_command(attack, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quoted = TEXTS if attack.count("'") + attack.count('"') == 0 else [
+        name for name in TEXTS if name not in ("sbatch", "launcher")]  # these are read as words, where quotes pair
+    job = {name: [f"--{attack}"] if name in ("sbatch", "mounts") else attack for name in quoted}
+    Path("site.yaml").write_text(json.dumps({"job": {"gpus_per_node": 0, **job}}))
+    Path("run.yaml").write_text(json.dumps({"extends": str(REPOSITORY / "configs/debug/pretrain.yaml"),
+                                            "run": {"dir": attack}}))
+    for runtime in ("pyxis", "apptainer"):
+        printed = call("job", "slurm", "run.yaml", "job.site=site.yaml", f"job.container_runtime={runtime}")
+        if not attack.isprintable():
+            assert printed.status == 2 and printed.out == ""
+            assert printed.err.count("control character") == len(TEXTS) + 1, "each key is named"
+            continue
+        assert printed.status == 0, printed.err
+        lines = [shlex.split(line) for line in printed.out.splitlines() if line.startswith("#SBATCH ")]
+        assert all(len(words) == 2 for words in lines[:-1]), "an option stays one word, but for those of job.sbatch"
+        Path("job.sh").write_text("cd() { :; }; source() { :; }; " + STUBS.format() + printed.out)
+        done = subprocess.run(["bash", "job.sh"], capture_output=True, text=True,
+                              env={"PATH": "/usr/bin:/bin", "STATUS": "0", "STATE": "RUNNING"})
+        assert done.returncode == 0 and not Path("pwned").exists(), done.stderr
+
+
+def test_quotes_that_do_not_pair_are_refused():
+    for name in ("sbatch", "launcher"):
+        printed = call("job", "slurm", "debug/pretrain", f"job.{name}=--comment='x")
+        assert printed.status == 2 and f"job.{name}: --comment='x: No closing quotation" in printed.err
 
 
 @pytest.mark.parametrize(("overrides", "message"), [

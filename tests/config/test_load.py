@@ -109,6 +109,61 @@ def test_extends_merges_deeply_and_later_wins(tmp_path, base):
     assert (config.optimizer.lr, config.optimizer.b2, config.steps) == (5e-3, 0.9, 512)
 
 
+def test_a_key_of_a_parent_follows_the_value_that_the_child_gives(tmp_path, base):
+    base.write_text(BASE + "evaluation: {every: '${batch.tokens}'}\n")
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: base.yaml\nbatch: {tokens: 1024}\nlog: {every: '${evaluation.every}'}\n")
+    config = load(PretrainConfig, target=child)
+    assert config.evaluation.every == config.log.every == 1024
+
+
+@pytest.mark.parametrize("value", [
+    "gs://b/${oc.env:HF_TOKEN}", "${oc.env:HF_TOKEN,none}", "${ oc.env : HF_TOKEN }",
+    "a ${oc.decode:${oc.env:HF_TOKEN}}", "${oc.select:seed}",
+    "${model.${oc.env:HF_TOKEN}}", "${oc.create:{a: 1}}", r"\\${oc.env:HF_TOKEN}",
+    "${.${oc.env:HF_TOKEN}}"])
+def test_no_value_is_taken_from_the_environment(base, monkeypatch, value):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    child = base.with_name("child.yaml")
+    child.write_text("extends: base.yaml\nrun: {keep: 1}\nsteps: 20\n")
+    for place in ("run: {dir: 'VALUE'}", "run: 'VALUE'", "sample: {prompts: ['VALUE']}", "extends: 'VALUE'"):
+        base.write_text(BASE + place.replace("VALUE", value) + "\n")
+        for target in (base, child):
+            with pytest.raises(ValueError, match=r"base.yaml:8\): .*only \$\{KEY\}") as caught:
+                load(PretrainConfig, target=target)
+            assert "hf_secret" not in str(caught.value)
+
+
+def test_an_escaped_interpolation_stays_text_also_through_a_child(tmp_path, base, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    base.write_text(BASE + "sample: {prompts: ['\\${oc.env:HF_TOKEN}', '$5 {x}']}\n")
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: base.yaml\nsteps: 20\n")
+    assert load(PretrainConfig, target=child).sample.prompts == ["${oc.env:HF_TOKEN}", "$5 {x}"]
+
+
+@pytest.mark.parametrize(("place", "named", "value"), [
+    ("data: {kind: mixture, sources: {VALUE: a}}", "data.sources", r"a\nb"),
+    ("data: {kind: mixture, sources: {zh: {path: VALUE}}}", "data.sources.zh.path", r"a\rb"),
+    ("evaluation: {tasks: {names: [a, VALUE]}}", "evaluation.tasks.names", r"\e[2J"),
+    *(("run: {dir: VALUE}", "run.dir", value)
+      for value in (r"a\nb", r"a\tb", r"\0", r"a\u2028b", r"\u202Etxt", r"\x9b2J"))])
+def test_control_characters_in_a_value_are_refused(base, place, named, value):
+    base.write_text(BASE.replace("data: synthetic\n", "") + place.replace("VALUE", f'"{value}"') + "\n")
+    with pytest.raises(ConfigError) as caught:
+        load(PretrainConfig, target=base, overrides=[] if "data:" in place else ["data=synthetic"])
+    [problem] = [problem for problem in caught.value.problems if "control character" in problem]
+    assert problem.startswith(f"{named} (") and "base.yaml:" in problem and problem.isprintable()
+
+
+def test_prose_may_hold_line_ends_and_tabs_but_no_escape(base):
+    base.write_text(BASE + 'sample: {prompts: ["a\\tb\\n"]}\n')
+    assert load(PretrainConfig, target=base).sample.prompts == ["a\tb\n"]
+    for text in ("\x1b[2J", "\0", "\udcff", "\x9b"):
+        with pytest.raises(ConfigError, match="only line ends and tabs are allowed here"):
+            load(GenerateConfig, overrides=[f"prompt={text}"])
+
+
 def test_extends_itself(tmp_path):
     (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")

@@ -1,0 +1,30 @@
+"""Characters that steer a terminal, a shell or a reader's eye."""
+
+from __future__ import annotations
+
+import re
+
+# C0 and C1 but tab and line feed, DEL, and lone surrogates, which no UTF-8 file can hold.
+_STEERING = "\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"
+_DIRECTIONS = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+_SHOWN = re.compile(f"[{_STEERING}{_DIRECTIONS}]")
+_NOT_IN_A_LINE = re.compile(f"[{_STEERING}{_DIRECTIONS}\t\n\u2028\u2029]")
+_NOT_IN_PROSE = re.compile(f"(?!\r)[{_STEERING}]")
+
+
+def visible(text: str) -> str:
+    """The text with every character that steers a terminal or hides from the eye replaced by a visible one."""
+    return _SHOWN.sub(_picture, text)
+
+
+def find_control(text: str, *, prose: bool) -> str | None:
+    """The first character that a config value may not hold; prose may hold tabs, line ends and marks of direction."""
+    found = (_NOT_IN_PROSE if prose else _NOT_IN_A_LINE).search(text)
+    return found and found.group()
+
+
+def _picture(match: re.Match) -> str:
+    code = ord(match.group())
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "␡" if code == 0x7F else "\ufffd"
