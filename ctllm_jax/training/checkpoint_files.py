@@ -1,9 +1,10 @@
 """The files of a checkpoint: what they must be (the manifest), what is wrong with them, and how a step goes away.
 
 RUN/checkpoints/STEP/manifest.json and RUN/milestones/STEP/manifest.json hold the size and the crc32 (on an object
-store the MD5) of every file beside them. RUN/quarantine/ holds steps that are damaged, each with the reason in a text
-beside it. A step is removed by renaming it into a folder `trash`, which is then emptied: one that is half removed is
-never taken for a whole one. On an object store nothing is renamed: see `checkpoint_objects`.
+store the MD5) of every file beside them. Each process measures the files that it wrote, and the first one joins the
+results. RUN/quarantine/ holds steps that are damaged, each with the reason in a text beside it. A step is removed by
+renaming it into a folder `trash`, which is then emptied: one that is half removed is never taken for a whole one. On an
+object store nothing is renamed: see `checkpoint_objects`.
 No jax here: files are looked at where nothing computes.
 """
 
@@ -12,11 +13,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -27,39 +30,72 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.training import checkpoint_objects as objects
 from ctllm_jax.training.checkpoint_objects import COMMITTED
 
+log = logging.getLogger(__name__)
 CHECKPOINTS, MILESTONES = "checkpoints", "milestones"
 TRASH, QUARANTINE = "trash", "quarantine"
 MANIFEST = "manifest.json"
 STEP_METADATA = "_CHECKPOINT_METADATA"
 """Orbax's list of what a step consists of."""
+_TEMPORARY = re.compile(r"\.orbax-checkpoint-tmp[^/]*")
 _CRC32, _MD5 = "crc32", "md5"
 _BLOCK = 4 << 20
 _MOST_THREADS = 4
+_SUMS = ".sums-"
+"""What a process measured, in a file of this name and its number, until it is in the manifest."""
+
+
+def write_sums(folder: Path, *, process: int) -> None:
+    """Measure the files of a step that this process wrote, when all of them are safe from a power cut.
+
+    Only the machine that wrote a file can make sure of that, and it reads the file from its own memory. The first
+    process measures itself what no other one has measured.
+    """
+    mine = [path for item in folder.glob(f"*/ocdbt.process_{process}") for path in item.rglob("*") if path.is_file()]
+    mine += folder.glob(f"*/array_metadatas/process_{process}")
+    try:
+        measured = _over_files(lambda path: _measure(path, sync=True), mine)
+        # An item gets its name when all processes have written.
+        names = [_TEMPORARY.sub("", path.relative_to(folder).as_posix()) for path in mine]
+        text = json.dumps(dict(zip(names, measured, strict=True)))
+        (folder / f"{_SUMS}{process}").write_text(text, encoding="utf-8")
+    except OSError as error:
+        log.warning("process %d cannot measure its files below %s (%s): the first process does", process, folder, error)
 
 
 def write_manifest(folder: Path) -> None:
     """Write down the size and checksum of every file below `folder`, when all of them are safe from a power cut.
 
-    A GiB takes 0.3 seconds of a processor, and zlib lets go of the interpreter.
+    Nothing may write there any more. A GiB takes 0.3 seconds of a processor, and zlib lets go of the interpreter.
 
     Raises:
       OSError: a file cannot be read, or the manifest not be written.
     """
     if storage.is_remote(folder):
-        text = _manifest_text({name: _measure(folder / name) if name == STEP_METADATA or entry.md5 is None else
-                               [entry.size, entry.md5] for name, entry in storage.list_objects(folder).items()
+        text = _manifest_text({name: [entry.size, entry.md5] if entry.md5 else _measure(folder / name)
+                               for name, entry in storage.list_objects(folder).items()
                                if name.rpartition("/")[2] not in (MANIFEST, COMMITTED)}, checksum=_MD5)
         with storage.told(folder):
             (folder / MANIFEST).write_text(text, encoding="utf-8")
         return
-    names = sorted(name for name in _names(folder) if name not in (MANIFEST, COMMITTED))
-    files = dict(zip(names, _over_files(lambda name: _measure(folder / name, sync=True), names), strict=True))
+    files = _take_sums(folder)
+    names = sorted(name for name in _names(folder) if name not in (MANIFEST, COMMITTED, *files))
+    files |= zip(names, _over_files(lambda name: _measure(folder / name, sync=True), names), strict=True)
     temporary = folder / f".{MANIFEST}"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(_manifest_text(files, checksum=_CRC32))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / MANIFEST)
+
+
+def _take_sums(folder: Path) -> dict[str, list[Any]]:
+    """What the processes have measured; their files of it are removed."""
+    files: dict[str, list[Any]] = {}
+    for path in folder.glob(f"{_SUMS}*"):
+        with suppress(ValueError):  # cut off: its files are measured here
+            files |= json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+    return files
 
 
 def _manifest_text(files: dict[str, list[Any]], *, checksum: str) -> str:
@@ -102,9 +138,11 @@ def find_damage(folder: Path, *, level: Literal["full", "size"] = "full",
         try:
             if listed is not None and name not in listed:
                 return "is missing"
+            if name == STEP_METADATA and not size:
+                return _judge_parts(folder / name, names=files)
             found = listed[name].size if listed is not None else (folder / name).stat().st_size
-            if name == STEP_METADATA or level == "full" and found == size:
-                known = listed[name].md5 if listed is not None and checksum == _MD5 and name != STEP_METADATA else None
+            if level == "full" and found == size:
+                known = listed[name].md5 if listed is not None and checksum == _MD5 else None
                 same = (known or _measure(folder / name, checksum=checksum)[1]) == wanted
                 return None if same else f"its {checksum} is another: bytes were changed"
             return None if found == size else f"has {found:,} bytes, and {size:,} were written"
@@ -119,6 +157,15 @@ def find_damage(folder: Path, *, level: Literal["full", "size"] = "full",
     if problems and not folder.is_dir():
         raise FileNotFoundError(folder)
     return problems
+
+
+def _judge_parts(path: Path, *, names: Iterable[str]) -> str | None:
+    """What is wrong with Orbax's list of a step's parts, where the manifest has size 0 for it: an earlier version wrote
+    that, while Orbax could still change the file, so that its checksum may be of something else than what is there.
+    """
+    listed = json.loads(path.read_text(encoding="utf-8")).get("item_handlers") or {}
+    missing = {name.partition("/")[0] for name in names if "/" in name}.difference(listed)
+    return f"does not list {', '.join(sorted(missing))}" if missing else None
 
 
 def say_damage(problems: Sequence[str]) -> str:
@@ -210,11 +257,7 @@ def written_at(step: Path) -> float:
 
 
 def _measure(path: Path, *, checksum: str = "", sync: bool = False) -> list[Any]:
-    """[bytes, checksum as hexadecimal digits]; of Orbax's own list without the moment that it adds when all is done."""
-    if path.name == STEP_METADATA:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content.pop("commit_timestamp_nsecs", None)
-        return [0, _checksum(json.dumps(content, sort_keys=True))]
+    """[bytes, checksum as hexadecimal digits]."""
     if storage.is_remote(path) or checksum == _MD5:
         return _read_through(path, checksum=checksum or _MD5)
     crc, size = 0, 0
@@ -241,11 +284,7 @@ def _read_through(path: Path, *, checksum: str) -> list[Any]:
 
 
 def _own_checksum(files: dict[str, list[Any]]) -> str:
-    return _checksum(json.dumps(files, sort_keys=True))
-
-
-def _checksum(text: str) -> str:
-    return f"{zlib.crc32(text.encode()):08x}"
+    return f"{zlib.crc32(json.dumps(files, sort_keys=True).encode()):08x}"
 
 
 def _names(folder: Path) -> Iterator[str]:
@@ -254,7 +293,7 @@ def _names(folder: Path) -> Iterator[str]:
         yield from (os.path.relpath(os.path.join(root, name), folder).replace(os.sep, "/") for name in names)
 
 
-def _over_files(function: Any, names: Sequence[str]) -> list[Any]:
+def _over_files(function: Any, names: Sequence[Any]) -> list[Any]:
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="checksums") as threads:
         return list(threads.map(function, names))
 

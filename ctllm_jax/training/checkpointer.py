@@ -30,8 +30,8 @@ from ctllm_jax.config.statuses import REQUEUE
 from ctllm_jax.training import checkpoint_files as files
 from ctllm_jax.training import checkpoint_objects as objects
 from ctllm_jax.training.checkpoint_arrays import find_structural_damage, refuse_other_arrays
-from ctllm_jax.training.checkpoint_files import CHECKPOINTS, MILESTONES, TRASH
-from ctllm_jax.training.checkpoint_leak import leave_out
+from ctllm_jax.training.checkpoint_files import CHECKPOINTS, MILESTONES
+from ctllm_jax.training.checkpoint_manager import Manager
 from ctllm_jax.training.state import State
 
 log = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ class Checkpointer:
                 shutil.rmtree(path, ignore_errors=True)
             files.empty_trash(run_dir / CHECKPOINTS)
         with self._disk_errors_told():
-            self._steps = _Manager(run_dir / CHECKPOINTS, policies.AnyPreservationPolicy(keep))
-            self._milestones = _Manager(run_dir / MILESTONES, None) if config.milestones else None
+            self._steps = Manager(run_dir / CHECKPOINTS, policies.AnyPreservationPolicy(keep))
+            self._milestones = Manager(run_dir / MILESTONES, None) if config.milestones else None
         self._managers = [manager for manager in (self._steps, self._milestones) if manager is not None]
         self._begun = self._closed = False
         self._failures = 0
@@ -246,7 +246,7 @@ class Checkpointer:
     def _find_whole(self) -> int:
         if self.config.verify == "off":
             return max(self._steps.all_steps(), default=_NONE)
-        told = []
+        damaged: dict[int, list[str]] = {}
         for step in sorted(self._steps.all_steps(), reverse=True):
             folder = self._steps.directory / str(step)
             problems = files.find_damage(folder, level=self.config.verify)
@@ -257,19 +257,33 @@ class Checkpointer:
                     self._warn(f"{folder} has no manifest (an older version wrote it): its arrays {seen}; whether a bit"
                                " of them was changed cannot be seen")
             if not problems:
-                for text in told:
-                    self._warn(f"{text}; going on from step {step}")
+                for number, found in damaged.items():
+                    place = files.quarantine(self._steps.directory / str(number), found)
+                    self._warn(f"the checkpoint of step {number} is damaged, and is in {place} now:"
+                               f" {files.say_damage(found)}; going on from step {step}")
                 return step
-            place = files.quarantine(folder, problems)
-            told.append(f"the checkpoint of step {step} is damaged, and is in {place} now:"
-                        f" {files.say_damage(problems)}")
-        for text in told:
-            self._warn(text)
+            damaged[step] = problems
+        if damaged:
+            raise UserError(self._say_none_whole(damaged))
         if shelf := files.quarantined(self.run_dir):
             raise UserError(f"no checkpoint of {self.run_dir} is whole: {', '.join(shelf)} in {self.run_dir}/"
-                            f"{files.QUARANTINE}, each with the reason beside it; to begin again, remove that folder or"
+                            f"{files.QUARANTINE}, each with the reason beside it; a step that you move back to"
+                            f" {self._steps.directory} is looked at again; to begin again, remove the quarantine or"
                             " give another run.dir (init=RUN@STEP takes the weights of a milestone)")
         return _NONE
+
+    def _say_none_whole(self, damaged: dict[int, list[str]]) -> str:
+        """Every step is damaged: the last copies stay where they are, and a person decides."""
+        lines = [f"no checkpoint of {self.run_dir} is whole; none was moved or removed:",
+                 *(f"  step {step}: {files.say_damage(problems)}" for step, problems in damaged.items())]
+        same = {problem.partition(": ")[0] for problems in damaged.values() for problem in problems}
+        if len(damaged) > 1 and len(same) == 1:
+            lines.append(f"Only {same.pop()} is damaged, and in every step. A disk seldom does that: look for a program"
+                         " that writes into these folders, or for a copy that is not complete.")
+        lines.append(f"checkpoint.verify=off resumes from step {max(damaged)} without looking at its files. A copy of a"
+                     " step can take its place. To begin again, give another run.dir (init=RUN@STEP takes the weights"
+                     " of a milestone), or remove the steps.")
+        return "\n".join(lines)
 
     def _warn(self, text: str) -> None:
         self._warnings.append(text)
@@ -343,46 +357,9 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname)
 
 
-class _Manager:
-    """Orbax's manager of one folder of steps, whose steps get their manifest before they get their name."""
-
-    def __init__(self, directory: Path, preservation: Any):
-        leave_out()
-        self.directory, self._step = storage.absolute(directory), None
-        remote = storage.is_remote(directory)
-        self._orbax = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
-            # Retention in place leaves half-deleted steps that look whole when killed; renamed to the trash, none does.
-            # On an object store nothing is renamed: what goes away there, `checkpoint_objects` decides.
-            todelete_subdir=None if remote else TRASH, preservation_policy=None if remote else preservation,
-            create=True, cleanup_tmp_directories=not remote,
-            enable_async_checkpointing=True,
-            # Folders made by a thread that fails leave others waiting for them, and the process ends 20 minutes late.
-            # The callback comes from the thread that saves, in the first process, when all processes have written.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False,
-                                           post_finalization_callback=self._write_manifest)))
-        self.all_steps, self.reload = self._orbax.all_steps, self._orbax.reload
-        self.wait, self.close = self._orbax.wait_until_finished, self._orbax.close
-
-    def save(self, step: int, items: ocp.args.Composite) -> None:
-        """Begin to save a step."""
-        self._step = step
-        self._orbax.save(step, args=items)
-
-    def restore(self, step: int, **items: Any) -> Any:
-        """Items of a step."""
-        return self._orbax.restore(step, args=ocp.args.Composite(**items))
-
-    def _write_manifest(self) -> None:
-        # On an object store, where nothing is renamed, a step has its own name from the first.
-        named = self.directory / str(self._step)
-        unnamed = named if storage.is_remote(named) else next(
-            self.directory.glob(f"{self._step}.orbax-checkpoint-tmp*"), named)
-        files.write_manifest(unnamed)
-
-
 def write_weights(run_dir: Path, params: Any, *, meta: dict[str, Any]) -> None:
     """Keep weights for good, as a milestone at `meta["step"]`."""
-    manager = _Manager(run_dir / MILESTONES, None)
+    manager = Manager(run_dir / MILESTONES, None)
     manager.save(meta["step"], ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)))
     manager.wait()
     manager.close()

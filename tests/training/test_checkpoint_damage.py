@@ -134,9 +134,21 @@ def test_no_step_is_whole(run_dir):
         truncate(run_dir / f"checkpoints/{step}/meta/metadata")
     for _ in range(2):
         checkpointer = open_run(run_dir)
-        with pytest.raises(UserError, match=rf"no checkpoint of {run_dir} is whole: 1, 2 in {run_dir}/quarantine"):
+        with pytest.raises(UserError, match=rf"no checkpoint of {run_dir} is whole; none was moved or removed:"
+                                            r"\n  step 2: meta/metadata: has 20 bytes, and 40 were written"):
             checkpointer.latest()
         checkpointer.close()
+        assert steps_in(run_dir / "checkpoints") == [1, 2]
+
+
+def test_every_step_is_in_quarantine(run_dir):
+    """An earlier version moved the last copy, too; the run still does not begin again without a word."""
+    for step in (1, 2):
+        files.quarantine(run_dir / f"checkpoints/{step}", ["meta/metadata: has 1 bytes"])
+    checkpointer = open_run(run_dir)
+    with pytest.raises(UserError, match=rf"no checkpoint of {run_dir} is whole: 1, 2 in {run_dir}/quarantine"):
+        checkpointer.latest()
+    checkpointer.close()
 
 
 def test_steps_of_before_there_were_manifests(run_dir, caplog):
