@@ -91,6 +91,26 @@ def mark(field: FieldInfo, name: str) -> bool:
     return bool((field.json_schema_extra or {}).get(name))
 
 
+def fill_absent(schema: type[Section], values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a section that an earlier version wrote, with those of the keys that it did not know.
+
+    Such a key takes the value of its `older` mark, else its default. A required key stays absent, and so do the keys
+    of an optional section that the earlier version did not have.
+    """
+    filled = dict(values)
+    for name, field in schema.model_fields.items():
+        annotation, optional = without_none(field.annotation)
+        inner = (typing.get_args(annotation) or (None,))[0] if typing.get_origin(annotation) is list else None
+        if is_section(annotation) and (isinstance(values.get(name), dict) or name not in values and not optional):
+            filled[name] = fill_absent(annotation, values.get(name, {}))
+        elif is_section(inner) and isinstance(values.get(name), list):
+            filled[name] = [fill_absent(inner, entry) for entry in values[name]]
+        elif name not in values and not field.is_required():
+            default = field.get_default(call_default_factory=True)
+            filled[name] = (field.json_schema_extra or {}).get("older", default)
+    return filled
+
+
 def parse(text: str, field: FieldInfo) -> Any:
     """The value of a key from the text after `=`.
 

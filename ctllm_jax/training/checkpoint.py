@@ -25,6 +25,7 @@ from ctllm_jax.cluster.distributed import tell_all
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.lora import LoraConfig
 from ctllm_jax.config.model import ModelConfig
+from ctllm_jax.config.types import fill_absent
 from ctllm_jax.huggingface import model as huggingface
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.model.lora import merge
@@ -112,7 +113,7 @@ def read_model_config(run_dir: Path) -> ModelConfig:
     if huggingface.is_huggingface(run_dir):
         return huggingface.read_config(run_dir)
     raw = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    return ModelConfig(**raw["model"])
+    return ModelConfig(**fill_absent(ModelConfig, raw["model"]))
 
 
 def identify_model(checkpoint: Kept) -> dict[str, Any]:

@@ -9,11 +9,17 @@ from typing import Any
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import changeable_paths
 from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.config.types import fill_absent
 
 
 def make_fingerprint(config: PretrainConfig, data: dict[str, Any]) -> dict[str, Any]:
     """What a resumed run must share with its beginning: data, and every key that is not marked changeable."""
-    changeable = changeable_paths(type(config))
+    return {"config": _fixed_keys(type(config), config.model_dump(mode="json")), "data": data}
+
+
+def _fixed_keys(schema: type[PretrainConfig], values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config's keys that a resumed run may not change."""
+    changeable = changeable_paths(schema)
 
     def fixed(tree: Any, prefix: str = "") -> Any:
         if not isinstance(tree, dict):
@@ -21,19 +27,23 @@ def make_fingerprint(config: PretrainConfig, data: dict[str, Any]) -> dict[str, 
         return {name: fixed(entry, f"{prefix}{name}.") for name, entry in tree.items()
                 if prefix + name not in changeable}
 
-    kept = fixed(config.model_dump(mode="json"))
-    # Paths may move; what the data is, its own fingerprint says.
-    kept["data"] = {name: entry for name, entry in kept["data"].items() if name not in ("sources", "tokenizer")}
-    return {"config": kept, "data": data}
+    kept = fixed(values)
+    # Paths may move; the data's own fingerprint identifies the content.
+    kept["data"] = {name: entry for name, entry in kept.get("data", {}).items() if name not in ("sources", "tokenizer")}
+    return kept
 
 
-def compare_fingerprints(kept: dict[str, Any], now: dict[str, Any], *, run_dir: Path) -> None:
-    """Refuse to go on with a run under other data, tokenizer or config; a key that was not there yet counts as null.
+def compare_fingerprints(kept: dict[str, Any], now: dict[str, Any], *, schema: type[PretrainConfig],
+                         run_dir: Path) -> None:
+    """Refuse to resume a run under other data, another tokenizer or another config.
+
+    A key of `schema` that did not exist when the checkpoint was written has the value that `fill_absent` gives it.
 
     Raises:
       UserError: every difference, with both values.
     """
-    kept, now = flatten(kept), flatten(json.loads(json.dumps(now)))
+    kept = {**kept, "config": _fixed_keys(schema, fill_absent(schema, kept["config"]))}
+    kept, now = flatten(json.loads(json.dumps(kept))), flatten(json.loads(json.dumps(now)))
     differing = [f"{key}: {kept.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now"
                  for key in sorted({*kept, *now}) if kept.get(key) != now.get(key)]
     if differing:

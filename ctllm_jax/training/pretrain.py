@@ -42,6 +42,7 @@ from ctllm_jax.training.lora import abstract_base, with_adapters
 from ctllm_jax.training.optimizer import make_optimizer, make_schedule
 from ctllm_jax.training.recovery import Recovery, Rollback, restore_state
 from ctllm_jax.training.state import State, init_state
+from ctllm_jax.training.state import like_params as _like_params
 from ctllm_jax.training.step import make_train_step, plan_accumulation
 
 log = logging.getLogger(__name__)
@@ -320,7 +321,7 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
     if newest is not None:
         how = "resume"
         known = checkpointer.read_meta(newest)
-        compare_fingerprints(known["fingerprint"], fingerprint, run_dir=directory)
+        compare_fingerprints(known["fingerprint"], fingerprint, schema=type(config), run_dir=directory)
         if newest > config.steps:
             raise UserError(f"steps={config.steps}: {directory} is at step {newest} already")
         warn_of_processors(directory)
@@ -357,16 +358,6 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
 def find_prefix_id(config: PretrainConfig, eod_id: int | None) -> int | None:
     """The id that precedes a document in training, where attention can see it."""
     return None if config.isolated else eod_id
-
-
-def _like_params(tree: Any, params: Any, shardings: Any, otherwise: NamedSharding) -> Any:
-    """Shardings of a state: every subtree with the structure of the parameters is laid out like them."""
-    structure = jax.tree.structure(params)
-
-    def is_params(node: Any) -> bool:
-        return jax.tree.structure(node) == structure
-
-    return jax.tree.map(lambda node: shardings if is_params(node) else otherwise, tree, is_leaf=is_params)
 
 
 def _write_run_files(config: PretrainConfig, directory: Path, tokenizer: Path | None, *,

@@ -80,7 +80,7 @@ def attach_reference(config: DPOConfig, data: PreferenceData, objective: Objecti
         directory) else []
     if begun:  # before anything is computed
         compare_fingerprints(begun[-1].meta["fingerprint"], make_fingerprint(config, data.fingerprint),
-                             run_dir=directory)
+                             schema=type(config), run_dir=directory)
     places = reference_files(config, identity, directory)
     # All processes must do the same: a file counts if all of them see it.
     seen = multihost_utils.process_allgather(np.array([path.exists() for path in places])).reshape(-1, len(places))

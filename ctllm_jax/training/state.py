@@ -8,6 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import NamedSharding
+
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.training.optimizer import path_name
+
+MOST_REPLICATED = 2**20
+"""Bytes of a leaf of the optimizer's state that may be copied to every device: enough for counters and statistics."""
 
 
 @struct.dataclass
@@ -62,3 +69,38 @@ def init_spikes(bad_steps: jax.Array) -> Spikes:
     """A guard that has seen nothing yet, in a run with so many bad steps."""
     return Spikes(bad_steps, *(jnp.zeros((), jnp.int32) for _ in range(2)),
                   *(jnp.zeros((), jnp.float32) for _ in range(4)))
+
+
+def like_params(state: Any, params: Any, shardings: Any, otherwise: NamedSharding) -> Any:
+    """Shardings of a state: a leaf whose path ends in a parameter's path is laid out like that parameter.
+
+    Optax nests copies of the parameters' tree in its own containers, and `optax.partition` and `optax.masked` keep only
+    some of their leaves. What has another shape than its parameter, or belongs to none, is replicated.
+
+    Args:
+      state: a tree of shapes and dtypes.
+      params, shardings: the parameters' shapes and their layout.
+      otherwise: the replicated layout.
+
+    Raises:
+      UserError: a leaf of more than `MOST_REPLICATED` bytes would be copied to every device.
+    """
+    known = {tuple(path_name(path).split("/")): (leaf.shape, layout) for (path, leaf), layout in
+             zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True)}
+    split = any(not layout.is_fully_replicated for _, layout in known.values())
+
+    def lay_out(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        parts = tuple(name.split("/"))
+        for start in range(len(parts)):  # the longest end of the path that is a parameter's
+            shape, layout = known.get(parts[start:], (None, None))
+            if shape == leaf.shape:
+                return layout
+        size = leaf.size * leaf.dtype.itemsize
+        if split and size > MOST_REPLICATED:
+            raise UserError(f"the optimizer's state {name} {list(leaf.shape)} belongs to no parameter of that shape, so"
+                            f" each device would hold all of its {size / 2**20:.0f} MiB; give the state the paths and"
+                            " shapes of the parameters")
+        return otherwise
+
+    return jax.tree_util.tree_map_with_path(lay_out, state)

@@ -3,11 +3,12 @@
 import pytest
 
 from ctllm_jax.config import load as loading
+from ctllm_jax.config.base import Section, key, section
 from ctllm_jax.config.generate import GenerateConfig
 from ctllm_jax.config.help import describe_keys
 from ctllm_jax.config.load import ConfigError, changeable_paths, find_config, load
 from ctllm_jax.config.pretrain import PretrainConfig
-from ctllm_jax.config.types import keys_of
+from ctllm_jax.config.types import fill_absent, keys_of
 
 BASE = """
 steps: 10
@@ -229,3 +230,30 @@ def test_round_trip_through_yaml(tmp_path, base):
     again = tmp_path / "again.yaml"
     again.write_text(loading.to_yaml(config), encoding="utf-8")
     assert load(PretrainConfig, target=again) == config
+
+
+def test_keys_that_an_earlier_version_did_not_know_have_their_older_value_or_default():
+    class Rule(Section):
+        pattern: str = key(...)
+        scale: float = key(2.0, older=1.0)
+
+    class Adapters(Section):
+        rank: int = key(8)
+        alpha: float = key(16.0)
+
+    class Inner(Section):
+        old: int = key(1)
+        new: bool = key(True, older=False)
+
+    class Outer(Section):
+        required: int = key(...)
+        inner: Inner = section(Inner, "")
+        whole: Inner = section(Inner, "")
+        adapters: Adapters | None = key(None)
+        rules: list[Rule] = key([])
+
+    assert fill_absent(Outer, {"inner": {"old": 5}, "adapters": {"rank": 4}, "rules": [{"pattern": "a"}]}) == {
+        "inner": {"old": 5, "new": False}, "whole": {"old": 1, "new": False}, "adapters": {"rank": 4, "alpha": 16.0},
+        "rules": [{"pattern": "a", "scale": 1.0}]}
+    assert fill_absent(Outer, {"inner": {"new": True}, "adapters": None})["adapters"] is None
+    assert Outer(required=1).inner.new is True

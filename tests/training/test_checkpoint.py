@@ -356,7 +356,7 @@ def fingerprint(*overrides):
     "init=somewhere"])
 def test_what_a_resumed_run_may_change(tmp_path, override):
     assert fingerprint(override) == fingerprint()
-    compare_fingerprints(fingerprint(), fingerprint(override), run_dir=tmp_path)
+    compare_fingerprints(fingerprint(), fingerprint(override), schema=PretrainConfig, run_dir=tmp_path)
 
 
 @pytest.mark.parametrize("override", [
@@ -365,15 +365,24 @@ def test_what_a_resumed_run_may_change(tmp_path, override):
     "optimizer.rules=[{pattern: head, lr_multiplier: 0.5}]"])
 def test_what_it_may_not_change(tmp_path, override):
     with pytest.raises(UserError, match=f"config.{override.partition('=')[0]}: "):
-        compare_fingerprints(fingerprint(), fingerprint(override), run_dir=tmp_path)
+        compare_fingerprints(fingerprint(), fingerprint(override), schema=PretrainConfig, run_dir=tmp_path)
 
 
 def test_a_run_from_before_a_key_was_there_goes_on(tmp_path):
     before = fingerprint()
     del before["config"]["lora"]
-    compare_fingerprints(before, fingerprint(), run_dir=tmp_path)
+    compare_fingerprints(before, fingerprint(), schema=PretrainConfig, run_dir=tmp_path)
     with pytest.raises(UserError, match="config.lora.rank: absent in the checkpoint, 8 now"):
-        compare_fingerprints(before, fingerprint("init=base", "lora.rank=8"), run_dir=tmp_path)
+        compare_fingerprints(before, fingerprint("init=base", "lora.rank=8"), schema=PretrainConfig, run_dir=tmp_path)
+
+
+def test_a_run_from_before_a_key_with_a_default_existed_can_be_resumed_under_that_default_only(tmp_path):
+    before = fingerprint()
+    del before["config"]["data"]["mask_eod"], before["config"]["optimizer"], before["config"]["loss"]
+    before["config"]["optimizer"] = {"lr": 1e-2, "warmup_steps": 2, "min_lr": 1e-3}
+    compare_fingerprints(before, fingerprint(), schema=PretrainConfig, run_dir=tmp_path)
+    with pytest.raises(UserError, match="config.data.mask_eod: True in the checkpoint, False now"):
+        compare_fingerprints(before, fingerprint("data.mask_eod=false"), schema=PretrainConfig, run_dir=tmp_path)
 
 
 def test_another_number_of_processors_is_told(kept_run, prepare, caplog):

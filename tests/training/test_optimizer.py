@@ -6,9 +6,14 @@ import numpy as np
 import optax
 import pytest
 
+from ctllm_jax import sharding
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.model import ModelConfig
 from ctllm_jax.config.pretrain import OptimizerConfig
+from ctllm_jax.model.decoder import init_table
+from ctllm_jax.model.parameters import decoder_parameters
 from ctllm_jax.training.optimizer import assign_rules, describe_rules, make_optimizer, make_schedule
+from ctllm_jax.training.state import init_state, like_params
 
 PARAMS = {"embedding": jnp.ones((4, 3)), "blocks": {"gate": jnp.ones((2, 3, 5)), "ffn_norm": jnp.ones((2, 3)),
                                                     "query_bias": jnp.ones((2, 3, 4))}, "final_norm": jnp.ones(3)}
@@ -88,3 +93,36 @@ def test_updates_equal_torch(clip_norm):
         adamw.step()
     for name, value in ours.items():
         np.testing.assert_allclose(value, theirs[name].detach().numpy(), rtol=2e-5, atol=1e-6)
+
+
+def lay_out(optimizer):
+    """(state, its layout) of an optimizer for a small decoder, on fsdp = 8."""
+    config = ModelConfig(vocab_size=256, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
+                         ffn_size=128)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
+    table = decoder_parameters(config)
+    params = jax.eval_shape(lambda key: init_table(table, key), jax.random.key(0))
+    optimizer = optimizer(params)
+    state = jax.eval_shape(lambda: init_state(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params), optimizer))
+    return state, like_params(state, params, sharding.param_shardings(table, mesh), sharding.replicated(mesh))
+
+
+@pytest.mark.parametrize("optimizer", [
+    lambda params: optax.scale_by_adam(),
+    lambda params: optax.chain(optax.clip(1.0), optax.partition(
+        {"matrix": optax.scale_by_adam(), "other": optax.trace(0.9)},
+        jax.tree.map(lambda x: "matrix" if x.ndim > 2 else "other", params))),
+    lambda params: optax.masked(optax.scale_by_adam(), jax.tree.map(lambda x: x.ndim > 2, params)),
+    lambda params: optax.MultiSteps(optax.inject_hyperparams(optax.adam)(1e-3), 2).gradient_transformation()],
+    ids=["adam", "partition", "masked", "multi_steps"])
+def test_optimizer_state_is_split_like_the_parameters_it_belongs_to(optimizer):
+    state, layout = lay_out(optimizer)
+    for (path, leaf), split in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(layout), strict=True):
+        name = jax.tree_util.keystr(path)
+        assert split.is_fully_replicated == (leaf.size == 1 or "norm" in name), name
+
+
+def test_optimizer_state_that_every_device_would_hold_whole_is_refused_by_name():
+    whole = optax.stateless(lambda updates, _: updates)._replace(init=lambda params: {"basis": jnp.zeros((1024, 1024))})
+    with pytest.raises(UserError, match=r"opt_state/basis \[1024, 1024\] belongs to no parameter.* 4 MiB"):
+        lay_out(lambda params: whole)
