@@ -1,13 +1,6 @@
-"""Files of dialogues in the layouts that are in use, to messages. No jax here.
+"""Files of dialogues to messages, in the layouts that `layouts.DIALOGUES` describes. No jax here.
 
-| layout | a row |
-|---|---|
-| messages | `messages` (or `conversation`): a list of {role, content}, with an optional weight |
-| sharegpt | `conversations`: a list of {from, value}; `system` beside it |
-| alpaca | `instruction`, `input`, `output`, `history` (pairs of question and answer), `system` |
-| prompt | `prompt` and `completion`, or another pair of `_PAIRS`; texts, or lists of messages |
-
-Rows of preference pairs (`chosen` beside `rejected`, or an `output` of two) are read too: their chosen answer counts.
+Rows of preference pairs (`chosen` and `rejected`, or an `output` of two) are read too: their chosen answer counts.
 """
 
 from __future__ import annotations
@@ -15,27 +8,20 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.chat import Message
-from ctllm_jax.dataset.text import (
-    BOM,
-    Quarantine,
-    broken_stream_errors,
-    checked_value,
-    decompressed,
-    parse_json,
-)
+from ctllm_jax.data.layouts import DIALOGUES, Dropped, check_fields, dialogue_of, kind_of, unread_fields
+from ctllm_jax.dataset.text import BOM, Quarantine, broken_stream_errors, decompressed, parse_json
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-          "bot": "assistant", "model": "assistant", "system": "system"}
-_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"))
+_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"),
+          ("instruction", "response"), *((name, "chosen") for name in ("prompt", "question", "query", "instruction")))
 _EXPECTED = ("messages or conversation [{role, content}], conversations [{from, value}], instruction + output, or "
-             + ", ".join(" + ".join(pair) for pair in _PAIRS))
+             + ", ".join(" + ".join(pair) for pair in _PAIRS[:5]))
 _FIRST_LINES = 100  # in which a whole one is looked for
 logger = logging.getLogger(__name__)
 
@@ -74,60 +60,62 @@ class _Named(Quarantine):
         logger.warning("%s:%d is left out: %s", file, line, reason)
 
 
-class Dropped(Exception):
-    """A row that is whole, but no use: the reason."""
-
-
 def read_conversations(path: Path | str, *, layout: str | None = None, max_bad: int = 0,
                        quarantine: Path | None = None) -> Conversations:
     """All dialogues of a file, or of the files below a folder in order of their paths.
 
-    A row without an answer, with an empty question, or with tools is dropped and counted; what follows the last answer
-    is cut off. A row that cannot be read counts against `max_bad`, and is listed in the file `quarantine` if given.
-    UserError where there are more, or where no layout is recognized, with the fields that were seen.
+    A row without an answer, with an empty question, or with a field that cannot be used (`layouts.DIALOGUES`) is left
+    out and counted; what follows the last answer is cut off. A row that cannot be read counts against `max_bad`, and is
+    listed in the file `quarantine` if given. UserError where there are more, or where no layout is recognized, with the
+    fields that were seen.
     """
     layouts: dict[str, str] = {}
-
-    parse_messages = message_parser(layout, layouts)
+    tables: dict[Path, dict[str, str]] = {}
+    parse_messages = message_parser(layout, layouts, tables)
 
     def parse(record: dict, file: Path, row: int) -> Dialogue:
         return Dialogue(up_to_last_answer(parse_messages(record, file, row)), file, row)
 
-    read = read_rows(path, parse, max_bad=max_bad, quarantine=quarantine)
+    read = read_rows(path, parse, max_bad=max_bad, quarantine=quarantine, tables=tables)
     if not read.parsed:
         raise UserError(f"{path} holds no dialogue with an answer ({read.rows} rows, {read.dropped or 'all empty'})")
     return Conversations(read.parsed, layouts, read.rows, read.dropped)
 
 
-def message_parser(layout: str | None, layouts: dict[str, str]) -> Callable[[dict, Path, int], list[Message]]:
+def message_parser(layout: str | None, layouts: dict[str, str], tables: dict[Path, dict[str, str]]
+                   ) -> Callable[[dict, Path, int], list[Message]]:
     """`(record, file, row) -> all messages of the row`, as they are.
 
-    The layout of a file is that of its first row where None is given; `layouts` is told it in words. ValueError or
-    `Dropped` for a row that has no messages in it; UserError where no layout is recognized, with the fields seen.
+    The layout of a file is that of its first row where None is given. `layouts` receives it in words, and `tables` the
+    fields that it has. ValueError or `Dropped` for a row that has no messages in it; UserError where no layout is
+    recognized, with the fields seen.
     """
     detected: dict[Path, str] = {}
 
     def parse(record: dict, file: Path, row: int) -> list[Message]:
         found = layout or detected.get(file) or _detected(record, file, row)
-        detected[file] = found
+        detected[file], tables[file] = found, DIALOGUES[found]
         if str(file) not in layouts:
             layouts[str(file)] = _in_words(record, found)
             logger.info("%s: %s", file, layouts[str(file)])
+        check_fields(record, DIALOGUES[found])
         return _PARSERS[found](record)
 
     return parse
 
 
 def read_rows(path: Path | str, parse: Callable[[dict, Path, int], Any], *, max_bad: int = 0,
-              quarantine: Path | None = None) -> Rows:
+              quarantine: Path | None = None, tables: Mapping[Path, dict[str, str]] | None = None) -> Rows:
     """`parse(record, file, row)` of every row of a file, or of the files below a folder in order of their paths.
 
     A row for which it raises `Dropped` is counted by reason; one for which it raises ValueError is put aside, as is one
-    that is no JSON object. UserError goes through, and is raised where more than `max_bad` rows were put aside.
+    that is no JSON object. Fields that a file's part of `tables` lacks are reported once. UserError goes through, and
+    is raised where more than `max_bad` rows were put aside.
     """
     bad = _Named(quarantine, max_bad)
     parsed: list[Any] = []
     dropped: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
     for file in _files(Path(path)):
         for row, record in _records(file, bad):
             try:
@@ -140,12 +128,17 @@ def read_rows(path: Path | str, parse: Callable[[dict, Path, int], Any], *, max_
                 if isinstance(error, UserError):
                     raise
                 bad.put(file, row, str(error), json.dumps(record, ensure_ascii=True, default=str).encode())
+            if isinstance(record, dict) and file in (tables or {}):
+                unread.update(unread_fields(record, tables[file]))
     if bad.count:
         dropped["unreadable"] = bad.count
     rows = len(parsed) + dropped.total()
     if dropped:
         logger.warning("%s: of %d rows, left out: %s", path, rows,
                        ", ".join(f"{count} ({reason})" for reason, count in sorted(dropped.items())))
+    if unread:
+        logger.warning("%s: fields that are not read: %s", path,
+                       ", ".join(f"{name} ({count} rows)" for name, count in unread.most_common()))
     return Rows(parsed, rows, dict(sorted(dropped.items())))
 
 
@@ -175,12 +168,10 @@ def detect_layout(record: dict[str, Any]) -> str | None:
             return "sharegpt"
     if "instruction" in record and "output" in record:
         return "alpaca"
-    if _pair_of(record) is not None:
-        return "prompt"
     # Preference pairs whose answers are whole dialogues, or follow a prompt.
     if {"role", "content"} <= entries("chosen").keys():
         return "messages"
-    return "prompt" if "prompt" in record and isinstance(record.get("chosen"), str) else None
+    return "prompt" if _pair_of(record) is not None else None
 
 
 def _detected(record: dict, file: Path, row: int) -> str:
@@ -191,111 +182,38 @@ def _detected(record: dict, file: Path, row: int) -> str:
     return layout
 
 
-def kind_of(value: Any) -> str:
-    if isinstance(value, list) and value:
-        inner = f"{{{', '.join(map(str, value[0]))}}}" if isinstance(value[0], dict) else type(value[0]).__name__
-        return f"list of {inner}"
-    return {"str": "text", "NoneType": "null"}.get(type(value).__name__, type(value).__name__)
-
-
 def _in_words(record: dict, layout: str) -> str:
     shown = f"{layout} ({', '.join(list(record)[:8])})"
     pairs = "chosen" in record or isinstance(record.get("output"), list)
     return shown + (", the chosen answer of each pair" if pairs else "")
 
 
-def _message(entry: Any, role_field: str, text_field: str) -> Message:
-    if not isinstance(entry, dict) or role_field not in entry or text_field not in entry:
-        seen = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
-        raise ValueError(f"a message needs {role_field} and {text_field}; it has {seen or 'nothing'}")
-    role = _ROLES.get(entry[role_field]) if isinstance(entry[role_field], str) else None
-    if role is None:
-        raise Dropped(f"role {entry[role_field]!r}")
-    content = entry[text_field]
-    if content is None or entry.get("tool_calls"):
-        raise Dropped("tool calls")
-    if isinstance(content, list):
-        if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
-            raise Dropped("content that is not text")
-        content = "".join(checked_value(part.get("text"), "text") for part in content)
-    weight = entry.get("weight")
-    weight = 1.0 if weight is None else weight
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-        raise ValueError(f"weight={weight!r} must be a number of at least 0")
-    return Message(role, checked_value(content, text_field), float(weight))
-
-
-def messages_of(value: Any, name: str) -> list[Message]:
-    """A list of messages, in either way to name the fields."""
-    if not isinstance(value, list):
-        raise ValueError(f"field {name!r} is not a list but {kind_of(value)}")
-    fields = ("from", "value") if value and isinstance(value[0], dict) and "from" in value[0] else ("role", "content")
-    return [_message(entry, *fields) for entry in value]
-
-
 def _from_list(record: dict) -> list[Message]:
     """messages and sharegpt."""
-    name = next((name for name in ("messages", "conversations", "conversation") if name in record), None)
-    chosen = record.get("chosen")
-    if isinstance(chosen, list):
-        messages = messages_of(chosen, "chosen")
-        if isinstance(record.get("prompt"), list) and all(message.role == "assistant" for message in messages):
-            messages = messages_of(record["prompt"], "prompt") + messages
-    elif name is None:
+    if not any(name in record for name in ("messages", "conversations", "conversation", "chosen")):
         raise ValueError(f"no field messages or conversations; its fields are {', '.join(record) or 'none'}")
-    else:
-        messages = messages_of(record[name], name)
-        if isinstance(chosen, dict):
-            messages += messages_of([chosen], "chosen")
-        elif isinstance(chosen, str):
-            messages.append(Message("assistant", checked_value(chosen, "chosen")))
-    return _with_system(record, messages)
+    return dialogue_of(record, DIALOGUES["messages"], question="prompt" if record.get("prompt") is not None else None,
+                       answer="chosen" if record.get("chosen") is not None else None)
 
 
 def _from_alpaca(record: dict) -> list[Message]:
     for name in ("instruction", "output"):
         if name not in record:
             raise ValueError(f"no field {name!r}; its fields are {', '.join(record) or 'none'}")
-    messages, history = [], record.get("history") or []
-    pairs = (list, tuple)
-    if not isinstance(history, pairs) or any(not isinstance(turn, pairs) or len(turn) != 2 for turn in history):
-        raise ValueError("history must be a list of pairs of question and answer")
-    for turn in history:
-        messages += [Message("user", checked_value(turn[0], "history")),
-                     Message("assistant", checked_value(turn[1], "history"))]
-    said = [checked_value(record[name], name) for name in ("instruction", "input") if record.get(name)]
-    answer = record["output"]
-    if isinstance(answer, list):
-        answer = answer[0] if answer else None
-    messages.append(Message("user", "\n".join(said)))
-    if answer is not None:
-        messages.append(Message("assistant", checked_value(answer, "output")))
-    return _with_system(record, messages)
+    return dialogue_of(record, DIALOGUES["alpaca"], question="instruction", answer="output")
 
 
 def _from_pair(record: dict) -> list[Message]:
-    pair = _pair_of(record) or (("prompt", "chosen") if "chosen" in record else None)
+    pair = _pair_of(record)
     if pair is None:
         raise ValueError(f"no fields such as prompt and completion; its fields are {', '.join(record) or 'none'}")
-    messages: list[Message] = []
-    for name, role in zip(pair, ("user", "assistant"), strict=True):
-        value = record[name]
-        if isinstance(value, list):
-            messages += messages_of(value, name)
-        elif value is not None:
-            messages.append(Message(role, checked_value(value, name)))
-    return _with_system(record, messages)
+    return dialogue_of(record, DIALOGUES["prompt"], question=pair[0], answer=pair[1])
 
 
 def _pair_of(record: dict) -> tuple[str, str] | None:
-    return next((pair for pair in _PAIRS if set(pair) <= record.keys()), None)
-
-
-def _with_system(record: dict, messages: list[Message]) -> list[Message]:
-    system = record.get("system") or record.get("system_prompt")
-    if not system or messages and messages[0].role == "system":
-        return messages
-    return [Message("system", checked_value(system, "system")), *messages]
+    found = [pair for pair in _PAIRS if set(pair) <= record.keys()]
+    # A table has all of its columns in every row, and null where a row has no such field.
+    return next((pair for pair in found if record[pair[0]] is not None), found[0] if found else None)
 
 
 _PARSERS = {"messages": _from_list, "sharegpt": _from_list, "alpaca": _from_alpaca, "prompt": _from_pair}

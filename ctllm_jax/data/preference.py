@@ -22,10 +22,9 @@ from ctllm_jax.data.chat import ChatTemplate, Rendered
 from ctllm_jax.data.epochs import PackedEpochs, best_fit
 from ctllm_jax.data.pairs import Pair, read_pairs
 from ctllm_jax.data.pretrain import HeldOutData
-from ctllm_jax.data.sft import Examples, content_sha256, is_held_out, joined, pack_row, select
+from ctllm_jax.data.sft import Examples, content_sha256, is_held_out, joined, pack_row, render_each, select
 from ctllm_jax.data.tokenizer import Tokenizer
 
-_TOKENIZED_TOGETHER = 512  # pairs
 logger = logging.getLogger(__name__)
 
 
@@ -223,7 +222,8 @@ def tokenize_sources(config: PairDataConfig, template: ChatTemplate, *, sequence
             raise UserError(f"data.sources.{name}: {error}") from None
         counts = {"over_length_prompt": 0, "over_length": 0, "cut": 0, "equal_ids": 0}
         kept: list[Rendered] = []
-        for pair, both in _rendered(read.pairs, template):
+        for pair, both in render_each(read.pairs, template, loss_on="last_answer", dropped=read.dropped,
+                                      dialogues_of=Pair.dialogues):
             fitted, reason = _fitted(both, sequence_length, context_length)
             if reason and config.over_length == "raise":
                 raise UserError(f"{pair.file}:{pair.row}: {len(both[0].ids)} and {len(both[1].ids)} tokens, prompts "
@@ -277,20 +277,3 @@ def _fitted(both: tuple[Rendered, Rendered], sequence_length: int,
         fitted = tuple(Rendered(each.ids[:sequence_length // 2], each.weights[:sequence_length // 2])
                        for each in both)
     return fitted, "cut" if any(len(new.ids) < len(old.ids) for new, old in zip(fitted, both, strict=True)) else ""
-
-
-def _rendered(pairs: list[Pair], template: ChatTemplate) -> Iterator[tuple[Pair, tuple[Rendered, Rendered]]]:
-    for start in range(0, len(pairs), _TOKENIZED_TOGETHER):
-        together = pairs[start:start + _TOKENIZED_TOGETHER]
-        dialogues = [dialogue for pair in together for dialogue in pair.dialogues()]
-        try:
-            rendered = template.render_many(dialogues, loss_on="last_answer")
-        except UserError:
-            for pair in together:
-                for dialogue in pair.dialogues():
-                    try:
-                        template.render(dialogue, loss_on="last_answer")
-                    except UserError as error:
-                        raise UserError(f"{pair.file}:{pair.row}: {error}") from None
-            raise
-        yield from zip(together, zip(rendered[::2], rendered[1::2], strict=True), strict=True)

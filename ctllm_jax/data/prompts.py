@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.chat import Message
-from ctllm_jax.data.conversations import Dropped, message_parser, read_rows, up_to_last_answer
+from ctllm_jax.data.conversations import message_parser, read_rows, up_to_last_answer
+from ctllm_jax.data.layouts import Dropped
 
 _ANSWER_OF = {"instruction": "output", "prompt": "completion", "question": "answer", "query": "response"}
 
@@ -44,18 +45,21 @@ def read_prompts(path: Path | str, *, with_answers: bool, layout: str | None = N
     recognized, or where nothing is left.
     """
     layouts: dict[str, str] = {}
-    parse_messages = message_parser(layout, layouts)
+    tables: dict[Path, dict[str, str]] = {}
+    parse_messages = message_parser(layout, layouts, tables)
 
     def parse(record: dict, file: Path, row: int) -> Prompt:
         if with_answers:
             *messages, answer = up_to_last_answer(parse_messages(record, file, row))
+            if not answer.weight:
+                raise Dropped("a last answer of weight 0, which is not to be learned")
             return Prompt(_checked(messages), answer.content, file, row)
         name = next((name for name in _ANSWER_OF if name in record), None)
         messages = parse_messages({_ANSWER_OF[name]: None, **record} if name else record, file, row)
         return Prompt(_checked(messages[:-1] if messages and messages[-1].role == "assistant" else messages), None,
                       file, row)
 
-    read = read_rows(path, parse, max_bad=max_bad)
+    read = read_rows(path, parse, max_bad=max_bad, tables=tables)
     if not read.parsed:
         needed = "dialogue with an answer" if with_answers else "question"
         raise UserError(f"{path} holds no {needed} ({read.rows} rows, {read.dropped or 'all empty'})")

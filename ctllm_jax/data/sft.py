@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +19,14 @@ import numpy as np
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.sft import SFTDataConfig, TemplateConfig
 from ctllm_jax.data.batch import Batch, checked_rows, padding_row, stack_rows
-from ctllm_jax.data.chat import ChatTemplate, Rendered, open_template
+from ctllm_jax.data.chat import ChatTemplate, Message, Rendered, open_template
 from ctllm_jax.data.conversations import Dialogue, read_conversations
 from ctllm_jax.data.epochs import PackedEpochs, best_fit
 from ctllm_jax.data.pretrain import HeldOutData
 from ctllm_jax.data.tokenizer import Tokenizer
 
 _TOKENIZED_TOGETHER = 1024  # dialogues: enough for the tokenizer's threads
+_REFUSED = "refused by the chat template"
 logger = logging.getLogger(__name__)
 
 
@@ -237,7 +238,8 @@ def tokenize_sources(config: SFTDataConfig, template: ChatTemplate, *, sequence_
             raise UserError(f"data.sources.{name}: {error}") from None
         counts = {"over_length": 0, "cut": 0, "nothing_learned": 0, "not_drawn": 0}
         kept[name], apart[name] = [], []
-        for dialogue, rendered in _rendered(read.dialogues, template, config.loss_on):
+        for dialogue, (rendered,) in render_each(read.dialogues, template, loss_on=config.loss_on, dropped=read.dropped,
+                                                 dialogues_of=lambda dialogue: [dialogue.messages]):
             if len(rendered.ids) > sequence_length:
                 if config.over_length == "raise":
                     raise UserError(f"{dialogue.file}:{dialogue.row}: {len(rendered.ids)} tokens are more than "
@@ -283,20 +285,25 @@ def tokenize_sources(config: SFTDataConfig, template: ChatTemplate, *, sequence_
                      [each.dialogue for each in rows])
 
 
-def _rendered(dialogues: list[Dialogue], template: ChatTemplate,
-              loss_on: str) -> Iterator[tuple[Dialogue, Rendered]]:
-    for start in range(0, len(dialogues), _TOKENIZED_TOGETHER):
-        together = dialogues[start:start + _TOKENIZED_TOGETHER]
+def render_each(items: Sequence[Any], template: ChatTemplate, *, loss_on: str, dropped: dict[str, int],
+                dialogues_of: Callable[[Any], Sequence[Sequence[Message]]]) -> Iterator[tuple[Any, list[Rendered]]]:
+    """Each item with its dialogues as ids. Those that the template refuses are left out and counted in `dropped`; the
+    first of them is logged with its reason."""
+    for start in range(0, len(items), _TOKENIZED_TOGETHER):
+        together = [(item, dialogues_of(item)) for item in items[start:start + _TOKENIZED_TOGETHER]]
         try:
-            rendered = template.render_many([dialogue.messages for dialogue in together], loss_on=loss_on)
+            found = iter(template.render_many([one for _, dialogues in together for one in dialogues], loss_on=loss_on))
+            rendered = [(item, [next(found) for _ in dialogues]) for item, dialogues in together]
         except UserError:
-            for dialogue in together:
+            rendered = []
+            for item, dialogues in together:
                 try:
-                    template.render(dialogue.messages, loss_on=loss_on)
+                    rendered.append((item, template.render_many(dialogues, loss_on=loss_on)))
                 except UserError as error:
-                    raise UserError(f"{dialogue.file}:{dialogue.row}: {error}") from None
-            raise
-        yield from zip(together, rendered, strict=True)
+                    if not dropped.get(_REFUSED):
+                        logger.warning("%s:%d is left out, and so is each row like it: %s", item.file, item.row, error)
+                    dropped[_REFUSED] = dropped.get(_REFUSED, 0) + 1
+        yield from rendered
 
 
 def _draw(config: SFTDataConfig, kept: dict[str, list[_Kept]], sources: dict[str, dict[str, Any]]) -> None:

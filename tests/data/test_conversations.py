@@ -103,7 +103,7 @@ def test_a_folder_is_its_files_each_in_its_own_layout(tmp_path):
     ({"messages": [{"role": "user", "content": "问"}]}, "no answer"),
     ({"messages": [{"role": "assistant", "content": "答"}]}, "no question"),
     ({"messages": [{"role": "user", "content": "问"}, {"role": "tool", "content": "1"}]}, "role 'tool'"),
-    ({"messages": [{"role": "assistant", "content": None}]}, "tool calls"),
+    ({"messages": [{"role": "assistant", "content": None}]}, "a message without text"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content that is not text"),
     ({"messages": [{"role": "user", "content": "1"}, {"role": "system", "content": "2"},
                    {"role": "assistant", "content": "3"}]}, "system prompt after the first message"),

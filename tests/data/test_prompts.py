@@ -51,7 +51,7 @@ def test_what_precedes_the_last_answer_is_the_prompt(tmp_path):
 
 
 def test_an_unanswered_question_is_cut_off_where_the_answer_counts(tmp_path):
-    row = {"messages": [ASK, {**TELL, "weight": 0.0}, {**ASK, "content": "还"}]}
+    row = {"messages": [ASK, {**TELL, "weight": 0.5}, {**ASK, "content": "还"}]}
     path = write_lines(tmp_path / "rows.jsonl", [row])
     assert read_prompts(path, with_answers=True).prompts[0][:2] == ((U("问"),), "答")
     assert read_prompts(path, with_answers=False).prompts[0].messages == (U("问"), Message("assistant", "答"), U("还"))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -251,15 +252,26 @@ def test_a_model_too_small_for_the_ids_is_named(load):
         load(vocab_size=300)
 
 
-def test_a_dialogue_that_the_template_refuses_is_named(load, tmp_path):
+def test_a_dialogue_that_the_template_refuses_is_left_out_and_counted(load, tmp_path, caplog):
     jinja = tmp_path / "chat.jinja"
-    jinja.write_text("{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
-                     "{% endgeneration %}{% else %}<s>{{ m.content | replace('x', '') }}{% endif %}{% endfor %}")
+    jinja.write_text("{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+                     "{{ raise_exception('roles must alternate') }}{% endif %}{% if m.role == 'assistant' %}"
+                     "{% generation %}{{ m.content }}</s>{% endgeneration %}{% else %}"
+                     "<s>{{ m.content | replace('x', '') }}{% endif %}{% endfor %}")
     path = tmp_path / "rows.jsonl"
-    rows = [{"prompt": "天气", "completion": "好"}, {"prompt": "x", "completion": "好"}]
+    roles = ["user", "assistant"], ["user", "user", "assistant"], ["system", "user", "assistant"], ["user", "assistant"]
+    rows = [{"messages": [{"role": role, "content": "天气"} for role in each]} for each in roles]
+    rows += [{"prompt": "x", "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "好"}]}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match="rows.jsonl:2: .*rewrites the text"):
-        load(sources={"a": {"path": str(path)}}, template={"kind": "jinja", "path": str(jinja)})
+    template = {"kind": "jinja", "path": str(jinja)}
+    source = load(sources={"a": {"path": str(path)}}, template=template).report["sources"]["a"]
+    assert (source["read"], source["rows"], source["dropped"]) == (5, 2, {"refused by the chat template": 3})
+    said = [record.message for record in caplog.records if "is left out" in record.message]
+    assert len(said) == 1 and re.search("rows.jsonl:2 .*roles must alternate", said[0])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[4:]))
+    with pytest.raises(UserError, match="no dialogue is left to train on .*refused by the chat template"):
+        load(sources={"a": {"path": str(path)}}, template=template)
+    assert re.search("rows.jsonl:1 .*rewrites the text", caplog.text)
 
 
 def test_a_source_that_is_not_there_is_named(load):
