@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ctllm_jax.cli.pretrain import train, with_run_dir
-from ctllm_jax.cli.processes import run_in_processes
+from ctllm_jax.cli.processes import join, run_in_processes
 from ctllm_jax.config.dpo import DPOConfig
 
 if TYPE_CHECKING:
@@ -31,25 +31,26 @@ def run(context: Context) -> int:
     """Train, or with --dry-run say what the data comes to."""
     from pathlib import Path
 
-    from ctllm_jax.cluster import distributed
-
     if (status := run_in_processes(context)) is not None:
         return status
-    distributed.initialize(context.config.distributed.heartbeat_seconds)
+    config = with_run_dir(context.config, context.targets[0])
+    join(config, command="dpo")
     import jax
     from rich.markup import escape
 
     from ctllm_jax.cli.sft import print_plan
+    from ctllm_jax.cluster.agreement import open_same
     from ctllm_jax.training.dpo import needs_reference, open_preferences
+    from ctllm_jax.training.fingerprint import describe_data
     from ctllm_jax.training.goodput import process_began
     from ctllm_jax.training.lock import own
     from ctllm_jax.training.reference import attach_reference
     from ctllm_jax.training.signals import Signals
 
     console, first = context.console, jax.process_index() == 0
-    config = with_run_dir(context.config, context.targets[0])
     with Signals() as signals, own(config.run, what="dpo", free=context.dry_run):
-        config, data, objective, meta = opened = open_preferences(config)
+        config, data, objective, meta = opened = open_same(
+            lambda: open_preferences(config), lambda found: describe_data(found.data), what="data")
         if first:
             show_data(data.report, console)
         if context.dry_run:

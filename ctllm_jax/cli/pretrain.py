@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctllm_jax.cli.processes import run_in_processes
+from ctllm_jax.cli.processes import join, run_in_processes
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import PretrainConfig, default_run_dir
 from ctllm_jax.storage import open_path
@@ -95,10 +95,8 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
       Stopped: the run was ended before its last step, and is kept; its code is the exit status.
       Diverged: steps stay bad after every rollback.
     """
-    from ctllm_jax.cluster import distributed
-
     began = time.perf_counter() if began is None else began
-    distributed.initialize(config.distributed.heartbeat_seconds)
+    join(config, command=name)
     from ctllm_jax.evaluation.in_loop import open_loop_tasks
     from ctllm_jax.training.lock import own
     from ctllm_jax.training.signals import Signals

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ctllm_jax.cli.pretrain import train, with_run_dir
-from ctllm_jax.cli.processes import run_in_processes
+from ctllm_jax.cli.processes import join, run_in_processes
 from ctllm_jax.config.sft import SFTConfig
 
 if TYPE_CHECKING:
@@ -28,19 +28,19 @@ The same command goes on where the run stopped:
 
 def run(context: Context) -> int:
     """Tune, or with --dry-run say what the data comes to."""
-    from ctllm_jax.cluster import distributed
-
     if (status := run_in_processes(context)) is not None:
         return status
-    distributed.initialize(context.config.distributed.heartbeat_seconds)
+    config = with_run_dir(context.config, context.targets[0])
+    join(config, command="sft")
+    from ctllm_jax.cluster.agreement import open_same
+    from ctllm_jax.training.fingerprint import describe_data
     from ctllm_jax.training.goodput import process_began
     from ctllm_jax.training.lock import own
     from ctllm_jax.training.sft import open_tuning
     from ctllm_jax.training.signals import Signals
 
-    config = with_run_dir(context.config, context.targets[0])
     with Signals() as signals, own(config.run, what="sft", free=context.dry_run):
-        tuning = open_tuning(config)
+        tuning = open_same(lambda: open_tuning(config), lambda found: describe_data(found.data), what="data")
         show_data(tuning.data.report, context.console)
         if context.dry_run:
             print_plan(tuning, context.console)

@@ -7,20 +7,29 @@ import logging
 import os
 import re
 import socket
+import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import getproxies_environment, proxy_bypass_environment
 
+from ctllm_jax.cluster.roll_call import Missing, call_roll, is_loopback
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.statuses import REQUEUE
 
 _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _PORT = 61_440
 """First of the 4,096 ports of which a job's number chooses one: two jobs on a node then seldom meet."""
 _TPU_VM = ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID")
-_POD_SECONDS, _POD_PAUSE = 600, 5
-"""How long the name of the first pod is waited for (nodes are made, images pulled), and between two looks."""
+_TPU_PORT = 8476
+"""Where JAX's service listens on TPUs, whose runtime chooses the coordinator."""
+ARRIVAL_SECONDS = 900
+"""How long the processes wait for each other: nodes are made and images pulled at different speeds."""
+_POD_PAUSE = 5
+"""Seconds between two attempts to find the name of the first pod."""
 _NO_STEP = 4_294_967_290
 """From here on SLURM's numbers of steps are no steps of srun, but a shell that salloc or sbatch gives."""
 _PATIENCE = 10
@@ -44,6 +53,11 @@ class Launch:
     processes: int = 1
     index: int = 0
     local_devices: tuple[int, ...] | None = None
+
+    @property
+    def host(self) -> str:
+        """The coordinator's host."""
+        return (self.coordinator or "").rpartition(":")[0]
 
     def describe(self) -> str:
         """One line."""
@@ -85,15 +99,18 @@ def detect(environment: Mapping[str, str]) -> Launch:
     return Launch("local")
 
 
-def initialize(heartbeat_seconds: int = 100) -> int:
+def initialize(heartbeat_seconds: int = 100, *, arrival_seconds: float = ARRIVAL_SECONDS) -> int:
     """Join the other processes if there are any; returns how many there are. Called before any device is touched; a
     second call does nothing.
 
-    `heartbeat_seconds` without a sign of life, and a process is dead: `training.watchdog` says which one. JAX, which
-    aborts all others and does not say it, is given longer.
+    Args:
+      heartbeat_seconds: a process without a sign of life for so long is dead: `training.watchdog` says which one. JAX,
+        which aborts all others and does not say it, is given longer.
+      arrival_seconds: how long the processes wait for each other.
 
     Raises:
-      UserError: as `detect`, or process 0 cannot be found by name: the runtime would wait 300 s, and say nothing.
+      Missing: some did not arrive in time; the message names them.
+      UserError: as `detect`, or process 0 cannot be found by name: the runtime would wait, and say nothing.
     """
     launch, patience = detect(os.environ), 2 * heartbeat_seconds + _PATIENCE
     if launch.processes > 1 and _is_initialized():
@@ -103,26 +120,59 @@ def initialize(heartbeat_seconds: int = 100) -> int:
         import jax
 
         if not _is_initialized():
-            jax.distributed.initialize(heartbeat_timeout_seconds=patience)
+            with _ends_after(arrival_seconds) as timeout:
+                jax.distributed.initialize(heartbeat_timeout_seconds=patience, initialization_timeout=timeout)
         log.info("started on a TPU VM: process %d of %d", jax.process_index(), jax.process_count())
         return jax.process_count()
     if launch.processes == 1:
         return 1
     log.info("started by %s", launch.describe())
+    end = time.monotonic() + arrival_seconds
     if launch.coordinator is not None:
-        _check_name(launch)
+        _check_name(launch, seconds=arrival_seconds)
         _keep_from_proxies(launch.coordinator)
+    call_roll(launch.coordinator or tpu_coordinator(os.environ), index=launch.index, count=launch.processes,
+              seconds=max(end - time.monotonic(), 1.0))
     import jax
 
-    if launch.coordinator is None:
-        jax.distributed.initialize(heartbeat_timeout_seconds=patience)
-    else:
+    with _ends_after(arrival_seconds) as timeout:
+        if launch.coordinator is None:
+            jax.distributed.initialize(heartbeat_timeout_seconds=patience, initialization_timeout=timeout)
+            return launch.processes
+        # The service has no authentication: where all processes are on this machine, no other one may reach it.
+        bound = is_loopback(launch.host) and not os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
+        local = {"coordinator_bind_address": launch.coordinator} if bound else {}
         # Left to detect for itself, JAX gives a process without local_device_ids the GPU of its number on the node: a
         # task that is to have all eight would have one, and say nothing.
         jax.distributed.initialize(launch.coordinator, launch.processes, launch.index,
                                    local_device_ids=launch.local_devices, cluster_detection_method="deactivate",
-                                   heartbeat_timeout_seconds=patience)
+                                   heartbeat_timeout_seconds=patience, initialization_timeout=timeout, **local)
     return launch.processes
+
+
+@contextmanager
+def _ends_after(seconds: float) -> Iterator[int]:
+    """The timeout for JAX to join the others, which it never reaches: it would abort the process, with a status that
+    nobody starts again. This process ends before that, so that it is."""
+    def end() -> None:
+        sys.stderr.write(f"error: JAX did not connect the processes within {seconds:g} s: look at what the others"
+                         " wrote, and whether they were started; the same command may be given again\n")
+        sys.stderr.flush()
+        os._exit(REQUEUE)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield int(seconds) + 60
+    finally:
+        timer.cancel()
+
+
+def tpu_coordinator(environment: Mapping[str, str]) -> str:
+    """Where JAX starts its service for TPUs whose hosts the environment names: on the first host of the first slice."""
+    host = environment.get("MEGASCALE_COORDINATOR_ADDRESS") or environment[_TPU_VM[0]].split(",")[0]
+    return f"{host.partition(':')[0]}:{_TPU_PORT}"
 
 
 def _is_initialized() -> bool:
@@ -250,12 +300,12 @@ def _number(environment: Mapping[str, str], name: str, *, default: int | None = 
     return int(value)
 
 
-def _check_name(launch: Launch) -> None:
+def _check_name(launch: Launch, *, seconds: float = ARRIVAL_SECONDS) -> None:
     host, _, port = launch.coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise UserError(f"the coordinator {launch.coordinator} must be host:port")
     # A pod's name is known when it has an address, which the first may have later than this one.
-    end = time.monotonic() + (_POD_SECONDS if launch.kind == "kubernetes" else 0)
+    end = time.monotonic() + (seconds if launch.kind == "kubernetes" else 0)
     while True:
         try:
             socket.getaddrinfo(host.strip("[]"), int(port))
@@ -265,8 +315,9 @@ def _check_name(launch: Launch) -> None:
                 log.info("waiting for %s to have an address", host)
                 time.sleep(_POD_PAUSE)
                 continue
-            raise UserError(f"the coordinator {launch.coordinator} cannot be found ({error.strerror or error}): its "
-                            "name must be known on every machine, or be an address") from None
+            problem = Missing if launch.kind == "kubernetes" else UserError  # a pod may still get its node
+            raise problem(f"the coordinator {launch.coordinator} cannot be found ({error.strerror or error}): its "
+                          "name must be known on every machine, or be an address") from None
 
 
 def _keep_from_proxies(coordinator: str) -> None:

@@ -1,10 +1,11 @@
 """The pieces every schema is made of.
 
 A section is a frozen pydantic model that forbids unknown keys, and control characters in its texts. Every key has a
-description (the help text) and may have these marks: `changeable` (a resumed run may differ in it), `prose` (its texts
-may hold line ends and tabs), `text` (prose that may be read from a file or from standard input: `key=@FILE`, `key=-`),
-and `older` (what a run did that was started before the key existed, if that is not the default). `shorthand` on the
-class is the key that a bare value for the whole section stands for.
+description (the help text) and may have these marks: `changeable` (a resumed run may differ in it), `local` (the
+processes of a run may differ in it), `prose` (its texts may hold line ends and tabs), `text` (prose that may be read
+from a file or from standard input: `key=@FILE`, `key=-`), and `older` (what a run did that was started before the key
+existed, if that is not the default). `shorthand` on the class is the key that a bare value for the whole section stands
+for.
 """
 
 from __future__ import annotations
@@ -51,10 +52,11 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(inner)
 
 
-def key(default: Any = ..., meaning: str = "", *, changeable: bool = False, text: bool = False, prose: bool = False,
-        older: Any = ..., **constraints) -> Any:
+def key(default: Any = ..., meaning: str = "", *, changeable: bool = False, local: bool = False, text: bool = False,
+        prose: bool = False, older: Any = ..., **constraints) -> Any:
     """A key of a section: its default (`...` if it must be given), its meaning, its marks, and pydantic's constraints."""
-    marks = {name: True for name, on in (("changeable", changeable), ("text", text), ("prose", prose or text)) if on}
+    marks = {name: True for name, on in (("changeable", changeable), ("local", local), ("text", text), ("prose", prose or text))
+             if on}
     if older is not ...:
         marks["older"] = older
     if isinstance(default, (dict, list)):

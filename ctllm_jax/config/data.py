@@ -16,7 +16,7 @@ class SourceConfig(Section):
 
     path: str = key(...,
                     "a dataset directory (also on gs://), any TFDS directory with a text feature, or text: .jsonl(.gz|.zst), .parquet, "
-                    ".txt, or a folder of these")
+                    ".txt, or a folder of these", local=True)
     weight: float = key(1.0, "share of the mixture's tokens, relative to the other sources' weights", gt=0)
     text_field: str = key("text",
                           "field of a record that holds the text; only read where the path is not tokenized yet")
@@ -30,15 +30,15 @@ class DataConfig(Section):
     sources: dict[str, SourceConfig] = key({}, "name -> source; names appear in metrics and the report")
     tokenizer: str | None = key(None,
                                 "tokenizer for sources that are still text (.model or tokenizer.json); dataset "
-                                "directories carry their own")
-    cache_dir: str = key("data_cache", "where sources that are still text are kept once tokenized, and shards of sources on gs:// once downloaded", changeable=True)
-    cache_gb: float = key(200.0, "GB (1e9 bytes) that downloaded shards may take on each machine's disk", gt=0, changeable=True)
+                                "directories carry their own", local=True)
+    cache_dir: str = key("data_cache", "where sources that are still text are kept once tokenized, and shards of sources on gs:// once downloaded", changeable=True, local=True)
+    cache_gb: float = key(200.0, "GB (1e9 bytes) that downloaded shards may take on each machine's disk", gt=0, changeable=True, local=True)
     isolate_documents: bool = key(True, "attention and positions stop at document ends; CT-LLM trained with this off")
     mask_eod: bool = key(True, "no loss where the input is the end of a document (Megatron's --eod-mask-loss)")
     damaged_budget: int = key(10, "records that cannot be read and are replaced by others, over the whole run, before it stops", ge=0, changeable=True)
-    workers: int = key(0, "loader processes; 0 loads with threads of the trainer", ge=0, changeable=True)
-    threads: int = key(2, "loader threads in each process", ge=1, changeable=True)
-    prefetch: int = key(4, "batches made ahead", ge=1, changeable=True)
+    workers: int = key(0, "loader processes; 0 loads with threads of the trainer", ge=0, changeable=True, local=True)
+    threads: int = key(2, "loader threads in each process", ge=1, changeable=True, local=True)
+    prefetch: int = key(4, "batches made ahead", ge=1, changeable=True, local=True)
 
     @classmethod
     def from_shorthand(cls, value: str) -> dict:

@@ -17,7 +17,7 @@ class PairSourceConfig(Section):
 
     shorthand = "path"
 
-    path: str = key(..., "JSON lines (.jsonl, .gz, .zst), a JSON array (.json), Parquet, or a folder of these")
+    path: str = key(..., "JSON lines (.jsonl, .gz, .zst), a JSON array (.json), Parquet, or a folder of these", local=True)
     group: str = key("", "what metrics are also counted under, such as zh or en; empty: the source's name")
     layout: Literal["trl", "sharegpt", "alpaca", "ultrafeedback", "hh"] | None = key(None, "how a row holds its pair; null: detected, and named in the log")
     max_bad: int = key(0, "rows that cannot be read (malformed JSON, wrong fields) put aside before the run fails", ge=0)
@@ -27,7 +27,7 @@ class PairDataConfig(Section):
     """The pairs. A bare value is the path of a single source."""
 
     sources: dict[str, PairSourceConfig] = key(..., "name -> source; names appear in the report", min_length=1)
-    tokenizer: str | None = key(None, "tokenizer (.model or tokenizer.json); null: the one of the model that training starts from")
+    tokenizer: str | None = key(None, "tokenizer (.model or tokenizer.json); null: the one of the model that training starts from", local=True)
     template: TemplateConfig | None = key(None, "how messages become ids; null: the one that the model has learned")
     over_length: Literal["drop", "truncate", "raise"] = key("drop", "a pair of more than sequence_length tokens, or an answer beyond the model's context: leave the pair out, cut the ends of its answers off, or fail; counted in the report")
     pairs_per_row: int | None = key(None, "most pairs of a row; 1 makes a step of as many pairs as the batch has rows. null: as many as fit", ge=1)

@@ -178,6 +178,22 @@ def to_yaml(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), allow_unicode=True, sort_keys=False, width=100)
 
 
+def shared_values(config: Section) -> dict[str, Any]:
+    """What all processes of a run must have in common, as JSON: every key but those that are marked `local`."""
+    from ctllm_jax.config.types import mark
+
+    shared = config.model_dump(mode="json")
+    for name, info in type(config).model_fields.items():
+        value = getattr(config, name)
+        if mark(info, "local"):
+            del shared[name]
+        elif isinstance(value, Section):
+            shared[name] = shared_values(value)
+        elif isinstance(value, dict):
+            shared[name] |= {entry: shared_values(inner) for entry, inner in value.items() if isinstance(inner, Section)}
+    return shared
+
+
 def changeable_paths(schema: type[Section]) -> set[str]:
     """Dotted keys in which a resumed run may differ from its beginning; a section's mark covers its keys."""
     from ctllm_jax.config.types import mark

@@ -26,7 +26,7 @@ class TemplateConfig(Section):
     plain_system: str = key("{content}\n\n", "plain: a system prompt, around {content}", text=True)
     plain_user: str = key("用户：{content}\n", "plain: what the user says, around {content}", text=True)
     plain_assistant: str = key("助手：{content}\n", "plain: an answer, around {content}; end_id comes right after the answer", text=True)
-    path: str | None = key(None, "jinja: a .jinja file, or a Hugging Face folder with chat_template.jinja or tokenizer_config.json")
+    path: str | None = key(None, "jinja: a .jinja file, or a Hugging Face folder with chat_template.jinja or tokenizer_config.json", local=True)
 
     @model_validator(mode="after")
     def _check(self):
@@ -47,7 +47,7 @@ class SFTSourceConfig(Section):
 
     shorthand = "path"
 
-    path: str = key(..., "JSON lines (.jsonl, .gz, .zst), a JSON array (.json), Parquet, or a folder of these")
+    path: str = key(..., "JSON lines (.jsonl, .gz, .zst), a JSON array (.json), Parquet, or a folder of these", local=True)
     group: str = key("", "what `ratio` and the report count it under, such as zh or en; empty: the source's name")
     layout: Literal["messages", "sharegpt", "alpaca", "prompt"] | None = key(None, "how a row holds its dialogue; null: detected, and named in the log")
     max_bad: int = key(0, "rows that cannot be read (malformed JSON, wrong fields) put aside before the run fails", ge=0)
@@ -57,7 +57,7 @@ class SFTDataConfig(Section):
     """The dialogues. A bare value is the path of a single source."""
 
     sources: dict[str, SFTSourceConfig] = key(..., "name -> source; names appear in the report", min_length=1)
-    tokenizer: str | None = key(None, "tokenizer (.model or tokenizer.json); null: the one of the model that training starts from")
+    tokenizer: str | None = key(None, "tokenizer (.model or tokenizer.json); null: the one of the model that training starts from", local=True)
     template: TemplateConfig | None = key(None, "how messages become ids; null: as init has learned it, or baichuan2 where it has learned none")
     loss_on: Literal["answers", "last_answer", "everything"] = key("answers", "tokens that are learned: every answer with its end, the last one, or all tokens")
     over_length: Literal["drop", "truncate", "raise"] = key("drop", "a dialogue of more than sequence_length tokens: leave it out, cut its end off, or fail; counted in the report")

@@ -87,7 +87,7 @@ def describe_default(field: FieldInfo) -> str:
 
 
 def mark(field: FieldInfo, name: str) -> bool:
-    """Whether a key carries a mark: `changeable`, `text`."""
+    """Whether a key carries a mark: `changeable`, `local`, `text`."""
     return bool((field.json_schema_extra or {}).get(name))
 
 

@@ -33,6 +33,11 @@ def _fixed_keys(schema: type[PretrainConfig], values: dict[str, Any]) -> dict[st
     return kept
 
 
+def describe_data(data: Any) -> dict[str, Any]:
+    """What the processes of a run must have in common of their data: its order, its content, what was read."""
+    return {"data": data.fingerprint, "read": getattr(data, "report", None)}
+
+
 def compare_fingerprints(kept: dict[str, Any], now: dict[str, Any], *, schema: type[PretrainConfig],
                          run_dir: Path) -> None:
     """Refuse to resume a run under other data, another tokenizer or another config.

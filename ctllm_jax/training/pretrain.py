@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ctllm_jax import sharding
+from ctllm_jax.cluster.agreement import open_same
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import to_yaml
 from ctllm_jax.config.pretrain import PretrainConfig
@@ -35,7 +36,7 @@ from ctllm_jax.storage import copy_file, is_remote
 from ctllm_jax.training import checkpoint as checkpoints
 from ctllm_jax.training.checkpointer import Checkpointer
 from ctllm_jax.training.environment import choose_implementations, describe_environment, warn_of_processors
-from ctllm_jax.training.fingerprint import compare_fingerprints, make_fingerprint
+from ctllm_jax.training.fingerprint import compare_fingerprints, describe_data, make_fingerprint
 from ctllm_jax.training.goodput import Ledger
 from ctllm_jax.training.loop import Hook, run_loop
 from ctllm_jax.training.lora import abstract_base, with_adapters
@@ -303,9 +304,11 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
         log.warning("compute.remat=%s saves no memory here: XLA's CPU compiler merges the recomputation of unrolled"
                     " blocks away; compute.scan_layers=true keeps it", config.compute.remat)
     if data is None:
-        data = open_training_data(config.data, sequence_length=config.batch.sequence_length, rows=config.batch.rows,
-                                  seed=config.seed, vocab_size=config.model.vocab_size,
-                                  damage=DamageLog(directory / DAMAGED, budget=config.data.damaged_budget))
+        data = open_same(
+            lambda: open_training_data(config.data, sequence_length=config.batch.sequence_length,
+                                       rows=config.batch.rows, seed=config.seed, vocab_size=config.model.vocab_size,
+                                       damage=DamageLog(directory / DAMAGED, budget=config.data.damaged_budget)),
+            describe_data, what="data")
     plan = plan_step(config, mesh, token_bytes=data.token_bytes, objective=objective)
     if not is_remote(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -334,7 +337,8 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
         how = "init" if config.init else "scratch"
         state = plan.init(jax.random.key(config.seed))
         if config.init:
-            _, base = checkpoints.find_checkpoint(config.init)
+            base = open_same(lambda: checkpoints.find_checkpoint(config.init)[1], checkpoints.identify_model,
+                             what="weights to start from")
             checkpointer.meta["init"] = checkpoints.describe_origin(base, run_dir=directory)
     frozen = None
     if base is not None:

@@ -2,7 +2,9 @@
 
 Two threads look on, and neither waits for a device, for a peer or for the other one. The first asks whether the
 metrics of the steps that are on their way are there, which blocks nobody. The second gives signs of life, by the time
-of a file in RUN/processes, and looks for those of the others when no step is made.
+of a file in RUN/processes. When no step is made it looks for the sign of the next process alone, and reads
+RUN/processes/lost, where the process that misses its neighbor writes what it found: what one process does there does
+not grow with their number.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from ctllm_jax.training.goodput import STEPPING, Ledger
 
 log = logging.getLogger(__name__)
 PROCESSES = "processes"
+LOST = "lost"
+"""In that folder: JSON of what the first process that missed another one found."""
 _OF_RUNTIME = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 """What the text of an error begins with that comes from JAX's runtime: where it is not JAX that asked for a result,
 such as numpy, it is a ValueError."""
@@ -149,11 +153,14 @@ class Watchdog:
     def _watch_peers(self) -> None:
         mine = self._write_sign()
         folder, began = mine.parent, mine.stat().st_mtime
+        if self._index == 0:
+            # There from the start, and empty: a network disk may remember for a minute that a file is absent.
+            (folder / LOST).write_text("")
         while not self._done.wait(self._heartbeat / 10):
             try:
                 os.utime(mine)
-                # While steps are made all are alive: nobody reads a thousand files then.
-                gone = self._silent(folder, mine, began=began) if self.idle() > _NOTICED * self._heartbeat / 2 else []
+                # While steps are made all are alive.
+                gone = self._lost(folder, mine, began=began) if self.idle() > _NOTICED * self._heartbeat / 2 else []
             except OSError as error:
                 log.warning("no sign of life could be given or looked for in %s: %s", folder, error)
                 continue
@@ -166,17 +173,38 @@ class Watchdog:
         mine.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), **more}))
         return mine
 
+    def _lost(self, folder: Path, mine: Path, *, began: float) -> list[str]:
+        """What to say of lost processes: what another process found, or what this one finds when the next process,
+        of which it alone looks for signs, gives none. Only then does it look at all of them."""
+        with suppress(FileNotFoundError, ValueError), open(folder / LOST, encoding="utf-8") as file:
+            text = file.read()
+            if text and os.fstat(file.fileno()).st_mtime >= began:
+                told = json.loads(text)
+                self._status = told["status"]
+                return told["lost"]
+        following = folder / str((self._index + 1) % self._count)
+        if not self._is_silent(following, now=mine.stat().st_mtime, began=began):
+            return []
+        if gone := self._silent(folder, mine, began=began):
+            (folder / LOST).write_text(json.dumps({"lost": gone, "status": self._status}))
+        return gone
+
+    def _is_silent(self, path: Path, *, now: float, began: float) -> bool:
+        """Whether a process gave a sign of life in this attempt, and none for too long."""
+        try:
+            sign = path.stat().st_mtime
+        except FileNotFoundError:
+            return False
+        return sign >= began and now - sign > _NOTICED * self._heartbeat
+
     def _silent(self, folder: Path, mine: Path, *, began: float) -> list[str]:
         """What to say of each process that is silent. Times are those of the disk, which has one clock; a file from
         before `began` is of an earlier attempt, whose process has not begun yet."""
         now, found = mine.stat().st_mtime, []
         for index in range(self._count):
             path = folder / str(index)
-            if index == self._index or not path.exists():
-                continue
-            sign = path.stat().st_mtime
-            silent = now - sign
-            if sign >= began and silent > _NOTICED * self._heartbeat:
+            if index != self._index and self._is_silent(path, now=now, began=began):
+                silent = now - path.stat().st_mtime
                 known = json.loads(path.read_text() or "{}")
                 if known.get("ended") not in (None, REQUEUE):
                     self._status = known["ended"]  # what it cannot mend by going on, nobody can

@@ -1,12 +1,16 @@
 """What the environment says of other processes, and what is said of an environment that makes no sense."""
 
 import socket
+import subprocess
+import sys
 
 import pytest
 
 from ctllm_jax.cli import main
 from ctllm_jax.cluster import distributed
+from ctllm_jax.cluster.roll_call import Missing
 from ctllm_jax.config.errors import UserError
+from tests.runs import REPOSITORY, environment
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -18,6 +22,8 @@ def given(monkeypatch):
 
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **options: calls.append((arguments, options)))
+    monkeypatch.setattr(distributed, "call_roll", lambda address, **options: None)
+    monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
 
     def give(*values):
         for name, value in zip(NAMES, values, strict=True):
@@ -43,6 +49,18 @@ def test_all_three(given):
     calls = given("127.0.0.1:1234", "4", "3")
     assert distributed.initialize() == 4
     assert calls[0][0][:3] == ("127.0.0.1:1234", 4, 3)
+
+
+@pytest.mark.parametrize(("coordinator", "bound"), [
+    ("127.0.0.1:1234", "127.0.0.1:1234"), ("localhost:1234", "localhost:1234"), ("[::1]:1234", "[::1]:1234"),
+    ("0.0.0.0:1234", None)])
+def test_the_coordinator_of_one_machine_listens_to_that_machine_alone(given, monkeypatch, coordinator, bound):
+    calls = given(coordinator, "2", "0")
+    distributed.initialize()
+    assert calls[0][1].get("coordinator_bind_address") == bound
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "[::]:1234")
+    distributed.initialize()
+    assert "coordinator_bind_address" not in calls[1][1]
 
 
 @pytest.mark.parametrize(("values", "missing"), [
@@ -172,14 +190,36 @@ def test_jax_is_not_left_to_guess_a_gpu(monkeypatch):
     """Under SLURM it gives a process that names no devices the one GPU of its number on the node."""
     import jax
 
-    calls = []
+    calls, rolls = [], []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **options: calls.append(options))
+    monkeypatch.setattr(distributed, "call_roll", lambda address, **options: rolls.append((address, options)))
+    monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
     for name, value in (SLURM | {"SLURM_STEP_NODELIST": "127.0.0.1"}).items():
         monkeypatch.setenv(name, value)
     assert distributed.initialize(30) == 2
     # JAX aborts with no word of who is gone: the watchdog, which names it, is to be first.
     assert calls == [{"local_device_ids": None, "cluster_detection_method": "deactivate",
-                      "heartbeat_timeout_seconds": 70}]
+                      "heartbeat_timeout_seconds": 70, "initialization_timeout": 960,
+                      "coordinator_bind_address": "127.0.0.1:61443"}]
+    (address, options), = rolls
+    assert address == "127.0.0.1:61443" and (options["index"], options["count"]) == (1, 2)
+    assert 890 < options["seconds"] <= 900
+
+
+@pytest.mark.parametrize(("more", "coordinator"), [
+    ({}, "t0:8476"), ({"MEGASCALE_COORDINATOR_ADDRESS": "slice-0.host:8080"}, "slice-0.host:8476")])
+def test_where_the_hosts_of_tpus_meet(more, coordinator):
+    """As jax 0.10's clusters.cloud_tpu_cluster chooses the coordinator."""
+    assert distributed.tpu_coordinator({"TPU_WORKER_HOSTNAMES": "t0,t1"} | more) == coordinator
+
+
+def test_jax_that_never_connects_ends_with_the_status_of_a_requeue():
+    """A process of its own, since the process ends: JAX would abort it with SIGABRT."""
+    code = ("import time\nfrom ctllm_jax.cluster.distributed import _ends_after\n"
+            "with _ends_after(0.1) as timeout:\n    assert timeout == 60\n    time.sleep(60)")
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=REPOSITORY, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 75 and "did not connect the processes within 0.1 s" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(("tasks", "visible", "message"), [
@@ -225,6 +265,9 @@ def test_the_first_pod_is_waited_for_and_a_name_elsewhere_is_not(monkeypatch):
     monkeypatch.setattr(distributed, "_POD_PAUSE", 0)
     distributed._check_name(distributed.Launch("kubernetes", "run-worker-0-0.run:8476", 2, 1))
     assert looks == [("run-worker-0-0.run", 8476)] * 3
+    looks.clear()
+    with pytest.raises(Missing, match="cannot be found"):  # it may still get its node: a machine starts it again
+        distributed._check_name(distributed.Launch("kubernetes", "run-worker-0-0.run:8476", 2, 1), seconds=0)
     looks.clear()
     with pytest.raises(UserError, match="cannot be found"):
         distributed._check_name(distributed.Launch("slurm", "n1:1234", 2, 1))

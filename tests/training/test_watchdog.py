@@ -1,5 +1,7 @@
 """A run that hangs ends by itself, says where it hung, and asks to be started again."""
 
+import builtins
+import io
 import os
 import signal
 import socket
@@ -99,6 +101,38 @@ def test_a_peer_of_an_earlier_attempt_is_not_missed_and_one_that_left_says_how(t
     (mine.parent / "2").write_text('{"host": "h", "pid": 7, "ended": 2}')
     os.utime(mine.parent / "2", (now, now))
     assert found._silent(mine.parent, mine, began=now) and found._status == 2
+
+
+def test_the_signs_of_a_thousand_processes_cost_each_as_much_as_those_of_two(tmp_path, monkeypatch):
+    """The process before a silent one finds out and tells the others; until then each looks at one of them."""
+    def make(index):
+        found = Watchdog(WatchdogConfig(), heartbeat_seconds=10, directory=tmp_path, ledger=Ledger(), tell=None)
+        found._index, found._count = index, 1024
+        return found
+
+    folder = tmp_path / "processes"
+    mine = make(5)._write_sign()
+    now = mine.stat().st_mtime
+    (folder / "lost").write_text('{"lost": ["of an earlier attempt"], "status": 75}')
+    os.utime(folder / "lost", (now - 50, now - 50))
+    for index in range(1024):
+        (folder / str(index)).write_text('{"host": "h", "pid": 7}')
+        sign = now if index in (7, 8, 300) else now + 20
+        os.utime(folder / str(index), (sign, sign))
+    calls = []
+    for module, name in ((os, "stat"), (os, "fstat"), (os, "utime"), (os, "scandir"), (os, "listdir"),
+                         (builtins, "open"), (io, "open")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name,
+                            lambda *given, real=real, **more: calls.append(real.__name__) or real(*given, **more))
+    assert make(5)._lost(folder, mine, began=now) == []
+    assert len(calls) <= 6, calls
+    first = make(6)._lost(folder, folder / "6", began=now)
+    assert [text.split()[1] for text in first] == ["7", "8", "300"]  # all that are silent, found once
+    calls.clear()
+    last = make(900)
+    assert last._lost(folder, folder / "900", began=now) == first and last._status == REQUEUE
+    assert len(calls) <= 3, calls
 
 
 def test_how_long_is_too_long(tmp_path, monkeypatch):
