@@ -25,7 +25,8 @@ import numpy as np
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.questions import Question, in_order, names_of
 from ctllm_jax.evaluation.judge_answers import Given
-from ctllm_jax.evaluation.judge_prompts import LOWEST, Prompt
+from ctllm_jax.evaluation.judge_prompts import Prompt
+from ctllm_jax.evaluation.judge_replies import LOWEST
 from ctllm_jax.evaluation.judging import Judge, Judgment
 
 KIND, PART, COMPARISON = "judge", "judge-part", "judge-comparison"

@@ -1,12 +1,9 @@
-"""What a judge is asked, and what is read from its reply. No jax here.
+"""What a judge is asked. No jax here.
 
 The manner is that of MT-Bench (Zheng et al. 2023, arXiv 2306.05685), which CHC-Bench follows in Chinese: a rating from
 1 to 10 after an explanation, or a choice between two answers; with a reference where there is one; the second turn of a
 dialogue is judged with the first in view. The wording is ours. MT-Bench's own can be read from its file.
-
-Which rating counts: the last `[[n]]` of the reply whose n is from 1 to 10, or if there is none the last `评分：n`
-(得分, 打分, 分数, rating, score; also n/10). A number outside of the range is none, so `[[100]]` is not a rating.
-MT-Bench's own reader takes the first bracket, and any number in it.
+`judge_replies` reads the replies.
 """
 
 from __future__ import annotations
@@ -21,15 +18,6 @@ from typing import NamedTuple
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.chat import Message
 from ctllm_jax.data.questions import Question
-
-LOWEST, HIGHEST = 1.0, 10.0
-
-_NUMBER = r"(?P<rating>10(?:\.0+)?|[1-9](?:\.\d+)?)(?![\d.]*\d)"
-_OF_TEN = r"(?:\s*/\s*10(?![\d.]*\d))?"
-_BRACKETS = re.compile(rf"(?:\[\[|【【)\s*(?:[^\[\]【】\d]{{0,8}}[:：])?\s*{_NUMBER}{_OF_TEN}\s*分?\s*(?:\]\]|】】)")
-_IN_WORDS = re.compile(r"(?:评分|得分|打分|分数|rating|score)[\s*]*(?:[:：]|为|是|\bis\b)[\s*\[【(（]*"
-                       rf"{_NUMBER}{_OF_TEN}(?!\s*[-–—~～至到/]\s*\d)", re.I)
-_VERDICT = re.compile(r"(?:\[\[|【【)\s*([ABC])\s*(?:\]\]|】】)")
 
 _FIELD = re.compile(r"\{(\w+)\}")
 _FIELDS = {"question", "answer", "answer_a", "answer_b",
@@ -69,18 +57,6 @@ class Prompt(NamedTuple):
 
 
 Prompts = Mapping[tuple[str, bool, bool], Prompt]
-
-
-def read_rating(reply: str) -> float | None:
-    """The rating of a reply; None where there is none."""
-    found = list(_BRACKETS.finditer(reply)) or list(_IN_WORDS.finditer(reply))
-    return float(found[-1]["rating"]) if found else None
-
-
-def read_verdict(reply: str) -> str | None:
-    """A, B or C (a tie), whichever comes last in double brackets; None where none does."""
-    found = _VERDICT.findall(reply)
-    return found[-1] if found else None
 
 
 def single(prompts: Prompts, question: Question, answers: Sequence[str]) -> tuple[Prompt, tuple[Message, ...]]:

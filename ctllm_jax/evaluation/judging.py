@@ -18,7 +18,8 @@ from ctllm_jax.config.judge import GraderConfig
 from ctllm_jax.data.chat import Message
 from ctllm_jax.data.questions import Question
 from ctllm_jax.evaluation.judge_answers import Given
-from ctllm_jax.evaluation.judge_prompts import LOWEST, Prompt, Prompts, pair, read_rating, read_verdict, single
+from ctllm_jax.evaluation.judge_prompts import Prompt, Prompts, pair, single
+from ctllm_jax.evaluation.judge_replies import LOWEST, read_rating, read_verdict
 from ctllm_jax.inference.endpoint import Endpoint, EndpointError, Request
 from ctllm_jax.inference.keyed_file import KeyedFile
 
@@ -110,16 +111,16 @@ class Judge:
             advance()
         for item, row in self._replies(wanted, [item.messages for item in wanted]):
             if row is not None:
-                result = None if row["is_cut"] else item.read(row["text"])
                 file.add(item.key, {"question_id": item.question.id, "turn": item.turn, "prompt": item.prompt.name,
-                                    "result": result, **row, "again": None})
-                if result is None:
+                                    "result": _result(item, row), **row, "again": None})
+                if _is_open(file.rows[item.key]):
                     again.append(item)
             advance()
         for item, row in self._replies(again, [_follow_up(item, file.rows[item.key]["text"]) for item in again]):
             if row is not None:
                 kept = {name: value for name, value in file.rows[item.key].items() if name != "key"}
-                file.add(item.key, {**kept, "result": item.read(row["text"]), "again": row["text"]})
+                file.add(item.key, {**kept, "result": _result(item, row), "again": row["text"],
+                                    "again_is_cut": row["is_cut"]})
 
     def _replies(self, items: Sequence[Item], messages: Sequence[Sequence[Message]]):
         """Each item with its reply as a row, or with None where there is none."""
@@ -196,6 +197,11 @@ def _judgment(item: Item, file: KeyedFile) -> Judgment:
     if row is None:
         return Judgment(None, prompt=item.prompt.name, missing=True)
     return Judgment(row["result"], row["text"], row["again"], row["prompt"], missing=_is_open(row))
+
+
+def _result(item: Item, row: dict[str, Any]) -> float | str | None:
+    """What a reply comes to. One that the limit on tokens ended has no result: what it would have said is not known."""
+    return None if row["is_cut"] else item.read(row["text"])
 
 
 def _is_open(row: dict[str, Any]) -> bool:

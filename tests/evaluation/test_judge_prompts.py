@@ -1,4 +1,4 @@
-"""What a judge is asked, and which of its numbers counts, beside MT-Bench's own rule."""
+"""What a judge is asked."""
 
 import json
 import re
@@ -8,44 +8,11 @@ import pytest
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.questions import Question
-from ctllm_jax.evaluation.judge_prompts import PROMPTS, pair, read_prompts, read_rating, read_verdict, single
+from ctllm_jax.evaluation.judge_prompts import PROMPTS, pair, read_prompts, single
 
 MT_BENCH = Path(__file__).resolve().parents[3] / "shared" / "data" / "eval" / "mt-bench-zh" / "judge_prompts.jsonl"
 QUESTION = Question("1", "math", ("一加一？", "再加一？"), ("得二", "得三"), "set.jsonl:1")
 ANSWERS = ("是{answer_b}二", "是三 {question}")
-
-
-def fastchat_rating(reply):
-    """The rule of MT-Bench's own reader: the first double bracket, else the first single one, whatever its number."""
-    found = re.search(r"\[\[(\d+\.?\d*)\]\]", reply) or re.search(r"\[(\d+\.?\d*)\]", reply)
-    return float(found[1]) if found else None
-
-
-@pytest.mark.parametrize(("reply", "rating"), [
-    ("很好。评分：[[7]]", 7), ("[[7.5]]", 7.5), ("[[10]]", 10), ("[[1]]。", 1), ("Rating: [[ 9 ]]", 9),
-    ("[[10.0]]", 10), ("评分：8", 8), ("评分: 8 分", 8), ("**评分**：**8**", 8), ("最终得分为 6", 6),
-    ("score: 4.5", 4.5), ("评分：[6]", 6), ("评分：8/10", 8), ("[[8/10]]", 8), ("[[评分：8]]", 8), ("【【3】】", 3),
-    ("[[8分]]", 8), ("第一部分评分：3\n第二部分评分：9", 9), ("评分：3，总的来说 [[6]]", 6),
-    ("好", None), ("", None), ("[[100]]", None), ("评分：100", None), ("[[0]]", None), ("[[11]]", None),
-    ("[[10.5]]", None), ("[[-5]]", None), ("评分：-5", None), ("评分：1-10", None), ("评分：85/100", None),
-    ("[[rating]]", None), ("评分：[[分数]]", None), ("列表 [3] 的第 7 项", None), ("它有 8 个优点", None)])
-def test_a_rating_is_read(reply, rating):
-    assert read_rating(reply) == rating
-
-
-@pytest.mark.parametrize(("reply", "ours", "theirs"), [
-    ("先看格式 [[5]]，回答有误。评分：[[2]]", 2, 5),  # it repeated the example of its instructions first
-    ("评分：[[100]]", None, 100), ("评分：[[8]]，满分 [[100]]", 8, 8), ("[[0]]", None, 0),
-    ("评分：7", 7, None), ("数组 a[3] 越界", None, 3), ("评分：[[6]]", 6, 6)])
-def test_where_the_rule_is_not_mt_benchs(reply, ours, theirs):
-    assert (read_rating(reply), fastchat_rating(reply)) == (ours, theirs)
-
-
-@pytest.mark.parametrize(("reply", "verdict"), [
-    ("[[A]]", "A"), ("不是 [[A]]，而是 [[B]]", "B"), ("【【C】】", "C"), ("[[ C ]]", "C"),
-    ("A 更好", None), ("[[D]]", None), ("[A]", None)])
-def test_a_verdict_is_read(reply, verdict):
-    assert read_verdict(reply) == verdict
 
 
 @pytest.mark.parametrize("place", PROMPTS, ids=str)
@@ -63,7 +30,6 @@ def test_prompts_hold_all_that_is_judged_once_and_nothing_is_expanded_twice(plac
     # The braces of the answers are all that are left.
     assert len(re.findall(r"\{\w+\}", text)) == len(re.findall(r"\{\w+\}", "".join(turns)))
     assert ("[[A]]" in text) == (kind == "pair") and ("[[5]]" in text) == (kind == "single")
-    assert read_rating(prompt.again) is None
 
 
 def test_a_reference_is_used_where_all_turns_so_far_have_one():

@@ -96,6 +96,13 @@ def test_nonsense_is_asked_once_for_the_rating_alone_and_then_counts_as_failed(t
         assert results(rated(server, tmp_path / "rows.jsonl")) == [None, 4, 8, 9] and len(server.asked) == 8
 
 
+def test_a_reply_that_is_cut_has_no_rating_and_neither_has_a_follow_up(tmp_path):
+    with ChatServer(lambda asked, number: Say(body=completion("解释很长，评分：[[9]]", finish="length"))) as server:
+        found = rated(server, tmp_path / "rows.jsonl")
+        assert results(found) == [None] * 4 and not any(each.missing for each in found.values())
+        assert results(rated(server, tmp_path / "rows.jsonl")) == [None] * 4 and len(server.asked) == 8
+
+
 def test_who_is_killed_before_the_follow_up_asks_it_alone(tmp_path):
     path = tmp_path / "rows.jsonl"
     with ChatServer(lambda asked, number: "[[4]]" if is_follow_up(asked) else "胡说") as server:
