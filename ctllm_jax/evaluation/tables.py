@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from ctllm_jax.data.questions import CATEGORIES
 from ctllm_jax.evaluation.figures import Figure, Measured, extra_benchmarks, is_bits
 from ctllm_jax.evaluation.judge import Result, Score
 from ctllm_jax.evaluation.paper import PaperModel, read_paper
-from ctllm_jax.report.readable import compact
+from ctllm_jax.report.readable import as_markdown, compact
 from ctllm_jax.report.run import labels
 
 if TYPE_CHECKING:
@@ -266,22 +265,19 @@ def to_markdown(tables: Sequence[Table]) -> str:
     parts = []
     for table in tables:
         marks = table.notes()
-        heads = ["", *(f"{_escaped(column.name)}<br>{_escaped(column.below)}" if column.below else _escaped(column.name)
-                       for column in table.columns), *table.facts]
+        heads = ["", *("<br>".join(as_markdown(part) for part in (column.name, column.below) if part)
+                       for column in table.columns), *map(as_markdown, table.facts)]
         lines = [f"### {table.title}", "", _line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
         for name, cells, facts in table.rows:
-            lines.append(_line([_escaped(name), *(write_cell(cell, name, marks) for cell in cells), *facts]))
-        lines += ["", *(f"- {line}" for line in foot_lines(table))]
+            lines.append(_line([as_markdown(name), *(write_cell(cell, name, marks) for cell in cells),
+                                *map(as_markdown, facts)]))
+        lines += ["", *(f"- {as_markdown(line)}" for line in foot_lines(table))]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"([|<>*_`])", r"\\\1", text)
 
 
 def to_csv(tables: Sequence[Table]) -> str:

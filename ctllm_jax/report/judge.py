@@ -8,7 +8,7 @@ from typing import Any
 
 from ctllm_jax.report.charts import Scale
 from ctllm_jax.report.page import frame
-from ctllm_jax.report.readable import percent, visible
+from ctllm_jax.report.readable import as_markdown, percent, visible
 from ctllm_jax.report.tables import cards, section, shown, table
 
 _LOWEST, _HIGHEST = 1, 10
@@ -85,11 +85,11 @@ def markdown(records: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any]
     head = records[0]
     rows = [["", "questions", *names(records)], *score_rows(records)]
     rows += [[first, "", *rest] for first, *rest in count_rows(records)]
-    parts = [f"# {head['name']}", _markdown_table(rows)]
+    parts = [f"# {as_markdown(head['name'])}", _markdown_table(rows)]
     if comparison:
         parts.append(_markdown_table([list(COMPARISON_HEAD), *comparison_rows(comparison["comparisons"])]))
         parts.append(CONSISTENT)
-    return "\n\n".join([*parts, *notes(head)]) + "\n"
+    return "\n\n".join([*parts, *map(as_markdown, notes(head))]) + "\n"
 
 
 CONSISTENT = ("Each pair was shown in both orders, and counts where both choices agree; the win rate is wins and half "
@@ -304,6 +304,6 @@ def _plain(value: Any) -> str:
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
     def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(visible(cell).strip().replace('|', chr(92) + '|') for cell in cells)} |"
+        return f"| {' | '.join(map(as_markdown, cells))} |"
 
     return "\n".join([line(rows[0]), "|" + "---|" * len(rows[0]), *map(line, rows[1:])])

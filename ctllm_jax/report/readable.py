@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 
 from ctllm_jax.config.control import visible as visible
@@ -54,6 +55,11 @@ def clock(seconds: float) -> str:
 def percent(share: float) -> str:
     """A share of 1 as 41.2%."""
     return f"{share * 100:.1f}%"
+
+
+def as_markdown(text: str) -> str:
+    """The text on one line of Markdown, or in a cell of a table, in which it is nothing but text: no HTML, no link."""
+    return re.sub(r"([\\`*_|<>]|\](?=[(\[:]))", r"\\\1", " ".join(visible(text).split()))
 
 
 def finite(value: object) -> float | None:

@@ -1,5 +1,8 @@
 """The page and the tables of what was judged: all of it, side by side, and deaf to what models and judges write."""
 
+import re
+
+import markdown_it
 import pytest
 
 from ctllm_jax.report import judge
@@ -63,6 +66,20 @@ def test_markdown_holds_the_tables():
     assert "| mean of categories |  | 6.00 [5.00, 7.00] | 4.25 [3.25, 5.25] |" in text
     assert "| run@7 | other | 1 | 1 | 0 | 75.0% [50.0, 100.0] | 1 | 66.7% | 0 |" in text
     assert "judged by grader (served as grader-1) at temperature 0, 2026-11-24" in text and "single beef" in text
+
+
+def test_names_in_markdown_are_text():
+    """As CommonMark renders it, no name becomes HTML, a link, a new cell or a new line."""
+    names = [HOSTILE, "\\<b>x</b>", "a|b\n# c", "[x](http://evil.example)", "![x](javascript:alert(1))", "`<i>`",
+             "<http://x>"]
+    hostile = [{**record(name, 5.0), "name": name} for name in names]
+    for each in hostile:
+        each["judge"] = {**each["judge"], "model": each["name"], "served": [each["name"]]}
+    text = judge.markdown(hostile, None) + judge.markdown(hostile[::-1], None)
+    rendered = markdown_it.MarkdownIt("commonmark").enable("table").render(text)
+    assert not re.search("<(img|script|b|i|a|code)\\b", rendered) and "alert(1)" in rendered
+    assert rendered.count("<th>") == 2 * (2 + len(names))
+    assert rendered.count("<h1>") == 2 and "<li>" not in rendered
 
 
 @pytest.mark.parametrize("records", [RECORDS, RECORDS[:1]], ids=["two", "one"])
