@@ -92,8 +92,13 @@ class Endpoint:
         self.url = f"{config.base_url}/chat/completions"
         self._key = _read_key(config.api_key_env)
         self._backoff = backoff
+        address = urlsplit(self.url)
+        is_here = _is_loopback(address.hostname or "")
+        if self._key is not None and address.scheme == "http" and not is_here:
+            logger.warning("%s: the API key and all texts are sent without encryption, and can be read on the way: use "
+                           "https, or a tunnel to an address of this machine", self.url)
         # Nothing on this machine is behind a proxy; elsewhere urllib's reading of the environment holds.
-        proxies = [urllib.request.ProxyHandler({})] if _is_loopback(urlsplit(self.url).hostname or "") else []
+        proxies = [urllib.request.ProxyHandler({})] if is_here else []
         self._opener = urllib.request.build_opener(_NoRedirect, *proxies)
         self._free_at = 0.0  # until then the server has asked all to wait
         self._has_answered = False
@@ -269,8 +274,8 @@ class Endpoint:
     def _parse(self, content: bytes, kind: str) -> Reply:
         never = not self._has_answered
         try:
-            found = json.loads(content.decode("utf-8"))
-        except ValueError:
+            found = json.loads(content.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
             # Said to be JSON, it was cut off on its way; a page of HTML is what another address gives.
             raise EndpointError(f"{self.url}: the answer is not JSON but {kind}: {self._say(_decoded(content))[:80]!r}",
                                 retriable="json" in kind, concerns_all=never) from None
@@ -291,9 +296,10 @@ class Endpoint:
         usage = found["usage"] if isinstance(found.get("usage"), dict) else {}
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
         # A half surrogate can be written in JSON, but not in UTF-8.
-        text = (text or "").encode("utf-8", errors="replace").decode("utf-8")
-        return Reply(text, choices[0].get("finish_reason") == "length", str(found.get("model") or self.config.model),
-                     *(count if isinstance(count, int) else 0 for count in counts))
+        text, model = (each.encode("utf-8", errors="replace").decode("utf-8")
+                       for each in (text or "", str(found.get("model") or self.config.model)))
+        return Reply(text, choices[0].get("finish_reason") == "length", model,
+                     *(max(0, count) if isinstance(count, int) else 0 for count in counts))
 
     def _say(self, text: str) -> str:
         """A server's text as a message may hold it: on one line, short, and without the key."""
@@ -305,8 +311,10 @@ class Endpoint:
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect is an error: it would take the key, and the prompt, to an address that nobody gave."""
 
-    def redirect_request(self, *args: Any) -> None:
+    def http_error_302(self, *args: Any) -> None:
         return None
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 def _read_key(name: str | None) -> str | None:
@@ -348,7 +356,7 @@ def _error_text(content: bytes) -> str:
     text = _decoded(content)
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     for name in ("error", "message", "detail"):
         if isinstance(found, dict) and found.get(name):

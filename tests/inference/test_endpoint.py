@@ -73,6 +73,49 @@ def test_a_cut_answer_says_so_and_an_empty_one_is_empty():
         assert endpoint.ask(QUESTION)[:2] == ("半", True) and endpoint.ask(QUESTION)[:2] == ("", False)
 
 
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize("raw", [
+    b"", b"\r\n\r\n", b"garbage\r\n\r\n", b"HTTP/1.1 abc OK\r\n\r\n", b"HTTP/1.1 99999 OK\r\n\r\n",
+    b"HTTP/9.9 200 OK\r\n\r\n", b"HTTP/1.1 \xb2\xb2\xb2 OK\r\n\r\n", b"HTTP/1.1 " + b"2" * 70_000,
+    OK + b"a: b\r\n" * 200 + b"\r\n",
+    OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", OK + b"Transfer-Encoding: chunked\r\n\r\n-5\r\nabc",
+    b"HTTP/1.1 302 Found\r\nLocation: http://[::bad/\r\n\r\n", b"HTTP/1.1 302 Found\r\nLocation: \xff\r\n\r\n",
+    b"HTTP/1.1 304 Not\r\n\r\n", b"HTTP/1.1 204 No\r\n\r\n", b"HTTP/1.1 500 x\r\n\r\n" + b'{"error":' + b"[" * 60_000,
+    OK + b"\r\n" + b"[" * 60_000, OK + b'\r\n{"usage": ' + b"9" * 5000 + b"}",
+    OK + b'\r\n{"error": {"message": "\\ud800"}}'], ids=lambda raw: repr(raw[:40]))
+def test_no_bytes_of_a_server_raise_anything_but_an_error_of_the_endpoint(raw):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def answer():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(raw)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        message = failure(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", retries=0)
+        thread.join()
+    assert message.startswith("http://127.0.0.1") and message.isprintable()
+
+
+def test_what_a_server_says_of_itself_can_be_written_to_a_file():
+    body = {**completion("x\ud800"), "model": "m\ud800", "usage": {"prompt_tokens": -5, "completion_tokens": "9"}}
+    with ChatServer(lambda asked, number: Say(body=body)) as server:
+        assert client(server).ask(QUESTION) == Reply("x?", False, "m?", 0, 0)
+
+
+@pytest.mark.parametrize(("url", "key", "warns"), [
+    ("http://model.example/v1", "TEST_API_KEY", True), ("http://10.0.0.7:8000/v1", "TEST_API_KEY", True),
+    ("https://model.example/v1", "TEST_API_KEY", False), ("http://127.0.0.1:8000/v1", "TEST_API_KEY", False),
+    ("http://[::1]:8000/v1", "TEST_API_KEY", False), ("http://localhost:8000/v1", "TEST_API_KEY", False),
+    ("http://model.example/v1", None, False)])
+def test_a_key_that_leaves_this_machine_unencrypted_is_warned_of(url, key, warns, caplog):
+    client(url, api_key_env=key)
+    assert ("can be read on the way" in caplog.text) == warns and KEY not in caplog.text
+
+
 @pytest.mark.parametrize("say", [
     Say(status=429, body={"error": {"message": "slow down"}}), Say(status=500), Say(status=503, body=b"<html>"),
     Say(status=408), Say(cut=True), Say(body=b'{"choices": [{"mess'), Say(status=200, delay=3.0)], ids=str)
