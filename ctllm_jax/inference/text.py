@@ -17,7 +17,8 @@ class TextStream:
 
     Args:
       prompt: its ids; the last ones are read.
-      stop: texts that end it; the earliest one counts, and is not given.
+      stop: texts that end it. The one that is complete first counts, of several that end at one character the first in
+        this list, wherever tokens begin and end; it is not given. So vLLM has it.
 
     Attributes:
       text: all that was given.
@@ -26,7 +27,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, stop: Iterable[str] = ()):
         self._decode = tokenizer.decode
-        self._stops = sorted(filter(None, stop), key=len)
+        self._stops = [each for each in stop if each]
         # Ids whose text stands before what comes, and those that came since.
         self._before, self._new = list(prompt[-_CONTEXT:]), []
         self._given = 0  # characters of the new ids' text that were given
@@ -61,10 +62,11 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + text
-        found = min((place for place in map(text.find, self._stops) if place >= 0), default=None)
-        if found is not None:
+        found = [(place + len(each), place) for each in self._stops if (place := text.find(each)) >= 0]
+        if found:
             self.stopped = True
-            text, self._held = text[:found], ""
+            _, place = min(found, key=lambda each: each[0])
+            text, self._held = text[:place], ""
         else:
             kept = 0 if last else self._begun(text)
             text, self._held = text[:len(text) - kept], text[len(text) - kept:]
@@ -73,6 +75,5 @@ class TextStream:
 
     def _begun(self, text: str) -> int:
         """Characters at the end that a stop string may begin with."""
-        longest = min(len(text), max(map(len, self._stops), default=1) - 1)
-        return next((size for size in range(longest, 0, -1)
-                     if any(stop.startswith(text[-size:]) for stop in self._stops)), 0)
+        return max((size for stop in self._stops for size in range(min(len(text), len(stop) - 1), 0, -1)
+                    if text.endswith(stop[:size])), default=0)

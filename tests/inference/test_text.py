@@ -36,6 +36,12 @@ def pieces_of(tokenizer, ids, prompt=(), stop=()):
     return pieces, stream.stopped
 
 
+def first_complete(text, stop):
+    """The text before the stop text that is complete first, read a character at a time; None without one."""
+    ends = (text[:end] for end in range(1, len(text) + 1))
+    return next((read[:-len(each)] for read in ends for each in stop if each and read.endswith(each)), None)
+
+
 texts = st.text(st.sampled_from("今天气不错龘😀e\u0301 noabyt\n\u200d👩👦") | st.characters(exclude_categories=["Cs"]),
                 max_size=12)
 
@@ -43,15 +49,15 @@ texts = st.text(st.sampled_from("今天气不错龘😀e\u0301 noabyt\n\u200d�
 @settings(deadline=None, max_examples=150)
 @given(text=texts, prompt=texts, data=st.data())
 def test_no_half_character_and_nothing_of_a_stop_text(tokenizer, text, prompt, data):
-    """The pieces are the text up to the first of its stop texts, and each is certain when it is given."""
+    """The pieces are the text up to the stop text that is complete first, and each is certain when it is given."""
     inside = st.builds(lambda start, size: text[start:start + size], st.integers(0, 10), st.integers(1, 4))
     stop = data.draw(st.lists(st.text("今天 nb😀", min_size=1, max_size=3) | inside, max_size=3))
     before, ids = tokenizer.encode(prompt), tokenizer.encode(text)
     text = decode_completion(tokenizer, before, ids)
     pieces, stopped = pieces_of(tokenizer, ids, before, stop)
-    found = [place for each in stop if each and (place := text.find(each)) >= 0]
-    assert stopped == bool(found)
-    assert "".join(pieces) == (text[:min(found)] if found else text)
+    cut = first_complete(text, stop)
+    assert stopped == (cut is not None)
+    assert "".join(pieces) == (text if cut is None else cut)
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
 
@@ -81,10 +87,20 @@ def test_bytes_that_never_become_a_character_are_shown_at_the_end(tokenizer):
     assert "".join(pieces[:-1]) == "今" and set(pieces[-1]) == {"\ufffd"}
 
 
-def test_the_earliest_stop_text_counts(tokenizer):
-    """One that begins later but is shorter does not."""
-    assert pieces_of(tokenizer, tokenizer.encode("no bytes"), stop=["bytes", "yt"]) == (
-        pieces_of(tokenizer, tokenizer.encode("no bytes"), stop=["bytes"]))
+@pytest.mark.parametrize(("text", "stop", "given"), [
+    ("00000000010", ["0010", "01"], "0" * 8), ("00000000010", ["01", "0010"], "0" * 8),
+    ("no bytes", ["bytes", "yt"], "no b"),
+    ("no bytes", ["bytes", "es"], "no "), ("no bytes", ["es", "bytes"], "no byt"),
+    ("aaab", ["aaaa", "ab"], "aa"), ("今天气", ["天气", "今天气"], "今"), ("今天气", ["今天气", "天气"], "")])
+def test_of_overlapping_stop_texts_the_one_that_is_complete_first_counts(tokenizer, text, stop, given):
+    """vLLM's rule (its pull request 49391): of two that end at one character, the first in the list."""
+    assert first_complete(text, stop) == given
+    for ids in (tokenizer.encode(text), [token for each in text for token in tokenizer.encode(each)]):
+        pieces, stopped = pieces_of(tokenizer, ids, stop=stop)
+        assert stopped and "".join(pieces) == given
+
+
+def test_a_stop_text_that_has_only_begun_is_given_at_the_end(tokenizer):
     pieces, _ = pieces_of(tokenizer, tokenizer.encode("no byt"), stop=["bytes", "byz"])
     assert "".join(pieces) == "no byt" and "b" not in "".join(pieces[:-1])
 
