@@ -18,6 +18,7 @@ import importlib.util
 import logging
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import threading
@@ -169,6 +170,16 @@ def copy_file(path: Path, target: Path) -> None:
             target.write_bytes(path.read_bytes())
     else:
         shutil.copyfile(path, target)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file of this machine, at once or not at all, with the permissions that the user's umask gives."""
+    partial = path.with_name(f".{path.name[:100]}-{secrets.token_hex(4)}")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:

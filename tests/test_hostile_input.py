@@ -249,6 +249,12 @@ def test_no_file_name_leaves_its_folder(tmp_path, corpus):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"manifest.json: .*\.\./zh"):
         read_manifest(tmp_path)
+    for name in ("../t.model", str(tmp_path / "t.model"), "..", ".", "", 3, None):
+        manifest = json.loads((source / "manifest.json").read_bytes())
+        manifest["tokenizer"]["file"] = name
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match=r"manifest.json: tokenizer.file=.* must be the name of a file beside it"):
+            read_manifest(tmp_path)
 
 
 def test_vocabulary_of_the_corpus_is_what_is_attacked(corpus):

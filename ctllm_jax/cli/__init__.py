@@ -115,12 +115,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
+        from ctllm_jax.cli.outputs import explain
         from ctllm_jax.storage import describe_failure
 
         failure = describe_failure(error)
-        if failure is None:
+        if failure is not None:
+            return _complain(f"an object store failed: {failure[0]}", status=WRONG_INPUT if failure[1] else REQUEUE)
+        if not isinstance(error, OSError):
             raise
-        return _complain(f"an object store failed: {failure[0]}", status=WRONG_INPUT if failure[1] else REQUEUE)
+        message, status = explain(error)
+        return _complain(message, status=status)
 
 
 def entry() -> NoReturn:
@@ -165,7 +169,7 @@ def _run(module, command: str, arguments: list[str]) -> int:
         if "--print-config" in options:
             print(module.to_yaml(config), end="")
             return 0
-        return module.run(_context(command, action, words, overrides, options, config))
+        return _work(module, _context(command, action, words, overrides, options, config))
     schema = actions[action] if actions else module.SCHEMA
     takes_config = getattr(module, "TAKES_CONFIG", False)
     target = words.pop(0) if takes_config and words else getattr(module, "DEFAULT_CONFIG", None)
@@ -181,7 +185,27 @@ def _run(module, command: str, arguments: list[str]) -> int:
     if getattr(module, "TRAINS", False):
         _prepare_compiler(config, target)
     targets = [target] * bool(target) if takes_config else words
-    return module.run(_context(command, action, targets, overrides, options, config))
+    return _work(module, _context(command, action, targets, overrides, options, config))
+
+
+def _work(module, context: Context) -> int:
+    """The command itself, once its outputs are known to be writable."""
+    from ctllm_jax.cli.outputs import Output, check_writable, outputs_of
+    from ctllm_jax.config.base import Section
+    from ctllm_jax.config.pretrain import default_run_dir
+
+    outputs = outputs_of(context.config) if isinstance(context.config, Section) else []
+    if getattr(module, "TRAINS", False) and not context.dry_run:
+        outputs.append(Output("run.dir", context.config.run.dir or default_run_dir(context.targets[0]), "folder"))
+    for output in outputs:
+        check_writable(output.path, str(output), kind=output.kind)
+    try:
+        return module.run(context)
+    except OSError as error:
+        # After a write to a full disk, for example, the system does not say which file it was.
+        if error.filename is None and outputs:
+            error.add_note(f"one of {', '.join(map(str, outputs))}")
+        raise
 
 
 def _prepare_compiler(config: Any, target: str) -> None:
@@ -204,8 +228,10 @@ def _context(command: str, action: str | None, targets: list[str], overrides: li
 
 
 def _complain(message: str, *, status: int = WRONG_INPUT) -> int:
+    from ctllm_jax.config.control import visible
+
     red, plain = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
-    print(f"{red}error:{plain} {message}", file=sys.stderr)
+    print(f"{red}error:{plain} {visible(message)}", file=sys.stderr)
     return status
 
 

@@ -252,6 +252,7 @@ def write(path: str, results: list[dict[str, Any]], context: Context) -> None:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps({"command": context.command_line, "versions": versions, "results": results},
                                      indent=1), encoding="utf-8")
 

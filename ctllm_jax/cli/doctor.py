@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ctllm_jax.cli.outputs import check_writable
 from ctllm_jax.config.doctor import DoctorConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import load
@@ -68,6 +69,8 @@ def run(context: Context) -> int:
     from ctllm_jax.preflight.doctor import FAIL, Subject, as_json, examine, worst
 
     own, config = context.config
+    if own.output:
+        check_writable(own.output, f"output={own.output}", kind="file")
     environment = dict(os.environ)
     xla_flags.set_flags(environment, "auto" if config is None else config.compute.xla_flags)
     if config is not None:
@@ -79,6 +82,7 @@ def run(context: Context) -> int:
             findings.append(each)
     show(findings, context.console)
     if own.output:
+        Path(own.output).parent.mkdir(parents=True, exist_ok=True)
         Path(own.output).write_text(json.dumps({"command": context.command_line, "status": worst(findings),
                                                 "findings": as_json(findings)}, indent=1, ensure_ascii=False),
                                     encoding="utf-8")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctllm_jax.cli.evaluate_checkpoints import origin
+from ctllm_jax.cli.outputs import check_writable
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.evaluate import EvaluateConfig
 from ctllm_jax.config.evaluate_data import FetchConfig, ListConfig, choose_names
@@ -217,6 +218,8 @@ def _check(name: str, config: EvaluateConfig) -> None:
                         "RUN/evaluation/STEP")
     if config.output is None and (directory / "config.json").is_file() and not (directory / "config.yaml").is_file():
         raise UserError(f"{name} is a Hugging Face folder, and results do not belong in it: give output=FOLDER")
+    if config.output is None:
+        check_writable(directory / "evaluation", f"{directory / 'evaluation'} (results, unless output=FOLDER is given)")
     if config.template is not None and config.apply_chat_template == "false":
         raise UserError("template is given, and apply_chat_template=false would not use it: add "
                         "apply_chat_template=true")

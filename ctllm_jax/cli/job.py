@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ctllm_jax.cli.outputs import check_writable
 from ctllm_jax.config.job import Job, plan_job, schema_of
 from ctllm_jax.config.job_gke import GKEJobConfig
 from ctllm_jax.config.job_slurm import SlurmJobConfig
@@ -43,6 +44,7 @@ def run(context: Context) -> int:
         print(text, end="")
         return 0
     path = Path(job.output)
+    check_writable(path, f"job.output={path}", kind="file")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     context.console.print(f"written to {path}; read it, then: {writer.next_step(str(path))}", markup=False)

@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ctllm_jax.cli.outputs import check_writable
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.judge import OF_A_MODEL, JudgeConfig
 from ctllm_jax.config.statuses import DONE, FAILED
@@ -157,6 +158,7 @@ def _folder(config: JudgeConfig, sides: Sequence[Side]) -> Path:
     if config.output is not None:
         return Path(config.output)
     if len(sides) == 1 and sides[0].folder is not None:
+        check_writable(sides[0].folder, f"{sides[0].folder} (results, unless output=FOLDER is given)")
         return sides[0].folder
     raise UserError("output must be given: a folder for the tables and what they came from "
                     f"({'several answer' if len(sides) > 1 else 'it is no run directory that answers'})")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctllm_jax.cli.outputs import check_writable
 from ctllm_jax.cli.pretrain import dry_run, train, with_run_dir
 from ctllm_jax.cli.quickstart_alignment import align
 from ctllm_jax.cli.stages import Stages, write_json
@@ -55,6 +56,8 @@ def run(context: Context) -> int:
                       f"{config.run.dir}-dpo")
         return status
     directory, root = Path(config.run.dir), data_root(config)
+    for name, place in (("run.dir", directory), ("data.sources", root)):
+        check_writable(place, f"{name}={place}")
     stages = Stages(directory, console)
     began = time.monotonic()
     console.print("[bold]quickstart[/]: Ctrl-C stops it, the same command goes on")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctllm_jax.cli.outputs import check_writable
 from ctllm_jax.cli.processes import shell_status, start_child
 from ctllm_jax.cluster import distributed
 from ctllm_jax.config.errors import UserError
@@ -64,6 +65,7 @@ def run(context: Context) -> int:
     state = State(sweep)
     if context.dry_run:
         return dry_run(sweep, state, console)
+    check_writable(sweep.directory, f"run.dir={sweep.directory}")
     outcomes: dict[str, str] = {}
     state.write(command=context.command_line)
     console.print(Text(f"sweep of {len(sweep.runs)} runs under {sweep.directory}; the same command goes on",

@@ -3,9 +3,9 @@
 A section is a frozen pydantic model that forbids unknown keys, and control characters in its texts. Every key has a
 description (the help text) and may have these marks: `changeable` (a resumed run may differ in it), `local` (the
 processes of a run may differ in it), `prose` (its texts may hold line ends and tabs), `text` (prose that may be read
-from a file or from standard input: `key=@FILE`, `key=-`), and `older` (what a run did that was started before the key
-existed, if that is not the default). `shorthand` on the class is the key that a bare value for the whole section stands
-for.
+from a file or from standard input: `key=@FILE`, `key=-`), `output` (a "file" or "folder" that the command writes;
+whether it can is checked first), and `older` (what a run did that was started before the key existed, if that is not
+the default). `shorthand` on the class is the key that a bare value for the whole section stands for.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def key(default: Any = ..., meaning: str = "", *, changeable: bool = False, local: bool = False, text: bool = False,
-        prose: bool = False, older: Any = ..., **constraints) -> Any:
+        prose: bool = False, output: str | None = None, older: Any = ..., **constraints) -> Any:
     """A key of a section: its default (`...` if it must be given), its meaning, its marks, and pydantic's constraints."""
-    marks = {name: True for name, on in (("changeable", changeable), ("local", local), ("text", text), ("prose", prose or text))
-             if on}
+    marks = {name: on for name, on in (("changeable", changeable), ("local", local), ("text", text),
+                                       ("prose", prose or text), ("output", output)) if on}
     if older is not ...:
         marks["older"] = older
     if isinstance(default, (dict, list)):

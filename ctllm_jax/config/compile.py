@@ -12,4 +12,4 @@ class CompileConfig(PretrainConfig):
     topology: list[str] = key(..., "hardware by name, one or several: v5p-256, v5litepod-256, v6e:16x16, v5p:4x4x4, 4*v6e-256, tpu7x:4x4x4, h100:8, a3-highgpu-8g", min_length=1)
     search: bool = key(False, "try batch.rows_per_device, compute.remat and compute.loss_chunk, and recommend the fastest that fits")
     attempts: int = key(4, "most compilations for one topology, where the config does not fit or a search is on", ge=1)
-    output: str | None = key(None, "JSON file to write everything into")
+    output: str | None = key(None, "JSON file to write everything into", output="file")

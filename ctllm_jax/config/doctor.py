@@ -12,4 +12,4 @@ class DoctorConfig(Section):
 
     stage: Literal["pretrain", "sft", "dpo"] = key("pretrain", "the command that CONFIG is for")
     timeout: float = key(60, "seconds that a check may take", gt=0)
-    output: str | None = key(None, "JSON file to write the findings into")
+    output: str | None = key(None, "JSON file to write the findings into", output="file")

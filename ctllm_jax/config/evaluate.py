@@ -46,7 +46,7 @@ class EvaluateConfig(Section):
     max_length: int | None = key(None, "most tokens that the model sees at once, longer questions lose their beginning; null: the model's context", ge=2)
     dtype: Literal["float32", "bfloat16"] = key("float32", "what the model computes in; bfloat16 on accelerators takes half the memory")
     mesh: MeshConfig | None = key(None, "devices that the model is split over, such as {tensor: 4}; null: it lies on the first one")
-    output: str | None = key(None, "folder for the results; null: RUN/evaluation/STEP. A Hugging Face folder needs it")
+    output: str | None = key(None, "folder for the results; null: RUN/evaluation/STEP. A Hugging Face folder needs it", output="folder")
     samples: bool = key(False, "write every question with its answers beside the results")
     seed: int = key(1234, "of drawn examples and texts", ge=0, lt=2**32)
     bootstrap: int = key(1000, "draws for standard errors of metrics that are no mean (lm-eval: 100000); 0: no standard errors at all", ge=0)

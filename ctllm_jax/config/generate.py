@@ -24,7 +24,7 @@ class GenerateConfig(DrawingConfig):
 
     prompt: str = key("", "text to go on from; @FILE and - read it from a file or standard input, @@ stands for one @", text=True)
     prompts: str | None = key(None, "JSON lines instead of one prompt: each has prompt (text) or messages (for a model that was taught to answer); other fields are kept")
-    output: str | None = key(None, "JSON lines to write with prompts: what is there is kept, and the same command goes on")
+    output: str | None = key(None, "JSON lines to write with prompts: what is there is kept, and the same command goes on", output="file")
     logprobs: int | None = key(None, "with prompts: log-probabilities of the written tokens, and of so many of the likeliest beside each", ge=0, le=20)
     slots: int = key(16, "with prompts: texts that are written at once", ge=1)
     max_tokens: int = key(128, "most tokens to write", ge=1)

@@ -12,7 +12,7 @@ from ctllm_jax.config.base import Section, key
 class ImportConfig(Section):
     """`launch.py import-hf DIR`."""
 
-    output: str = key(..., "run directory to write: a MODEL like any other")
+    output: str = key(..., "run directory to write: a MODEL like any other", output="folder")
     template: bool = key(True, "keep its chat template; false: for a base model that is to learn another one")
     vocab_multiple: int | None = key(None, "cut rows of the embedding beyond the tokenizer's ids, or add zeros, up to a multiple of this; null: as many rows as it has", ge=1)
 
@@ -20,7 +20,7 @@ class ImportConfig(Section):
 class ExportConfig(Section):
     """`launch.py export-hf MODEL`."""
 
-    output: str = key(..., "folder to write")
+    output: str = key(..., "folder to write", output="folder")
     dtype: Literal["float32", "bfloat16", "float16"] | None = key(None, "type of the weights; null: what they are kept in, which is float32 for what was trained here")
     padding: Literal["keep", "cut"] = key("keep", "rows of the embedding beyond the tokenizer's ids")
     shard_gb: float = key(5.0, "most gigabytes of a file; more are several files and their index", gt=0)

@@ -28,7 +28,7 @@ class JobConfig(Section):
 
     stage: Literal["pretrain", "sft", "dpo"] = key("pretrain", "the command that the job runs")
     site: str | None = key(None, "YAML file with keys of `job:` that are the same for all jobs of a cluster; the command line wins")
-    output: str | None = key(None, "file that the job is written to; null: it is printed")
+    output: str | None = key(None, "file that the job is written to; null: it is printed", output="file")
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class JudgeConfig(Section):
     judge: GraderConfig = key(..., "the model that rates, behind an OpenAI-compatible endpoint")
     answers: AnswersConfig = section(AnswersConfig, "how the questions are answered")
     name: str | None = key(None, "name of the set in files and tables; null: that of questions")
-    output: str | None = key(None, "folder for tables, page, answers and ratings; null: evaluation/STEP of the one run that answers")
+    output: str | None = key(None, "folder for tables, page, answers and ratings; null: evaluation/STEP of the one run that answers", output="folder")
     compare: Literal["none", "first", "all"] = key("none", "beside the ratings have the judge choose between two answers, in both orders; first: each answerer against the first one, the baseline; all: each against each")
     categories: list[str] = key([], "only these categories; empty: all")
     limit: int | None = key(None, "only so many questions of each category: a trial; what is made is kept for the whole", ge=1)

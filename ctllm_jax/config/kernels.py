@@ -12,7 +12,7 @@ class KernelsCheckConfig(Section):
 
     op: str | None = key(None, "this op only; null: all")
     match: str = key("", "cases whose name contains this", text=True)
-    output: str | None = key(None, "a JSON file for the table")
+    output: str | None = key(None, "a JSON file for the table", output="file")
 
 
 class KernelsBenchConfig(Section):
@@ -28,7 +28,7 @@ class KernelsBenchConfig(Section):
     rows: int = key(1, "rows of the batch", ge=1)
     dtype: Literal["bfloat16", "float32"] = key("bfloat16", "of the arrays")
     repeats: int = key(10, "timed calls; the fastest counts", ge=1)
-    output: str | None = key("kernels_bench.json", "a JSON file for the table; null: none")
+    output: str | None = key("kernels_bench.json", "a JSON file for the table; null: none", output="file")
 
 
 class KernelsCompileConfig(Section):
@@ -38,4 +38,4 @@ class KernelsCompileConfig(Section):
     chips: list[Literal["v4", "v5e", "v5p", "v6e", "tpu7x"]] = key(
         ["v4", "v5e", "v5p", "v6e", "tpu7x"], "TPU chips to compile for")
     match: str = key("", "cases whose name contains this", text=True)
-    output: str | None = key(None, "a JSON file for the table")
+    output: str | None = key(None, "a JSON file for the table", output="file")

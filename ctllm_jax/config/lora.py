@@ -38,5 +38,5 @@ class LoraConfig(Section):
 class LoraMergeConfig(Section):
     """`launch.py lora merge RUN`."""
 
-    output: str = key(..., "run directory to write: a MODEL like any other, without adapters")
+    output: str = key(..., "run directory to write: a MODEL like any other, without adapters", output="folder")
     base: str | None = key(None, "MODEL that the adapters belong to, where it lies elsewhere now; null: where it was")

@@ -58,7 +58,7 @@ class PairsConfig(Section):
     data: PromptSourceConfig = key(..., "the prompts, with their good answers or without")
     chosen: EndpointConfig | None = key(None, "endpoint that gives the chosen answers; null: the last answer of each dialogue of data is chosen")
     rejected: RejectedConfig = key(..., "the weaker model, a MODEL of ours or an endpoint, that gives the rejected answers")
-    output: str = key(..., "file to write, ending in .jsonl; what was made is kept there, and the same command goes on")
+    output: str = key(..., "file to write, ending in .jsonl; what was made is kept there, and the same command goes on", output="file")
     cut_answers: Literal["drop_chosen", "drop", "keep"] = key("drop_chosen", "an answer that max_tokens ended: drop the pair where it is the chosen one, where it is either, or keep all")
     limit: int | None = key(None, "only the first prompts: a trial; without it the same command goes on", ge=1, changeable=True)
     seed: int = key(0, "seed of the draws; those of a prompt depend on it and on the prompt alone", ge=0, lt=2**32)

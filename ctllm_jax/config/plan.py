@@ -20,7 +20,7 @@ class PlanConfig(PretrainConfig):
     topology: str = key(..., "hardware by name: v5p-256, v5litepod-256, 4*v6e-256, h100:8, a3-highgpu-8g")
     mfu: float = key(0.4, "share of the peak, of causal FLOPs, that is expected; `compile` gives a bound", gt=0, le=1)
     price: float | None = key(None, "what a chip costs an hour, in any currency; null: no cost is printed", gt=0)
-    output: str | None = key(None, "config file to write, which extends CONFIG; null: none")
+    output: str | None = key(None, "config file to write, which extends CONFIG; null: none", output="file")
 
     @model_validator(mode="after")
     def _check_budget(self):

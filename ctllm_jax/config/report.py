@@ -8,4 +8,4 @@ from ctllm_jax.config.base import Section, key
 class ReportConfig(Section):
     """The report."""
 
-    output: str = key("", "file to write. Empty: report.html in the run directory, of several runs in the current one")
+    output: str = key("", "file to write. Empty: report.html in the run directory, of several runs in the current one", output="file")

@@ -14,7 +14,7 @@ FORMATS = {".md": "markdown", ".csv": "csv", ".txt": "text"}
 class TablesConfig(Section):
     """The paper's tables."""
 
-    output: str | None = key(None, "file to write: .md, .csv or .txt; null: printed")
+    output: str | None = key(None, "file to write: .md, .csv or .txt; null: printed", output="file")
     format: Literal["text", "markdown", "csv"] | None = key(None, "how the tables are written; null: as output's ending says, else as text")
     suite: str = key("eval/paper", "suite whose benchmarks are the rows, and whose examples a figure is measured against")
     rows: Literal["all", "measured"] = key("all", "measured: leave out benchmarks of the paper that no run was asked")

@@ -108,6 +108,9 @@ def read_manifest(directory: Path | str) -> Manifest:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{directory} is not a dataset directory: it has no {FILE}") from None
+    except NotADirectoryError:
+        raise UserError(f"{directory} is a file, and not a dataset directory: give the folder that holds {FILE}"
+                        ) from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     return _parse(values, path)
@@ -145,6 +148,8 @@ def _check(manifest: Manifest, stated: dict[tuple[str, str], int], path: Path) -
                                                                      manifest.tokenizer.vocab_size)):
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{path}: {field}={value!r} must be a positive integer")
+    if not _is_name(manifest.tokenizer.file):
+        raise UserError(f"{path}: tokenizer.file={manifest.tokenizer.file!r} must be the name of a file beside it")
     if not isinstance(manifest.eod_id, int) or not 0 <= manifest.eod_id <= np.iinfo(manifest.dtype).max:
         raise UserError(f"{path}: eod_id={manifest.eod_id!r} must be an id that {manifest.dtype} can hold")
     for name, split in manifest.splits.items():
@@ -162,11 +167,16 @@ def _check(manifest: Manifest, stated: dict[tuple[str, str], int], path: Path) -
                                 f"{shard.tokens} tokens, which make {expected} of {manifest.record_tokens}")
 
 
+def _is_name(value: Any) -> bool:
+    """Whether a value names a file in the folder itself; of "..", pathlib's name is ".."."""
+    return isinstance(value, str) and value not in ("", "..") and Path(value).name == value
+
+
 def _check_shard(shard: Shard, where: str) -> None:
     """Numbers are numbers, and the file lies beside the manifest."""
     for name, value in dataclasses.asdict(shard).items():
         if name == "file":
-            if not isinstance(value, str) or Path(value).name != value:
+            if not _is_name(value):
                 raise UserError(f"{where}: {value!r} must be the name of a file beside it")
         elif name == "sha256":
             if not isinstance(value, str):

@@ -13,9 +13,9 @@ import gzip
 import hashlib
 import io
 import json
+import secrets
 import shutil
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections import defaultdict
@@ -298,11 +298,11 @@ def convert(official: Official, path: Path, *, cache: Path) -> Path:
     if not tables:
         raise UserError(f"{path} has no question in the layout of {official.origin}")
     cache.mkdir(parents=True, exist_ok=True)
-    half = Path(tempfile.mkdtemp(prefix=".half-", dir=cache))
+    half = cache / f".half-{secrets.token_hex(4)}"
+    half.mkdir()
     try:
         for (configuration, split), rows in tables.items():
             write_parquet(half / configuration / f"{split}.parquet", rows)
-        half.chmod(0o755)
         try:
             half.rename(target)
         except OSError:

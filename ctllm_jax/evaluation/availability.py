@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,11 +111,11 @@ def _fetch_one(dataset: str, configuration: str | None, data: Path) -> Fetched:
         lines = str(error).strip().splitlines()
         return Fetched(dataset, configuration, None, f"{type(error).__name__}: {lines[0] if lines else ''}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    half = Path(tempfile.mkdtemp(prefix=".half-", dir=target.parent))
+    half = target.parent / f".half-{secrets.token_hex(4)}"
+    half.mkdir()
     try:
         for split, rows in splits.items():
             rows.to_parquet(str(half / f"{split}.parquet"))
-        half.chmod(0o755)
         half.rename(target)
     finally:
         shutil.rmtree(half, ignore_errors=True)

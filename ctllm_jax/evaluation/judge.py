@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +26,7 @@ from ctllm_jax.evaluation.judge_answers import Given
 from ctllm_jax.evaluation.judge_prompts import Prompt
 from ctllm_jax.evaluation.judge_replies import LOWEST
 from ctllm_jax.evaluation.judging import Judge, Judgment
+from ctllm_jax.storage import write_whole
 
 KIND, PART, COMPARISON = "judge", "judge-part", "judge-comparison"
 _FORMAT = 1
@@ -249,10 +248,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> Path:
     """Write a record, at once or not at all. UserError where that cannot be done."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".judge-", delete=False) as file:
-            file.write(json.dumps(record, ensure_ascii=False, indent=1).encode())
-            os.fchmod(file.fileno(), 0o644)
-        os.replace(file.name, path)
+        write_whole(path, json.dumps(record, ensure_ascii=False, indent=1).encode())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
     return path

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.storage import write_whole
 
 FOLDER = "evaluation"
 ANSWERS = "answers.jsonl"
@@ -44,9 +45,8 @@ def result_folder(run_dir: Path, step: int) -> Path:
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """A file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(result, indent=1, ensure_ascii=False, default=to_json) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    text = json.dumps(result, indent=1, ensure_ascii=False, default=to_json) + "\n"
+    write_whole(path, text.encode())
 
 
 def write_samples(path: Path, samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:

@@ -6,9 +6,11 @@ Stock tasks stay as they are, prompt for prompt: only where their rows come from
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -83,9 +85,17 @@ def open_tasks(names: Sequence[str], *, data: Path | None = None,
     groups: dict[str, Group] = {}
     for name in names:
         catalog.add_groups(name, tasks, groups)
+    short = {}
     for name, task in tasks.items():
         _set_fewshot(task, wanted.get(name))
         task.set_fewshot_seed(seed=seed)
+        if (there := _available_examples(task)) < task.get_config("num_fewshot"):
+            short[name] = there
+    if short:
+        named = [f"{name} has {there}" for name, there in list(short.items())[:5]]
+        rest = f", and {len(short) - 5} more tasks have too few" if len(short) > 5 else ""
+        raise UserError(f"num_fewshot asks for more examples than there are: {', '.join(named)}{rest}; give at most "
+                        f"{min(short.values())}, or evaluate these tasks by themselves")
     return {"tasks": tasks, "groups": groups, "group_map": {name: group.child_names for name, group in groups.items()}}
 
 
@@ -112,6 +122,18 @@ def _set_fewshot(task: Task, wanted: int | None) -> None:
     own = task.get_config("num_fewshot")
     if own is None or (wanted is not None and own != 0):
         task.set_config(key="num_fewshot", value=wanted or 0)
+
+
+def _available_examples(task: Task) -> int:
+    """The examples that lm-eval's sampler can draw for each question of a task."""
+    if not task.get_config("num_fewshot"):
+        return 0
+    pool = task.sampler.fewshot_docs()
+    if task.fewshot_cfg.split != task.config.test_split:
+        return len(pool)
+    # Examples and questions are of one split: a question, with its copies, is no example of its own.
+    copies = Counter(json.dumps(row, sort_keys=True, default=str) for row in pool)
+    return len(pool) - max(copies.values(), default=0)
 
 
 @dataclass

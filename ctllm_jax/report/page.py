@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html import escape
@@ -25,7 +23,7 @@ from ctllm_jax.report.goodput import section as goodput
 from ctllm_jax.report.readable import clock, compact, duration, finite, percent, visible
 from ctllm_jax.report.run import Run, labels, read_run
 from ctllm_jax.report.sentiment import sentiment
-from ctllm_jax.storage import is_remote, open_path, told
+from ctllm_jax.storage import is_remote, open_path, told, write_whole
 
 _STYLE = Path(__file__).with_name("page.css")
 _SCRIPT = Path(__file__).with_name("page.js")
@@ -61,10 +59,7 @@ def save(page: str, output: str | Path) -> Path:
         raise UserError(f"{output}: a directory; the report is a file, such as {output / 'report.html'}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=output.parent, prefix=".report-", delete=False) as file:
-            file.write(page.encode("utf-8"))
-            os.fchmod(file.fileno(), 0o644)
-        os.replace(file.name, output)
+        write_whole(output, page.encode("utf-8"))
     except OSError as error:
         raise UserError(f"{output}: the report cannot be written ({error.strerror})") from error
     return output

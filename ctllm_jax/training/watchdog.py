@@ -223,7 +223,7 @@ class Watchdog:
             last.start()
             message = f"process {self._index} on {socket.gethostname()}: {what}"
             # Not on an object store: it may be what hangs.
-            folder = Path(tempfile.gettempdir()) if is_remote(self._directory) else self._directory
+            folder = Path(tempfile.mkdtemp(prefix="ctllm-")) if is_remote(self._directory) else self._directory
             path = folder / f"stacks-{self._index}.txt"
             sys.stderr.write(f"{message}; every thread's stack follows, and is in {path}\n")
             sys.stderr.flush()
