@@ -83,7 +83,7 @@ class Checkpointer:
         self._failures = 0
         self._error: NotWritten | None = None
         self._warnings: list[str] = []
-        self._tell: Callable[[str], None] = self._warn
+        self._tell: Callable[[str], None] = self.warn
 
     def listen(self, tell: Callable[[str], None], *, record: Callable[[str], None]) -> None:
         """From now on `tell` is told of failures that are tolerated; `record` also of what was warned of before."""
@@ -254,12 +254,12 @@ class Checkpointer:
                 problems = find_structural_damage(folder, read=self.config.verify == "full")
                 if not problems:
                     seen = "can be read" if self.config.verify == "full" else "are listed"
-                    self._warn(f"{folder} has no manifest (an older version wrote it): its arrays {seen}; whether a bit"
+                    self.warn(f"{folder} has no manifest (an older version wrote it): its arrays {seen}; whether a bit"
                                " of them was changed cannot be seen")
             if not problems:
                 for number, found in damaged.items():
                     place = files.quarantine(self._steps.directory / str(number), found)
-                    self._warn(f"the checkpoint of step {number} is damaged, and is in {place} now:"
+                    self.warn(f"the checkpoint of step {number} is damaged, and is in {place} now:"
                                f" {files.say_damage(found)}; going on from step {step}")
                 return step
             damaged[step] = problems
@@ -285,7 +285,8 @@ class Checkpointer:
                      " of a milestone), or remove the steps.")
         return "\n".join(lines)
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Warn of something before the run has its console; `listen` records it later."""
         self._warnings.append(text)
         log.warning(text)
 

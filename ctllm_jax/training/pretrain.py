@@ -36,6 +36,7 @@ from ctllm_jax.storage import copy_file, is_remote
 from ctllm_jax.training import checkpoint as checkpoints
 from ctllm_jax.training.checkpointer import Checkpointer
 from ctllm_jax.training.environment import choose_implementations, describe_environment, warn_of_processors
+from ctllm_jax.training.extension import describe_jump
 from ctllm_jax.training.fingerprint import compare_fingerprints, describe_data, make_fingerprint
 from ctllm_jax.training.goodput import Ledger
 from ctllm_jax.training.loop import Hook, run_loop
@@ -328,6 +329,9 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
         if newest > config.steps:
             raise UserError(f"steps={config.steps}: {directory} is at step {newest} already")
         warn_of_processors(directory)
+        if jax.process_index() == 0 and (jump := describe_jump(config, run_dir=directory, step=newest,
+                                                               before=known.get("steps", config.steps))):
+            checkpointer.warn(jump)
         stage(f"resuming {directory} at step {newest}")
         state = restore_state(checkpointer, plan.abstract_state, step=newest)
         checkpointer.meta["init"] = origin = known.get("init")

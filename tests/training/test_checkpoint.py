@@ -338,6 +338,16 @@ def test_a_contradiction_is_refused_with_every_difference(kept_run, prepare):
     assert "steps" not in text and str(directory) in text
 
 
+def test_more_steps_that_make_the_learning_rate_jump_are_told_before_the_run_begins(kept_run, prepare, caplog):
+    directory, _ = kept_run
+    run = prepare(directory, "steps=40")
+    warnings = []
+    run.checkpointer.listen(lambda text: None, record=warnings.append)
+    # In the middle of the cosine over 10 steps, which is near the beginning of the one over 40.
+    text, = [text for text in warnings if "the learning rate jumps" in text]
+    assert text in caplog.text and "because steps=40 replaces steps=10" in text
+
+
 def test_going_back_behind_the_newest_step_is_refused(kept_run, prepare):
     directory, _ = kept_run
     with pytest.raises(UserError, match=f"steps=4: {directory} is at step 5 already"):
