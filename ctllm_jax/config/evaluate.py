@@ -25,7 +25,7 @@ class HeldOutConfig(Section):
 
     sources: dict[str, HeldOutSourceConfig] = key({}, "name -> path, such as held_out.sources.zh=zh.jsonl; none: what the run held out of its training data")
     split: str = key("validation", "split of a dataset directory")
-    max_tokens: int = key(1_000_000, "tokens of each source, from its first", ge=1)
+    max_tokens: int = key(1_000_000, "about so many tokens of each source: of a dataset directory the first, in the shuffled order of its documents; of text a random sample of documents", ge=1)
 
 
 class EvaluateConfig(Section):

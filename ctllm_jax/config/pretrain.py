@@ -108,7 +108,7 @@ class EvaluationConfig(Section):
 
     every: int = key(0, "steps between evaluations; 0: never, not even at the end", ge=0, changeable=True)
     split: str = key("validation", "split of each training source that is held out", changeable=True)
-    max_tokens: int = key(1_000_000, "tokens evaluated of each source, from its first", ge=1, changeable=True)
+    max_tokens: int = key(1_000_000, "about so many tokens are evaluated of each source: of text the first, in the shuffled order of the documents; of dialogues and pairs a random sample", ge=1, changeable=True)
     rows_per_device: int = key(8, "rows of an evaluation batch on each device", ge=1, changeable=True)
     tasks: LoopTasksConfig = section(LoopTasksConfig, "benchmarks in the loop", changeable=True)
 

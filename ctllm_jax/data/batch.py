@@ -64,7 +64,8 @@ class BatchSource(Protocol):
         """For each source, batches [rows, S] that training does not see; each can be iterated again and again.
 
         The last batch is filled up with rows of segment 0. `split` names what is held out, where the source has splits;
-        at most `max_tokens` tokens are read of a source, but at least one row. Empty where nothing is held out.
+        about `max_tokens` tokens of a source are read, but at least one row: of text from the start of the split, whose
+        documents are in random order; of dialogues and pairs a random sample. Empty where nothing is held out.
         """
 
     def tokens_per_source(self, steps: int) -> dict[str, int]:

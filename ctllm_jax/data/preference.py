@@ -22,7 +22,16 @@ from ctllm_jax.data.chat import ChatTemplate, Rendered
 from ctllm_jax.data.epochs import PackedEpochs, best_fit
 from ctllm_jax.data.pairs import Pair, read_pairs
 from ctllm_jax.data.pretrain import HeldOutData
-from ctllm_jax.data.sft import Examples, content_sha256, is_held_out, joined, pack_row, render_each, select
+from ctllm_jax.data.sft import (
+    Examples,
+    content_sha256,
+    draw_held_out,
+    is_held_out,
+    joined,
+    pack_row,
+    render_each,
+    select,
+)
 from ctllm_jax.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -131,16 +140,16 @@ class PreferenceData:
         return batches()
 
     def held_out(self, *, rows: int, split: str, max_tokens: int) -> dict[str, Iterable[Batch]]:
-        """The pairs of `config.held_out`, by source; `split` says nothing here. They carry `reference_logps` as it is
-        when a batch is made."""
+        """The pairs of `config.held_out`, or a sample of them, by source; `split` says nothing here. They carry
+        `reference_logps` as it is when a batch is made."""
         del split
         found: dict[str, Iterable[Batch]] = {}
         for index, name in enumerate(self._names):
-            packed = self._rows_of(self._apart[self.answers.sources[2 * self._apart] == index])
+            apart = self._apart[self.answers.sources[2 * self._apart] == index]
+            packed = self._rows_of(draw_held_out(self.answers, apart, 2, max_tokens=max_tokens, source=name))
             if packed:
-                count = min(len(packed), max(1, max_tokens // self._sequence_length))
                 found[name] = HeldOutData(_Rows(self, packed), rows=rows, sequence_length=self._sequence_length,
-                                          count=count, padding=self.pack([]))
+                                          count=len(packed), padding=self.pack([]))
         return found
 
     def _rows_of(self, pairs: np.ndarray) -> list[np.ndarray]:

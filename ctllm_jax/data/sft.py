@@ -114,15 +114,15 @@ class SFTData:
         return batches()
 
     def held_out(self, *, rows: int, split: str, max_tokens: int) -> dict[str, Iterable[Batch]]:
-        """The dialogues of `config.held_out`, by source; `split` says nothing here."""
+        """The dialogues of `config.held_out`, or a sample of them, by source; `split` says nothing here."""
         del split
         found: dict[str, Iterable[Batch]] = {}
         for index, name in enumerate(self._names):
             own = select(self._held_out, np.flatnonzero(self._held_out.sources == index))
             if len(own.sources):
-                packed = PackedDialogues(own, self._sequence_length)
-                count = min(len(packed), max(1, max_tokens // self._sequence_length))
-                found[name] = HeldOutData(packed, rows=rows, sequence_length=self._sequence_length, count=count)
+                chosen = draw_held_out(own, np.arange(len(own.sources)), 1, max_tokens=max_tokens, source=name)
+                packed = PackedDialogues(select(own, chosen), self._sequence_length)
+                found[name] = HeldOutData(packed, rows=rows, sequence_length=self._sequence_length, count=len(packed))
         return found
 
     def tokens_per_source(self, steps: int) -> dict[str, int]:
@@ -178,6 +178,25 @@ def is_held_out(ids: np.ndarray, fraction: float) -> bool:
     """
     digest = hashlib.blake2b(ids.tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+def draw_held_out(examples: Examples, items: np.ndarray, size: int, *, max_tokens: int, source: str) -> np.ndarray:
+    """As many of the items as have about `max_tokens` tokens on average, at least one, in their order.
+
+    Item i is `size` consecutive examples from the example `size * i` on. A hash of their ids draws them, so neither
+    length, nor order, nor the seed of the run decides. What is left out is logged.
+    """
+    starts, ends = examples.offsets[size * items], examples.offsets[size * (items + 1)]
+    total = int((ends - starts).sum())
+    if total <= max_tokens:
+        return items
+    count = max(1, len(items) * max_tokens // total)
+    drawn = [hashlib.blake2b(examples.ids[start:end].tobytes(), digest_size=8, key=b"evaluated").digest()
+             for start, end in zip(starts, ends, strict=True)]
+    logger.warning("data.sources.%s: %d of %d held-out %s are evaluated, a random sample of about "
+                   "evaluation.max_tokens=%d tokens", source, count, len(items),
+                   "dialogues" if size == 1 else "pairs", max_tokens)
+    return items[np.sort(np.argsort(np.array(drawn), kind="stable")[:count])]
 
 
 def joined(rendered: Sequence[Rendered], sources: Sequence[int]) -> Examples:

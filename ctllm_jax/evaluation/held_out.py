@@ -10,6 +10,8 @@ ratio of sums.
 from __future__ import annotations
 
 import hashlib
+import heapq
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -37,6 +39,9 @@ from ctllm_jax.losses.cross_entropy import chunked_cross_entropy
 from ctllm_jax.model.decoder import Decoder, head_weights
 from ctllm_jax.training.pretrain import place_batch
 
+logger = logging.getLogger(__name__)
+_BYTES_A_TOKEN = 16
+"""More than a token has on average."""
 _AT_ONCE = 65_536
 """Tokens of documents that are scored together."""
 
@@ -98,6 +103,10 @@ def measure_held_out(model: Model, held_out: HeldOut, config: HeldOutConfig, *, 
         documents = (document.text for document in
                      read_documents(files, text_field=config.sources[name].text_field, quarantine=quarantine))
         figures[name] = measure_text(scorer, model, documents, prefix_id=prefix_id, max_tokens=config.max_tokens)
+        measured, there = figures[name]["documents"], figures[name]["of_documents"]
+        if measured < there:
+            logger.warning("held_out.sources.%s: %d of %d documents are measured, a random sample of about held_out."
+                           "max_tokens=%d tokens", name, measured, there, config.max_tokens)
         if not figures[name]["bytes"]:
             raise UserError(f"held_out.sources.{name}={config.sources[name].path} has no text")
     return {name: figures[name] for name in (config.sources or figures) if name in figures}
@@ -105,10 +114,12 @@ def measure_held_out(model: Model, held_out: HeldOut, config: HeldOutConfig, *, 
 
 def measure_text(scorer: Scorer, model: Model, texts: Iterable[str], *, prefix_id: int,
                  max_tokens: int) -> dict[str, Any]:
-    """Figures of documents, as of `measure_held_out`; at most about `max_tokens` tokens of them, whole documents."""
+    """Figures of documents, as of `measure_held_out`, and `of_documents`, how many there are. Where they have more than
+    about `max_tokens` tokens, a hash of the text draws whole documents."""
     digest, total = hashlib.sha256(), 0
     paid: list[tuple[float, int]] = []
-    for texts_of_batch in _batches(texts):
+    drawn, of_documents = _draw(texts, model.tokenizer, max_tokens)
+    for texts_of_batch in _batches(drawn):
         rows = model.tokenizer.encode_batch(texts_of_batch)
         ends = [] if model.stop_id is None else [model.stop_id]
         requests, owners = [], []
@@ -125,8 +136,6 @@ def measure_text(scorer: Scorer, model: Model, texts: Iterable[str], *, prefix_i
         for text, cost in zip(texts_of_batch, nats, strict=True):
             digest.update(text.encode() + b"\0")
             paid.append((cost / math.log(2), len(text.encode())))
-        if total >= max_tokens:
-            break
     bits, size = (math.fsum(each[place] for each in paid) for place in (0, 1))
     ratio = bits / size if size else 0.0
     error = None
@@ -134,7 +143,28 @@ def measure_text(scorer: Scorer, model: Model, texts: Iterable[str], *, prefix_i
         squares = math.fsum((cost - ratio * length) ** 2 for cost, length in paid)
         error = math.sqrt(squares * len(paid) / (len(paid) - 1)) / size
     return {"bits_per_byte": ratio, "loss": bits * math.log(2) / max(total, 1), "tokens": total, "bytes": int(size),
-            "documents": len(paid), "error": error, "sha256": digest.hexdigest()}
+            "documents": len(paid), "of_documents": of_documents, "error": error, "sha256": digest.hexdigest()}
+
+
+def _draw(texts: Iterable[str], tokenizer: Any, max_tokens: int) -> tuple[list[str], int]:
+    """The texts of the smallest hashes that together have about `max_tokens` tokens, in their order; and how many texts
+    there are. Memory holds those of about that many tokens."""
+    kept: list[tuple[int, int, str]] = []  # a heap: the largest hash first
+    size = count = 0
+    for index, text in enumerate(filter(None, texts)):
+        count += 1
+        key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=b"evaluated").digest(), "little")
+        heapq.heappush(kept, (-key, index, text))
+        size += len(text.encode())
+        while size - len(kept[0][2].encode()) > _BYTES_A_TOKEN * max_tokens:
+            size -= len(heapq.heappop(kept)[2].encode())
+    left, chosen = max_tokens, []
+    for _, index, text in sorted(kept, reverse=True):
+        if left <= 0:
+            break
+        left -= len(tokenizer.encode(text)) + 1
+        chosen.append((index, text))
+    return [text for _, text in sorted(chosen)], count
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

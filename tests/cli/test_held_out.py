@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from ctllm_jax.config.statuses import WRONG_INPUT  # noqa: E402
-from ctllm_jax.evaluation.held_out import measure_text  # noqa: E402
+from ctllm_jax.evaluation.held_out import _draw, measure_text  # noqa: E402
 from ctllm_jax.evaluation.scoring import Scorer  # noqa: E402
 from ctllm_jax.inference.model import load_model  # noqa: E402
 from tests.cli.conftest import call  # noqa: E402
@@ -75,7 +75,19 @@ def test_the_interval_is_that_of_the_jackknife(model):
 def test_no_more_than_the_tokens_asked_for(model, monkeypatch):
     monkeypatch.setattr("ctllm_jax.evaluation.held_out._AT_ONCE", 1)
     figures = measure_text(Scorer(model), model, ["the river"] * 50, prefix_id=model.stop_id, max_tokens=20)
-    assert 20 <= figures["tokens"] < 40
+    assert 20 <= figures["tokens"] < 40 and figures["of_documents"] == 50
+
+
+@pytest.mark.parametrize("bytes_a_token", [16, 1 / 8])
+def test_documents_are_drawn_wherever_they_stand(model, monkeypatch, bytes_a_token):
+    """The first file of a folder is no sample of it, and memory need not hold all."""
+    monkeypatch.setattr("ctllm_jax.evaluation.held_out._BYTES_A_TOKEN", bytes_a_token)
+    texts = [f"{'river' if number < 200 else 'stone'} {number}" for number in range(400)]
+    drawn, count = _draw(iter(["", *texts]), model.tokenizer, 400)
+    assert count == 400 and drawn == sorted(drawn, key=texts.index) and len(set(drawn)) == len(drawn) < 200
+    assert set(drawn) == set(_draw(iter(texts[::-1]), model.tokenizer, 400)[0])
+    assert 0.3 < sum(text.startswith("river") for text in drawn) / len(drawn) < 0.7
+    assert _draw(iter(texts[:20]), model.tokenizer, 10**6) == (texts[:20], 20)
 
 
 def test_text_and_a_dataset_of_a_run_in_one_command(text_run, corpus, tmp_path):

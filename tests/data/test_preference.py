@@ -205,8 +205,23 @@ def test_held_out_batches_hold_every_pair_once_with_its_reference(load, asked_tw
     assert sorted(answer for name in seen for answer in seen[name]) == sorted(
         answer for pair in apart for answer in (2 * pair, 2 * pair + 1))
     assert {int(data.answers.sources[answer]) for answer in seen["y"]} == {1}
-    assert len(list(data.held_out(rows=1, split="", max_tokens=2 * S)["x"])) == 2
     assert load().held_out(rows=4, split="", max_tokens=10**9) == {}
+
+
+def test_a_sample_of_held_out_pairs_has_pairs_of_every_length(load, write, make_texts, caplog):
+    texts = [text[:4 + 24 * (number % 2)] for number, text in enumerate(make_texts(600))]
+    data = load(sources={"x": {"path": write(list(zip(texts[::3], texts[1::3], texts[2::3], strict=True)))}},
+                held_out=0.5)
+    apart = sorted(set(range(len(data))) - set(trained_pairs(data)))
+    lengths = data.answers.lengths.reshape(-1, 2).sum(axis=1)
+    limit = int(lengths[apart].sum()) // 3
+    found = []
+    for batch in data.held_out(rows=1, split="", max_tokens=limit)["x"]:
+        one = type(batch)(*(part[0] for part in batch[:5]),
+                          type(batch.preference)(*(part[0] for part in batch.preference)))
+        found.append(int((one.segment_ids > 0).sum()))
+    assert f"{len(apart) // 3} of {len(apart)} held-out pairs are evaluated" in caplog.text
+    assert sum(found) == pytest.approx(limit, rel=0.15)
 
 
 def held_out_answers(data, row):

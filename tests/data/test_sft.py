@@ -315,6 +315,28 @@ def test_every_ratio_holds_out_the_same_and_trains_on_none_of_it(load):
     assert found["zh:en=1:0"].report["groups"]["en"]["rows"] == 0 == found["en:zh=1:0"].report["groups"]["zh"]["rows"]
 
 
+def test_a_sample_of_held_out_dialogues_does_not_depend_on_their_length(load, tmp_path, make_texts, caplog):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": text[:9], "completion": text[9:12 + 12 * (number % 3)]}
+            for number, text in enumerate(make_texts(400, seed=4))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load(sources={"x": {"path": str(path)}}, held_out=0.5)
+    caplog.clear()
+
+    def lengths(max_tokens):
+        return sorted(int((batch.segment_ids[0] == segment).sum())
+                      for batch in data.held_out(rows=1, split="", max_tokens=max_tokens)["x"]
+                      for segment in range(1, int(batch.segment_ids[0].max()) + 1))
+
+    every = lengths(10**9)
+    assert not caplog.records and len(every) == data.report["held_out"]
+    sample = lengths(sum(every) // 4)
+    assert len(sample) == len(every) // 4 and f"{len(sample)} of {len(every)} held-out dialogues" in caplog.text
+    assert np.mean(sample) == pytest.approx(np.mean(every), rel=0.1)
+    assert np.mean(every[-len(sample):]) > 1.3 * np.mean(every)  # what the longest ones alone would give
+    assert lengths(1) == lengths(2) and len(lengths(1)) == 1
+
+
 def test_copies_of_a_dialogue_are_held_out_together(load, write):
     path = write(60, seed=3)
     path.write_text(path.read_text() * 3)
