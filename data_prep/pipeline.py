@@ -104,7 +104,7 @@ class Pipeline:
     def read(self) -> None:
         """Input files to parts of records; bad records stop the run here, after all files are read."""
         config = self.config
-        stage = self.stage("read", read.VERSION, config.encoding, config.html)
+        stage = self.stage("read", *_read_options(config))
         units = [_read_unit(unit) for unit in self.ran.inputs]
         options = options_of(config, stage)
         if config.limit is None:
@@ -121,8 +121,8 @@ class Pipeline:
             listed.unlink(missing_ok=True)
         if count > config.max_bad:
             raise UserError(f"{bad[0]['first_bad']}. Bad records: {count}, allowed: max_bad={config.max_bad}; they are "
-                            f"listed in {listed}. What is good has been read: the same command with a higher max_bad "
-                            f"goes on")
+                            f"listed in {listed}. {_advice(bad[0]['first_bad'])}What is good has been read: the same "
+                            f"command with a higher max_bad continues")
         if not any(commit.counters["records"] for _, commit in done):
             raise UserError(f"the input holds no text: {count} bad records, and no other")
 
@@ -145,7 +145,7 @@ class Pipeline:
         config = self.config.filter
         files = [content_hash(path) for path in (*config.url_blacklists, *config.bad_words, config.language_model)]
         done_before = self.ran.stages["read"]
-        read_stage = self.stage("read", read.VERSION, self.config.encoding, self.config.html)
+        read_stage = self.stage("read", *_read_options(self.config))
         kinds = {unit["id"]: unit["kind"] for unit in self.ran.inputs}
         sets = with_thresholds(SETS, config.thresholds)
         units = []
@@ -302,6 +302,17 @@ def _set_identity(rules: RuleSet) -> str:
     return fingerprint([[name, bounds.low, bounds.high, bounds.above, RULES[name].version]
                         for name, bounds in rules.bounds.items()],
                        rules.link_removal, rules.line_rules, rules.languages)
+
+
+def _advice(reason: str) -> str:
+    if "invalid UTF-8" in reason:
+        return "If this is text in another encoding, name it: encoding=gb18030 or encoding=big5. "
+    return ""
+
+
+def _read_options(config: PrepareConfig) -> tuple[Any, ...]:
+    """What decides, beside the input, what is read."""
+    return read.VERSION, config.encoding, config.html, config.max_record_mib
 
 
 def _read_unit(unit: InputUnit) -> Unit:

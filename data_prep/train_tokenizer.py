@@ -50,7 +50,7 @@ def train_tokenizer(config: TokenizerTrainConfig, *, progress: Callable[[int, in
     output = Path(config.output)
     if output.suffix != ".model":
         raise UserError(f"output={config.output} must end in .model")
-    files = find_files(config.input)
+    files = find_files(config.input, links=config.links)
     total = sum(file.stat().st_size for file in files)
     quarantine = Quarantine(output.with_suffix(".bad.jsonl"), max_bad=config.max_bad)
     quarantine.path.unlink(missing_ok=True)

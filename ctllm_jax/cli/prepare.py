@@ -39,6 +39,7 @@ became of the documents. The same command goes on after Ctrl-C, and does again o
 What cannot be read is listed in DIR/quarantine.jsonl.
 """
 _SHOWN = 60
+_REASONS = 8
 
 
 def run(context: Context) -> int:
@@ -121,6 +122,11 @@ def show_funnel(report: dict, console) -> None:
         table.add_row(row["source"], row["stage"], f"{row['in']:,}", f"{row['kept']:,}", f"{row['dropped']:,}",
                       f"{row['quarantined']:,}", f"{row['kept_bytes'] / 1e6:,.2f}", why)
     console.print(table)
+    if report["left_out"]:
+        counts = sorted(report["left_out"].items(), key=lambda item: -item[1])
+        more = f" and {len(counts) - _REASONS} more reasons, in the report" if len(counts) > _REASONS else ""
+        console.print("left out of the input: " + escape(", ".join(f"{name} ({count:,})" for name, count in
+                                                                  counts[:_REASONS]) + more))
 
 
 def show_datasets(report: dict, console) -> None:

@@ -28,7 +28,7 @@ def run(context) -> int:
 
     config, console = context.config, context.console
     if context.dry_run:
-        files = find_files(config.input)
+        files = find_files(config.input, links=config.links)
         size = sum(file.stat().st_size for file in files)
         console.print(f"{len(files)} files, {size / 1e6:,.1f} MB on disk, at most {config.max_sentences:,} lines of "
                       f"them, would train {config.vocab_size:,} pieces into {config.output}")

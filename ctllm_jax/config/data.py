@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from ctllm_jax.config.base import Section, key
+from ctllm_jax.config.folders import Links
 
 
 class SourceConfig(Section):
@@ -61,6 +62,8 @@ class TokenizerTrainConfig(Section):
     input: list[str] = key(..., "text to train on: files or folders (JSONL, .gz, .zst, Parquet, plain)")
     output: str = key(..., "path of the model to write, ending in .model")
     vocab_size: int = key(..., "pieces, the special and byte pieces included", ge=300)
+    links: Links = key("follow", "follow: links below a folder of the input are read, each folder once; skip: they are "
+                                 "left out, for input that you do not trust")
     text_field: str = key("text", "field of a record that holds the text")
     character_coverage: float = key(0.9995,
                                     "share of characters that get a piece; the rest falls back to bytes", gt=0.9, le=1)

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from ctllm_jax.config.base import Section, key, section
+from ctllm_jax.config.folders import Links
 
 RULE_SETS = ("web", "book", "paper", "encyclopedia", "code", "english", "light", "none")
 RESERVED_NAMES = ("stages", "clean")
@@ -117,7 +118,11 @@ class PrepareConfig(Section):
     explain: str | None = key(None, "a text file: show every rule's value for it, and stop", changeable=True)
 
     text_field: str | None = key(None, "field of a record that holds the text; null: detected")
-    encoding: Literal["auto", "utf-8", "gb18030", "big5"] = key("auto", "encoding of plain text and JSONL")
+    encoding: Literal["auto", "utf-8", "gb18030", "big5"] = key(
+        "auto", "encoding of plain text and JSONL; a file that begins with the mark of UTF-16 or UTF-32 is read as that")
+    links: Links = key("follow", "follow: links below a folder of the input are read, each folder once; skip: they are "
+                                 "left out, for input that you do not trust")
+    max_record_mib: int = key(16, "MiB of the largest record; a larger one is put aside as bad", ge=1, le=1024)
     html: Literal["resiliparse", "trafilatura"] = key("resiliparse", "takes the main text out of the HTML of a WARC")
     max_bad: int = key(0, "bad records put aside before the command stops; what is good is kept for the next try", ge=0,
                        changeable=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ctllm_jax.config.dpo import DPOConfig
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.folders import files_below
 from ctllm_jax.config.load import ConfigError, changeable_paths, load
 from ctllm_jax.config.pretrain import PretrainConfig, RunConfig
 from ctllm_jax.config.sft import SFTConfig
@@ -120,9 +121,7 @@ def run_key(config: PretrainConfig) -> str:
 
     files = []
     for _, path in _files(config):
-        for file in [path] if path.is_file() else sorted(path.rglob("*")):
-            if not file.is_file():
-                continue
+        for file in files_below(path) if path.is_dir() else [path] if path.is_file() else []:
             found = file.stat()
             files.append([str(file), found.st_size, found.st_mtime_ns])
     return hashlib.sha256(json.dumps([fixed(config.model_dump(mode="json")), files]).encode()).hexdigest()

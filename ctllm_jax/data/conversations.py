@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.folders import files_below
 from ctllm_jax.data.chat import Message
 from ctllm_jax.data.layouts import DIALOGUES, Dropped, check_fields, dialogue_of, kind_of, unread_fields
 from ctllm_jax.dataset.text import BOM, Quarantine, broken_stream_errors, decompressed, parse_json
@@ -238,8 +239,7 @@ def up_to_last_answer(messages: list[Message]) -> tuple[Message, ...]:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES)
-                       and not file.name.startswith("."))
+        files = [file for file in files_below(path) if file.name.endswith(SUFFIXES)]
         if not files:
             raise UserError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")
         return files

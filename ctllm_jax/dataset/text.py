@@ -6,6 +6,7 @@ one document. A folder stands for all such files below it, sorted by path.
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import logging
@@ -16,10 +17,16 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.folders import Links, files_below
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 BOM = b"\xef\xbb\xbf"
+LARGEST_LINE = 2**26
+"""Bytes of the longest line of JSON that is held: 64 MiB of text in one line are no document."""
 _COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
+# UTF-32 before UTF-16, whose mark is the beginning of the other's.
+_UNICODE_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+                  codecs.BOM_UTF16_BE: "utf-16"}
 _SHOWN_BYTES = 2000
 _CHUNK = 2**17
 logger = logging.getLogger(__name__)
@@ -62,12 +69,15 @@ class Quarantine:
             out.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-def find_files(inputs: Sequence[str]) -> list[Path]:
-    """The text files that `inputs` (files and folders) stand for, each once, in a fixed order."""
+def find_files(inputs: Sequence[str], *, links: Links = "follow") -> list[Path]:
+    """The text files that `inputs` (files and folders) stand for, each once, in a fixed order.
+
+    `links` says whether links below a folder are followed; one that was given itself always is.
+    """
     found: dict[Path, Path] = {}
     for given in map(Path, inputs):
         if given.is_dir():
-            below = sorted(path for path in given.rglob("*") if path.is_file() and not _is_hidden(path, given))
+            below = files_below(given, links=links)
             taken = [path for path in below if path.name.endswith(SUFFIXES)]
             if not taken:
                 raise UserError(f"input {given}: no file in this folder ends in {', '.join(SUFFIXES)}")
@@ -99,10 +109,6 @@ def read_documents(files: Sequence[Path], *, text_field: str, quarantine: Quaran
         progress(before)
 
 
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
 def checked_text(values: object, text_field: str) -> str:
     """The text of a parsed record; ValueError says what is wrong with it."""
     if not isinstance(values, dict):
@@ -127,11 +133,17 @@ def _read_lines(file: Path, text_field: str, quarantine: Quarantine) -> Iterator
     with open(file, "rb") as raw, decompressed(raw, _COMPRESSIONS.get(file.suffix), str(file)) as stream:
         line = 0
         try:
-            for line, content in enumerate(stream, 1):
-                data = content.removeprefix(BOM) if line == 1 else content
+            unicode = unicode_codec(stream.peek(4))
+            lines = as_utf8(stream, unicode) if unicode else stream
+            while (found := read_line(lines, LARGEST_LINE))[1]:
+                data, size = found
+                line += 1
+                data = data.removeprefix(BOM) if line == 1 else data
                 if not data.strip():
                     continue
                 try:
+                    if size > LARGEST_LINE:
+                        raise ValueError(f"a line of {size:,} bytes; more than {LARGEST_LINE:,} are not read")
                     text = checked_text(parse_json(data), text_field)
                 except ValueError as error:
                     quarantine.put(file, line, str(error), data)
@@ -141,12 +153,60 @@ def _read_lines(file: Path, text_field: str, quarantine: Quarantine) -> Iterator
             quarantine.put(file, line + 1, f"the compressed data is damaged or ends early: {error}")
 
 
-def parse_json(data: bytes, codec: str = "utf-8") -> object:
-    """The JSON value of a line of bytes; ValueError says what is wrong with it. `codec` is Python's name of it."""
+def unicode_codec(start: bytes) -> str | None:
+    """utf-16 or utf-32 where the first bytes of a file are the byte order mark of one."""
+    return next((name for mark, name in _UNICODE_MARKS.items() if start.startswith(mark)), None)
+
+
+def as_utf8(stream: BinaryIO, encoding: str) -> BinaryIO:
+    """A stream of UTF-16 or UTF-32 as one of UTF-8. What is no character becomes bytes that are no UTF-8, so that the
+    record that holds it is found to be bad."""
+    return io.BufferedReader(_Transcoder(stream, encoding), buffer_size=2**20)
+
+
+class _Transcoder(io.RawIOBase):
+    """UTF-8 from another Unicode encoding, piece by piece."""
+
+    def __init__(self, stream: BinaryIO, encoding: str):
+        self._stream, self._ready, self._ended = stream, memoryview(b""), False
+        self._decoder = codecs.getincrementaldecoder(encoding)(_NO_CHARACTER)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._ready and not self._ended:
+            data = self._stream.read(_CHUNK)
+            self._ended = not data
+            text = self._decoder.decode(data, final=self._ended)
+            self._ready = memoryview(text.encode("utf-8", "surrogatepass"))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+_NO_CHARACTER = "ctllm_jax.no_character"
+codecs.register_error(_NO_CHARACTER, lambda error: ("\udfff", error.end))
+
+
+def read_line(stream: BinaryIO, limit: int) -> tuple[bytes, int]:
+    """The next line, of which at most `limit` bytes are held, and its length; nothing and 0 at the end."""
+    data = stream.readline(limit)
+    size = len(data)
+    if size == limit:
+        last = data
+        while not last.endswith(b"\n") and (last := stream.readline(_CHUNK)):
+            size += len(last)
+    return data, size
+
+
+def parse_json(data: bytes, encoding: str = "utf-8") -> object:
+    """The JSON value of a line of bytes; ValueError says what is wrong with it. `encoding` is Python's name of it."""
     try:
-        return json.loads(data.decode(codec))
+        return json.loads(data.decode(encoding))
     except UnicodeDecodeError as error:
-        raise ValueError(f"invalid {codec.upper()} at byte {error.start} of the line") from None
+        raise ValueError(f"invalid {encoding.upper()} at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"malformed JSON at character {error.pos}: {error.msg}") from None
     except RecursionError:
@@ -160,19 +220,30 @@ def decompressed(raw: BinaryIO, compression: str | None, file: str) -> BinaryIO:
     """
     if compression is None:
         return io.BufferedReader(raw, buffer_size=2**20)
-    if compression == "gz":
-        # gzip.GzipFile hands on 8 kB at a time: 120 MB/s of JSON lines against 148.
-        def new_frame():
-            return zlib.decompressobj(zlib.MAX_WBITS | 16)
-    else:
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError(f"{file} needs the package zstandard: pip install 'ctllm-jax[prep]'") from None
+    # gzip.GzipFile hands on 8 kB at a time: 120 MB/s of JSON lines against 148.
+    return io.BufferedReader(_FrameReader(raw, codec(compression, file)), buffer_size=2**20)
 
-        def new_frame():
-            return zstandard.ZstdDecompressor().decompressobj()
-    return io.BufferedReader(_FrameReader(raw, new_frame), buffer_size=2**20)
+
+class Codec(NamedTuple):
+    """How gz and zst are decompressed: a new member or frame, the bytes that one begins with, what damage raises, and
+    how many compressed bytes to hand it at once, so that no more than 64 MiB come back."""
+
+    new: Callable
+    magic: bytes
+    error: type[Exception]
+    step: int
+
+
+def codec(compression: str, file: str) -> Codec:
+    """The codec of gz or zst; `file` is its name in errors. UserError where the package is missing."""
+    if compression == "gz":
+        return Codec(lambda: zlib.decompressobj(zlib.MAX_WBITS | 16), b"\x1f\x8b\x08", zlib.error, 2**16)
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"{file} needs the package zstandard: pip install 'ctllm-jax[prep]'") from None
+    # A block of 4 bytes may stand for 128 KiB.
+    return Codec(lambda: zstandard.ZstdDecompressor().decompressobj(), b"\x28\xb5\x2f\xfd", zstandard.ZstdError, 2**11)
 
 
 class _FrameReader(io.RawIOBase):
@@ -181,11 +252,17 @@ class _FrameReader(io.RawIOBase):
     zstandard's own reader takes a cut file for a whole one.
     """
 
-    def __init__(self, raw: BinaryIO, new_frame: Callable):
-        self._new_frame = new_frame
-        self._raw = raw
+    def __init__(self, raw: BinaryIO, form: Codec):
+        self._raw, self._form = raw, form
         self._frame = None
+        self._chunk, self._at = b"", 0
         self._ready = memoryview(b"")
+
+    def _next(self) -> bytes:
+        if self._at >= len(self._chunk):
+            self._chunk, self._at = self._raw.read(_CHUNK), 0
+        self._at += self._form.step
+        return self._chunk[self._at - self._form.step:self._at]
 
     def readable(self) -> bool:
         return True
@@ -193,14 +270,14 @@ class _FrameReader(io.RawIOBase):
     def readinto(self, buffer) -> int:
         while not self._ready:
             if self._frame is None or self._frame.eof:
-                data = (self._frame.unused_data if self._frame else b"") or self._raw.read(_CHUNK)
+                data = (self._frame.unused_data if self._frame else b"") or self._next()
                 if not data.lstrip(b"\0"):  # Zeros may follow the last member (gzip -d ignores them too).
                     if not data:
                         return 0
                     self._frame = None
                     continue
-                self._frame = self._new_frame()
-            elif not (data := self._raw.read(_CHUNK)):
+                self._frame = self._form.new()
+            elif not (data := self._next()):
                 raise EOFError("its last part is not complete")
             self._ready = memoryview(self._frame.decompress(data))
         count = min(len(buffer), len(self._ready))
@@ -224,11 +301,12 @@ def broken_stream_errors() -> tuple[type[Exception], ...]:
 def _read_text(file: Path, text_field: str, quarantine: Quarantine) -> Iterator[tuple[int, str, int]]:
     del text_field
     data = file.read_bytes().removeprefix(BOM)
+    encoding = unicode_codec(data) or "utf-8"
     try:
-        yield 1, data.decode("utf-8"), len(data)
+        yield 1, data.decode(encoding), len(data)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        quarantine.put(file, line, f"invalid UTF-8 at byte {error.start} of the file", data[error.start:])
+        quarantine.put(file, line, f"invalid {encoding.upper()} at byte {error.start} of the file", data[error.start:])
 
 
 def _read_parquet(file: Path, text_field: str, quarantine: Quarantine) -> Iterator[tuple[int, str, int]]:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.folders import files_below
 from data_prep.dedup.minhash import CODE_POINTS, shingle_hashes
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".zip")
@@ -87,7 +88,7 @@ def _kept_points() -> np.ndarray:
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     """`(name, content)` of a file, of each file of a folder, or of each in a .zip archive."""
     if path.is_dir():
-        found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES]
+        found = [file for file in files_below(path) if file.suffix.lower() in SUFFIXES]
         if not found:
             raise UserError(f"decontaminate.files: {path} has no {', '.join(SUFFIXES)}")
         for file in found:

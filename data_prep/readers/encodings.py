@@ -1,4 +1,7 @@
-"""Which encoding the bytes of Chinese text are in: UTF-8, GB18030 (with GBK and GB2312) or Big5."""
+"""Which encoding the bytes of Chinese text are in: UTF-8, GB18030 (with GBK and GB2312) or Big5.
+
+UTF-16 and UTF-32 are known by their byte order mark alone: `ctllm_jax.dataset.text.unicode_codec`.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,17 @@ _FREQUENT = frozenset(
     "這個們來為國說時會對於著過發後裡經學現當沒動還進從實軍無與長機關其也以而曰乃云"
     "，。、；：？！「」『』《》“”（）　")
 _LEAST_FREQUENT = 0.12
+# Text without sentences (names, places, a dictionary) has few of these. There the two standards tell: most characters
+# are of their first level, the common ones. Korean in EUC-KR lies in one half of GB2312's first level, and neither it
+# nor GB2312 has second bytes below 0x7F, as 4 in 10 characters of Big5 have.
+_LEAST_FIRST_LEVEL = 0.7
+_FEWEST_CHARACTERS = 8
+_LEAST_SPREAD = 0.1
+
+
+def line_codec(encoding: str) -> str:
+    """Python's codec of a file's lines; lines of UTF-16 and UTF-32 are made UTF-8 before they are cut."""
+    return CODECS.get(encoding, "utf-8")
 
 
 def detect_encoding(sample: bytes) -> str:
@@ -37,7 +51,25 @@ def detect_encoding(sample: bytes) -> str:
         return "utf-8"
     scores = {name: _plausibility(known, CODECS[name], cut) for name in ("gb18030", "big5")}
     best = max(scores, key=scores.get)
-    return best if scores[best] >= _LEAST_FREQUENT else "utf-8"
+    if scores[best] >= _LEAST_FREQUENT:
+        return best
+    return next((name for name in ("gb18030", "big5") if _is_first_level(known, name, cut)), "utf-8")
+
+
+def _is_first_level(lines: Sequence[bytes], name: str, cut: bool) -> bool:
+    """Whether most lines decode, and to the common characters of the encoding's standard."""
+    texts = _decodable(lines, CODECS[name], cut)
+    pairs = [character.encode(CODECS[name]) for text in texts for character in text if character > "\x7f"]
+    pairs = [pair for pair in pairs if len(pair) != 2 or not 0xA1 <= pair[0] <= 0xA3]  # Punctuation says nothing.
+    if len(pairs) < _FEWEST_CHARACTERS or len(texts) * 2 < len(lines):
+        return False
+    if name == "gb18030":
+        first = [pair for pair in pairs if len(pair) == 2 and 0xB0 <= pair[0] <= 0xD7 and pair[1] >= 0xA1]
+        spread = sum(pair[0] >= 0xC9 for pair in first)
+    else:
+        first = [pair for pair in pairs if len(pair) == 2 and 0xA4 <= pair[0] <= 0xC6]
+        spread = sum(pair[1] < 0x7F for pair in first)
+    return len(first) >= _LEAST_FIRST_LEVEL * len(pairs) and spread >= _LEAST_SPREAD * len(first)
 
 
 def _decodable(lines: Sequence[bytes], codec: str, cut: bool) -> list[str]:

@@ -10,7 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.dataset.text import BOM, broken_stream_errors, decompressed
+from ctllm_jax.config.folders import Links, files_below
+from ctllm_jax.dataset.text import BOM, broken_stream_errors, decompressed, unicode_codec
 from data_prep.readers.encodings import CODECS
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet", ".txt": "text",
@@ -33,12 +34,14 @@ class InputFile(NamedTuple):
 
 class Recognised(NamedTuple):
     """What a file holds: kind (jsonl, parquet, text, wet, warc; None: unknown), compression (gz, zst, None), the first
-    bytes, decompressed, and whether content and suffix disagree."""
+    bytes, decompressed, whether content and suffix disagree, and the encoding if the file begins with the mark of
+    UTF-16 or UTF-32; `head` is UTF-8 then."""
 
     kind: str | None
     compression: str | None
     head: bytes
     contradicts: bool
+    unicode: str | None
 
 
 def is_remote(path: str) -> bool:
@@ -68,15 +71,16 @@ def _file_system(url: str):
         raise UserError(f"{url}: {error}") from None
 
 
-def list_files(inputs: Sequence[str]) -> list[InputFile]:
+def list_files(inputs: Sequence[str], *, links: Links = "follow") -> list[InputFile]:
     """The files that `inputs` (files and folders) stand for, each once, sorted within a folder; hidden ones are not.
 
-    Names are distinct: where two folders hold the same one, the folder's name, and where that is not enough its whole
+    `links` says whether links below a local folder are followed; one that was given itself always is. Names are
+    distinct: where two folders hold the same one, the folder's name, and where that is not enough its whole
     path, stands before it. UserError for an input that does not exist.
     """
     found: dict[str, tuple[str, InputFile]] = {}
-    for given in inputs:
-        root, files = _below(given) if is_remote(given) else _below_local(given)
+    for given in (given.removeprefix("file://") for given in inputs):
+        root, files = _below(given) if is_remote(given) else _below_local(given, links)
         for file in files:
             identity = file.file if is_remote(given) else str(Path(file.file).resolve())
             found.setdefault(identity, (root, file))
@@ -98,13 +102,11 @@ def _own(root: str, file: InputFile) -> str:
     return file.file.removeprefix(root.rstrip("/")).lstrip("/")
 
 
-def _below_local(given: str) -> tuple[str, list[InputFile]]:
+def _below_local(given: str, links: Links) -> tuple[str, list[InputFile]]:
     path = Path(given)
     if path.is_dir():
-        # Sorted by path parts, as `find_files` does.
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
         return str(path), [InputFile(str(file), file.relative_to(path).as_posix(), file.stat().st_size, False)
-                           for file in files]
+                           for file in files_below(path, links=links) if not _is_hidden(file.relative_to(path))]
     if not path.exists():
         raise UserError(f"input {given} does not exist")
     return str(path.parent), [InputFile(str(path), path.name, path.stat().st_size, True)]
@@ -155,12 +157,14 @@ def recognise(file: InputFile) -> Recognised:
         raw.seek(0)
         compression = "gz" if start[:2] == b"\x1f\x8b" else "zst" if _is_zstd(start) else None
         head = _head(raw, compression, file.file)
+    if unicode := unicode_codec(head):
+        head = head.decode(unicode, "ignore").encode("utf-8")
     suffix = suffix_of(file.name)
     by_suffix, by_content = KINDS.get(suffix), _kind_of(head, suffix)
     contradicts = bool(by_content and by_suffix and {by_content, by_suffix} != {"wet", "warc"}
                        and by_content != by_suffix)
     packed = _PACKED.get(PurePosixPath(file.name.lower()).suffix)
-    return Recognised(by_content or by_suffix, compression, head, contradicts or (packed != compression))
+    return Recognised(by_content or by_suffix, compression, head, contradicts or (packed != compression), unicode)
 
 
 def _is_zstd(start: bytes) -> bool:

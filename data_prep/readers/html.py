@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from typing import Literal, NamedTuple
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.dataset import text
+from data_prep.readers.nesting import check_nesting
+from data_prep.readers.unit import check_size
 
 Extractor = Literal["resiliparse", "trafilatura"]
 
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 _META_BYTES = 1024
+_NO_CODING = ("", "identity", "none", "utf-8", "chunked")
+_TAG = re.compile(rb"(\xef\xbb\xbf)?\s*<[!?/a-zA-Z]")
+_CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 _LATIN = "cp1252"
-_MOST_EXPANDED = 2**26
 # WHATWG names to the widest of a family: pages that call themselves gb2312 use GBK's characters, and GB18030 holds all.
 _FAMILIES = {"gbk": ("gb18030", "gb18030"), "gb18030": ("gb18030", "gb18030"), "big5": ("big5", "big5hkscs")}
 
@@ -28,8 +34,9 @@ class Response(NamedTuple):
     charset: str | None
 
 
-def parse_response(block: bytes) -> Response:
-    """An HTTP response with HTML. Left for other kinds and statuses; ValueError where it is malformed."""
+def parse_response(block: bytes, largest: int) -> Response:
+    """An HTTP response with HTML. Left for other kinds, statuses and codings; ValueError where it is malformed, or its
+    body has more than `largest` bytes."""
     head, blank, body = block.partition(b"\r\n\r\n")
     if not blank:
         head, blank, body = block.partition(b"\n\n")
@@ -37,18 +44,21 @@ def parse_response(block: bytes) -> Response:
     status = lines[0].split(maxsplit=2) if lines else []
     if not blank or len(status) < 2 or not status[0].startswith("HTTP/"):
         raise ValueError("malformed HTTP response: no status line and header")
-    fields = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
+    fields = [(name.strip().lower(), value.strip()) for name, _, value in (line.partition(":") for line in lines[1:])]
     if status[1] != "200":
         raise Left(f"HTTP status {status[1][:3]}")
-    kind, *parameters = (part.strip() for part in fields.get("content-type", "").split(";"))
+    kind, *parameters = (part.strip() for part in dict(fields).get("content-type", "").split(";"))
     if kind.lower() not in _HTML_TYPES:
         raise Left(f"HTTP type {kind.lower()[:60] or 'not given'}")
     charset = next((value.strip("\"' ") for name, _, value in (part.partition("=") for part in parameters)
                     if name.strip().lower() == "charset"), None)
+    # Of several headers of one name the values follow one another, as in a list with commas.
+    transfer, content = (",".join(value for name, value in fields if name == wanted).lower().replace(" ", "").split(",")
+                         for wanted in ("transfer-encoding", "content-encoding"))
     # Crawlers that undo a transfer often leave its header: chunks are undone only where they are there.
-    if "chunked" in fields.get("transfer-encoding", "").lower():
+    if "chunked" in transfer:
         body = _without_chunks(body)
-    return Response(_without_coding(body, fields.get("content-encoding", "").lower()), charset)
+    return Response(_without_codings(body, content + transfer, largest), charset)
 
 
 def _without_chunks(body: bytes) -> bytes:
@@ -65,22 +75,91 @@ def _without_chunks(body: bytes) -> bytes:
         at = end + 4 + size
 
 
-def _without_coding(body: bytes, coding: str) -> bytes:
-    if coding in ("gzip", "x-gzip") and body.startswith(b"\x1f\x8b"):
-        return _inflate(body, zlib.MAX_WBITS | 16)
-    if coding == "deflate" and not body.lstrip().startswith(b"<"):
-        return _inflate(body, zlib.MAX_WBITS if body[:1] == b"\x78" else -zlib.MAX_WBITS)
-    if coding in ("br", "zstd") and b"<" not in body[:_META_BYTES]:
-        raise Left(f"HTTP coding {coding}")
+def _without_codings(body: bytes, codings: list[str], largest: int) -> bytes:
+    """The body before its codings, which are undone from the last; Left for one that is unknown here."""
+    for coding in reversed(codings):
+        # Crawlers that undo a coding often leave its header: it is undone only where it is there.
+        if coding in _NO_CODING or _is_text(body):
+            continue
+        if coding in ("gzip", "x-gzip"):
+            body = _inflate(body, zlib.MAX_WBITS | 16, largest)
+        elif coding == "deflate":
+            body = _inflate(body, zlib.MAX_WBITS if body[:1] == b"\x78" else -zlib.MAX_WBITS, largest)
+        elif coding == "zstd":
+            body = _from_zstd(body, largest)
+        elif coding == "br":
+            body = _from_brotli(body, largest)
+        else:
+            raise Left(f"HTTP coding {coding[:60]}")
     return body
 
 
-def _inflate(body: bytes, bits: int) -> bytes:
+def _is_text(body: bytes) -> bool:
+    """Whether these bytes are text as it is: compressed data has control characters among its first bytes, or, where it
+    is short, is not UTF-8."""
+    start = body[:_META_BYTES]
+    if _TAG.match(start) or start[:4] in (b"\xff\xfe<\0", b"\xfe\xff\0<") or not start:
+        return True
+    if _CONTROLS.search(start):
+        return False
     try:
-        # A page cut by the crawler's size limit still has its beginning.
-        return zlib.decompressobj(bits).decompress(body, _MOST_EXPANDED)
-    except zlib.error as error:
+        return len(start) >= 256 or bool(start.decode("utf-8"))
+    except UnicodeDecodeError:
+        return False
+
+
+def _inflate(body: bytes, bits: int, largest: int) -> bytes:
+    """All members of gzip, or a deflate stream. A page that a crawler's size limit has cut still has its beginning."""
+    pieces, left = [], largest + 1
+    while body and left > 0:
+        stream = zlib.decompressobj(bits)
+        try:
+            pieces.append(stream.decompress(body, left))
+        except zlib.error as error:
+            if pieces and bits > zlib.MAX_WBITS and not body.startswith(b"\x1f\x8b"):
+                break  # Padding, or a line end, after the last member.
+            raise ValueError(f"the compressed body is damaged: {error}") from None
+        left -= len(pieces[-1])
+        body = stream.unused_data if bits > zlib.MAX_WBITS else b""
+    return _whole(pieces, largest)
+
+
+def _from_zstd(body: bytes, largest: int) -> bytes:
+    form, frame, pieces, size = text.codec("zst", "a WARC with bodies in zstd"), None, [], 0
+    for start in range(0, len(body), form.step):
+        data = body[start:start + form.step]
+        while data and size <= largest:
+            frame = form.new() if frame is None or frame.eof else frame
+            try:
+                pieces.append(frame.decompress(data))
+            except form.error as error:
+                raise ValueError(f"the compressed body is damaged: {error}") from None
+            size += len(pieces[-1])
+            data = frame.unused_data
+    return _whole(pieces, largest)
+
+
+def _from_brotli(body: bytes, largest: int) -> bytes:
+    try:
+        import brotli
+    except ImportError:
+        raise Left("HTTP coding br") from None
+    if not hasattr(brotli.Decompressor, "can_accept_more_data"):
+        raise Left("HTTP coding br")  # Before 1.2 nothing limits what a few bytes expand to.
+    stream, pieces, left = brotli.Decompressor(), [], largest + 1
+    try:
+        pieces.append(stream.process(body, output_buffer_limit=left))
+        while pieces[-1] and len(pieces[-1]) < left and not stream.is_finished():
+            left -= len(pieces[-1])
+            pieces.append(stream.process(b"", output_buffer_limit=left))
+    except brotli.error as error:
         raise ValueError(f"the compressed body is damaged: {error}") from None
+    return _whole(pieces, largest)
+
+
+def _whole(pieces: list[bytes], largest: int) -> bytes:
+    check_size(sum(map(len, pieces)), largest, "the body, decompressed,")
+    return b"".join(pieces)
 
 
 def decode(response: Response) -> tuple[str, str]:
@@ -134,7 +213,9 @@ def _resiliparse(module: str):
 
 
 def main_text(html: str, extractor: Extractor) -> str:
-    """The main text of a page, a line a block; empty where there is none. ValueError where it cannot be parsed."""
+    """The main text of a page, a line a block; empty where there is none. ValueError where it cannot be parsed, or its
+    tags nest too deeply."""
+    check_nesting(html, extractor)
     if extractor == "resiliparse":
         # Without bullets: a filter that counts lines with bullets is to see the page's own.
         extract, options = _resiliparse("extract").extract_plain_text, {

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from ctllm_jax.dataset.text import BOM, broken_stream_errors, checked_value, decompressed, parse_json
-from data_prep.readers.encodings import CODECS
+from ctllm_jax.dataset.text import (
+    BOM,
+    as_utf8,
+    broken_stream_errors,
+    checked_value,
+    decompressed,
+    parse_json,
+    read_line,
+)
+from data_prep.readers.encodings import CODECS, line_codec
 from data_prep.readers.fields import MISSING, as_label, lookup
 from data_prep.readers.files import open_file
-from data_prep.readers.unit import InputUnit, Quarantine, Tally
+from data_prep.readers.unit import NUL, InputUnit, Quarantine, Tally, check_size
 from data_prep.records import Record
 
 _PAGE = 2**22
@@ -39,9 +47,10 @@ def line_ranges(stream: BinaryIO, unit_bytes: int) -> list[tuple[int, int, int]]
     return [(start, stop, line) for (start, line), stop in zip(starts, stops, strict=True)]
 
 
-def read_lines(unit: InputUnit, quarantine: Quarantine, tally: Tally) -> Iterator[Record]:
-    """The records of JSON lines. A bad line costs itself; damaged compression, the rest of the file."""
-    codec = CODECS[unit["encoding"]]
+def read_lines(unit: InputUnit, largest: int, quarantine: Quarantine, tally: Tally) -> Iterator[Record]:
+    """The records of JSON lines. A bad line, or one of more than `largest` bytes, costs itself; damaged compression
+    costs the rest of the file. NUL bytes are dropped and counted: a crash leaves them, and no text has them."""
+    codec = line_codec(unit["encoding"])
     file, name, source = unit["file"], unit["name"], unit["source"]
     text_field, id_field, url_field, time_field = (
         unit["text_field"], unit["id_field"], unit["url_field"], unit["time_field"])
@@ -50,17 +59,23 @@ def read_lines(unit: InputUnit, quarantine: Quarantine, tally: Tally) -> Iterato
     with open_file(file) as raw, decompressed(raw, unit["compression"], file) as stream:
         if unit["start"]:
             stream.seek(unit["start"])
+        if unit["encoding"] not in CODECS:
+            stream = as_utf8(stream, unit["encoding"])
         try:
-            while (left is None or left > 0) and (data := stream.readline()):
+            while (left is None or left > 0) and (found := read_line(stream, largest))[1]:
+                data, size = found
                 line += 1
                 if left is not None:
-                    left -= len(data)
+                    left -= size
                 if line == 1:
                     data = data.removeprefix(BOM)
-                if data.isspace() or not data:
+                if nuls := data.count(b"\0"):
+                    tally.left_out[NUL] += nuls
+                if not (stripped := data.replace(b"\0", b"")).strip():
                     continue
                 try:
-                    values = parse_json(data, codec)
+                    check_size(size, largest, "the line")
+                    values = parse_json(stripped, codec)
                     text = _text(values, text_field)
                 except ValueError as error:
                     quarantine.put(file, line, str(error), data)
@@ -82,17 +97,18 @@ def _text(values: object, text_field: str) -> str:
     return checked_value(value, text_field)
 
 
-def read_text(unit: InputUnit, quarantine: Quarantine, tally: Tally) -> Iterator[Record]:
-    """A plain text file as one record; damaged in any way, it is put aside whole."""
+def read_text(unit: InputUnit, largest: int, quarantine: Quarantine, tally: Tally) -> Iterator[Record]:
+    """A plain text file as one record; damaged in any way, or of more than `largest` bytes, it is put aside whole."""
     file, encoding = unit["file"], unit["encoding"]
     with open_file(file) as raw, decompressed(raw, unit["compression"], file) as stream:
         try:
-            data = stream.read().removeprefix(BOM)
+            data = stream.read(largest + 1).removeprefix(BOM)
         except broken_stream_errors() as error:
             quarantine.put(file, 1, f"the compressed data is damaged or ends early: {error}")
             return
     try:
-        text = checked_value(data.decode(CODECS[encoding]), "text")
+        check_size(len(data), largest, "the file")
+        text = checked_value(data.decode(CODECS.get(encoding, encoding)), "text")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         quarantine.put(file, line, f"invalid {encoding.upper()} at byte {error.start} of the file", data[error.start:])

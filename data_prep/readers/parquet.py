@@ -9,10 +9,12 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.dataset.text import checked_value
 from data_prep.readers.fields import TEXT_FIELDS, as_label
 from data_prep.readers.files import open_file
-from data_prep.readers.unit import InputUnit, Quarantine, Tally
+from data_prep.readers.unit import InputUnit, Quarantine, Tally, check_size
 from data_prep.records import Record
 
 _BATCH_ROWS = 256
+_FEWEST_ROWS = 8
+_BATCH_BYTES = 2**27
 
 
 class Layout(NamedTuple):
@@ -79,8 +81,9 @@ def group_ranges(layout: Layout, unit_bytes: int) -> list[tuple[int, int, int, i
     return ranges
 
 
-def read_parquet(unit: InputUnit, quarantine: Quarantine, tally: Tally) -> Iterator[Record]:
-    """The rows of some row groups. A bad value costs its row; a damaged page, the rest of its row group."""
+def read_parquet(unit: InputUnit, largest: int, quarantine: Quarantine, tally: Tally) -> Iterator[Record]:
+    """The rows of some row groups. A bad value, or one of more than `largest` bytes, costs its row; a damaged page, the
+    rest of its row group."""
     file = unit["file"]
     pyarrow = _pyarrow(file)
     row = unit["first"]
@@ -101,7 +104,7 @@ def read_parquet(unit: InputUnit, quarantine: Quarantine, tally: Tally) -> Itera
         for group in range(unit["start"] or 0, stop):
             after = row + table.metadata.row_group(group).num_rows
             try:
-                for record in _read_group(pyarrow, table, group, row, unit, quarantine, tally):
+                for record in _read_group(pyarrow, table, group, row, unit, largest, quarantine, tally):
                     row = (record if isinstance(record, int) else record.position) + 1
                     if not isinstance(record, int):
                         yield record
@@ -112,17 +115,21 @@ def read_parquet(unit: InputUnit, quarantine: Quarantine, tally: Tally) -> Itera
             row = after
 
 
-def _read_group(pyarrow, table, group: int, row: int, unit: InputUnit, quarantine: Quarantine, tally: Tally
-                ) -> Iterator[Record | int]:
+def _read_group(pyarrow, table, group: int, row: int, unit: InputUnit, largest: int, quarantine: Quarantine,
+                tally: Tally) -> Iterator[Record | int]:
     """Records, and the numbers of rows that were put aside."""
     file, name, source, text_field = unit["file"], unit["name"], unit["source"], unit["text_field"]
     labels = [unit["id_field"], unit["url_field"], unit["time_field"]]
     columns = list(dict.fromkeys(field for field in (text_field, *labels) if field is not None))
-    for batch in table.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=columns):
+    # Each row of a batch may repeat the longest value of a dictionary, and that is as long as the group at most.
+    rows = _BATCH_BYTES // max(1, table.metadata.row_group(group).total_byte_size)
+    for batch in table.iter_batches(batch_size=min(_BATCH_ROWS, max(_FEWEST_ROWS, rows)), row_groups=[group],
+                                    columns=columns):
         texts = _values(pyarrow, batch, text_field)
         ids, urls, times = (_labels(pyarrow, batch, field) for field in labels)
         for value, own, url, time in zip(texts, ids, urls, times, strict=True):
             try:
+                check_size(len(value) if isinstance(value, bytes) else 0, largest, "the value")
                 text = checked_value(value.decode("utf-8") if isinstance(value, bytes) else value, text_field)
             except ValueError as error:
                 reason = "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)

@@ -16,7 +16,7 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.prepare import RESERVED_NAMES, PrepareConfig, SourceInput
 from ctllm_jax.dataset.text import BOM
 from data_prep.readers import fields, files, lines, parquet
-from data_prep.readers.encodings import CODECS, detect_encoding
+from data_prep.readers.encodings import CODECS, detect_encoding, line_codec
 from data_prep.readers.files import InputFile, Recognised
 from data_prep.readers.unit import InputUnit
 
@@ -52,7 +52,7 @@ def plan_files(source_name: str, source: SourceInput, config: PrepareConfig, *, 
     """
     from data_prep.readers.read import sample_of
 
-    listed = _without_output(files.list_files(source.input), source, config.output)
+    listed = _without_output(files.list_files(source.input, links=config.links), config.output)
     wanted = [file for file in listed if file.size and files.may_be_read(file)]
     given = source.text_field or config.text_field
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -94,7 +94,7 @@ def _look(file: InputFile, encoding: str, given: str | None) -> _Looked:
                        layout.candidates if layout else (), layout=layout)
     if kind not in ("jsonl", "text"):
         return _Looked(file, kind, seen.compression, seen.contradicts)
-    encoding = detect_encoding(seen.head) if encoding == "auto" else encoding
+    encoding = seen.unicode or (detect_encoding(seen.head) if encoding == "auto" else encoding)
     if kind == "text":
         return _Looked(file, kind, seen.compression, seen.contradicts, encoding)
     samples = list(_sample_lines(seen, encoding))
@@ -109,22 +109,19 @@ def _look(file: InputFile, encoding: str, given: str | None) -> _Looked:
 def _sample_lines(seen: Recognised, encoding: str) -> Iterator[dict]:
     for line in seen.head.removeprefix(BOM).split(b"\n")[:_SAMPLES]:
         try:
-            values = json.loads(line.decode(CODECS[encoding]))
+            values = json.loads(line.decode(line_codec(encoding)))
         except (ValueError, RecursionError):
             continue  # Bad lines are put aside when they are read; the last may be cut here.
         if isinstance(values, dict):
             yield values
 
 
-def _without_output(listed: list[InputFile], source: SourceInput, output: str) -> list[InputFile]:
-    """The files of a source but for what a former run has made, where `output` lies in a folder of the input."""
-    folder = Path(output).resolve()
-    if not output or not any(folder.is_relative_to(Path(given).resolve()) for given in source.input
-                             if not files.is_remote(given)):
-        return listed
-    made = [folder / name for name in _MADE]
+def _without_output(listed: list[InputFile], output: str) -> list[InputFile]:
+    """The files of a source but for what a former run has made, where `output` lies in a folder of the input, or in one
+    that a link there leads to."""
+    made = [Path(output).resolve() / name for name in _MADE] if output else []
     return [file for file in listed if file.explicit or files.is_remote(file.file)
-            or not any(Path(file.file).resolve().is_relative_to(path) for path in made)]
+            or not any(path.is_relative_to(one) for path in [Path(file.file).resolve()] for one in made)]
 
 
 def _key(source_name: str, config: PrepareConfig, key: str) -> str:
@@ -164,7 +161,7 @@ def _holds(one: _Looked, name: str) -> bool:
 def _units(source_name: str, one: _Looked, text_field: str | None, unit_bytes: int) -> Iterator[InputUnit]:
     file = one.file
     ranges: list[tuple[int | None, int | None, int, int]] = [(None, None, 1, file.size)]
-    if one.kind == "jsonl" and one.compression is None and file.size > unit_bytes:
+    if one.kind == "jsonl" and one.compression is None and one.encoding in CODECS and file.size > unit_bytes:
         with files.open_file(file.file) as stream:
             ranges = [(start, stop, line, stop - start) for start, stop, line in
                       lines.line_ranges(stream, unit_bytes)]

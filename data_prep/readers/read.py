@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ctllm_jax.config.prepare import PrepareConfig
 from data_prep.readers.lines import read_lines, read_text
 from data_prep.readers.parquet import read_parquet
-from data_prep.readers.unit import InputUnit, Quarantine, Tally
+from data_prep.readers.unit import NUL, InputUnit, Quarantine, Tally
 from data_prep.records import Record
 
 _SAMPLE_TRIES = 20
@@ -21,15 +21,24 @@ def read_unit(unit: InputUnit, config: PrepareConfig, quarantine: Quarantine, ta
     Bad data raises nothing here. OSError where the file cannot be opened; UserError where a package is missing.
     """
     tally = Tally() if tally is None else tally
+    for record in _records(unit, config, quarantine, tally):
+        if nuls := record.text.count("\0"):
+            tally.left_out[NUL] += nuls
+            record = record._replace(text=record.text.replace("\0", ""))
+        yield record
+
+
+def _records(unit: InputUnit, config: PrepareConfig, quarantine: Quarantine, tally: Tally) -> Iterator[Record]:
+    largest = config.max_record_mib << 20
     if unit["kind"] == "jsonl":
-        return read_lines(unit, quarantine, tally)
+        return read_lines(unit, largest, quarantine, tally)
     if unit["kind"] == "parquet":
-        return read_parquet(unit, quarantine, tally)
+        return read_parquet(unit, largest, quarantine, tally)
     if unit["kind"] == "text":
-        return read_text(unit, quarantine, tally)
+        return read_text(unit, largest, quarantine, tally)
     from data_prep.readers.web import read_warc
 
-    return read_warc(unit, config.html, quarantine, tally)
+    return read_warc(unit, config.html, largest, quarantine, tally)
 
 
 class _NoSample(Exception):

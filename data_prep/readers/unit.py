@@ -6,6 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Protocol, TypedDict
 
+NUL = "NUL characters, left out of text that is kept"
+"""What `Tally.left_out` counts them as."""
+
 
 class InputUnit(TypedDict):
     """What `read_unit` reads. All values are JSON.
@@ -39,6 +42,12 @@ class Quarantine(Protocol):
     """Where readers put bad records aside."""
 
     def put(self, file: str, position: int, reason: str, raw: bytes = b"") -> None: ...
+
+
+def check_size(size: int, limit: int, what: str) -> None:
+    """ValueError where `size` bytes are more than a record may have."""
+    if size > limit:
+        raise ValueError(f"{what} has more than {limit >> 20} MiB, the largest record that max_record_mib allows")
 
 
 @dataclass

@@ -5,18 +5,18 @@ Written here because the readers at hand stop at the first damaged gzip member, 
 
 from __future__ import annotations
 
-import zlib
+import re
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from ctllm_jax.config.errors import UserError
+from ctllm_jax.dataset.text import Codec, codec
 
 LARGEST = 2**26
 """Bytes of the largest record that is held; longer ones are no web pages."""
 _CHUNK = 2**16
 _LONGEST_HEAD = 2**16
 _VERSION = b"WARC/"
-_GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
+_BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 
 
 class WarcRecord(NamedTuple):
@@ -43,16 +43,18 @@ def warc_records(raw: BinaryIO, compression: str | None, *, wanted: Callable[[di
     line that begins a record.
     """
     source = _Source(_expanded(raw, compression, file))
-    number, lost = 1, False
+    number, lost, at = 1, False, 0
+    place = "after decompression" if compression else "of the file"
     while True:
         try:
             if not source.skip_blank_lines():
                 return
+            at = source.offset
             if not source.starts_with(_VERSION):
                 start = source.peek()
                 found = source.skip_to_record()
                 if not lost:
-                    damaged(number, "not the start of a WARC record", start)
+                    damaged(number, f"not the start of a WARC record, at byte {at:,} {place}", start)
                     number += 1
                 lost = True
                 if not found:
@@ -64,13 +66,11 @@ def warc_records(raw: BinaryIO, compression: str | None, *, wanted: Callable[[di
                 raise ValueError("negative length")
             keep = length <= LARGEST and wanted(headers)
             block = source.take(length, keep)
-            if not source.is_between_records():
-                source.put_back(block)
-                raise ValueError(f"no record ends where its length of {length:,} bytes says")
         except (_Damage, ValueError, KeyError) as error:
+            # A header that fails is taken off the buffer, so that every turn of the loop comes nearer to the end.
             if not lost:
                 reason = str(error) if isinstance(error, _Damage) else f"malformed WARC header: {error}"
-                damaged(number, reason, source.peek())
+                damaged(number, f"{reason}, in the record at byte {at:,} {place}", source.peek())
                 number += 1
             lost = True
             if isinstance(error, _Damage) and compression is not None:
@@ -82,7 +82,7 @@ def warc_records(raw: BinaryIO, compression: str | None, *, wanted: Callable[[di
 
 
 def _headers(head: bytes) -> dict[str, str]:
-    lines = head.decode("utf-8", errors="replace").splitlines()
+    lines = head.decode("utf-8", errors="replace").split("\n")
     pairs = (line.partition(":") for line in lines[1:] if ":" in line)
     return {name.strip().lower(): value.strip() for name, _, value in pairs}
 
@@ -93,6 +93,7 @@ class _Source:
     def __init__(self, pieces: Iterator[bytes | _Damage]):
         self._pieces = pieces
         self._buffer = bytearray()
+        self._filled = 0
         self._pending: _Damage | None = None
 
     def _fill(self) -> bool:
@@ -102,7 +103,13 @@ class _Source:
             raise piece
         if piece is not None:
             self._buffer += piece
+            self._filled += len(piece)
         return piece is not None
+
+    @property
+    def offset(self) -> int:
+        """The place of what comes next, in bytes."""
+        return self._filled - len(self._buffer)
 
     def peek(self) -> bytes:
         return bytes(self._buffer[:2000])
@@ -119,48 +126,52 @@ class _Source:
             del self._buffer[0]
         return False
 
-    def is_between_records(self) -> bool:
-        """Whether the input ends here, or a line or record does. Damage is left for the next record to find."""
-        try:
-            while len(self._buffer) < len(_VERSION) and self._fill():
-                pass
-        except _Damage as error:
-            self._pending = error
-        return not self._buffer or self._buffer[0] in b"\r\n" or self._buffer.startswith(_VERSION)
-
-    def put_back(self, data: bytes) -> None:
-        self._buffer[:0] = data
-
     def starts_with(self, prefix: bytes) -> bool:
         while len(self._buffer) < len(prefix) and self._fill():
             pass
         return self._buffer.startswith(prefix)
 
     def take_head(self) -> bytes:
-        """The version line and header fields, up to the blank line."""
-        searched = 0
-        while (end := self._buffer.find(b"\r\n\r\n", searched)) < 0:
-            if len(self._buffer) > _LONGEST_HEAD:
+        """The version line and header fields, up to the blank line. Line ends are CR LF, or LF as some tools write."""
+        while True:
+            # No further than the next record: a file of nothing but beginnings takes no longer than another.
+            after = self._buffer.find(b"\n" + _VERSION, 0, _LONGEST_HEAD)
+            if end := _BLANK_LINE.search(self._buffer, 0, after if after >= 0 else _LONGEST_HEAD):
+                break
+            if after >= 0 or len(self._buffer) >= _LONGEST_HEAD:
                 del self._buffer[:len(_VERSION)]
                 raise ValueError("it does not end")
-            searched = max(0, len(self._buffer) - 3)
             if not self._fill():
+                del self._buffer[:len(_VERSION)]
                 raise _Damage("the file ends inside a record's header")
-        head = bytes(self._buffer[:end])
-        del self._buffer[:end + 4]
+        head = bytes(self._buffer[:end.start()])
+        del self._buffer[:end.end()]
         return head
 
     def take(self, length: int, keep: bool) -> bytes:
-        """The next bytes; without `keep` they are passed over and nothing is returned."""
-        while len(self._buffer) < length:
-            if not keep:
-                length -= len(self._buffer)
+        """The block of a record, or nothing without `keep`. A block up to LARGEST stays in the buffer until it is clear
+        that the record ends where it should; ValueError where it does not."""
+        left = length
+        while len(self._buffer) < left:
+            if length > LARGEST:
+                left -= len(self._buffer)
                 self._buffer.clear()
             if not self._fill():
-                raise _Damage(f"the file ends {length - len(self._buffer):,} bytes before the end of a record")
-        taken = bytes(memoryview(self._buffer)[:length]) if keep else b""
-        del self._buffer[:length]
+                raise _Damage(f"the file ends {left - len(self._buffer):,} bytes before the end of a record")
+        if not self._is_end(left):
+            raise ValueError(f"no record ends where its length of {length:,} bytes says")
+        taken = bytes(memoryview(self._buffer)[:left]) if keep else b""
+        del self._buffer[:left]
         return taken
+
+    def _is_end(self, at: int) -> bool:
+        """Whether the input ends here, or a line or record does. Damage is left for the next record to find."""
+        try:
+            while len(self._buffer) < at + len(_VERSION) and self._fill():
+                pass
+        except _Damage as error:
+            self._pending = error
+        return len(self._buffer) == at or self._buffer[at] in b"\r\n" or self._buffer.startswith(_VERSION, at)
 
     def skip_to_record(self) -> bool:
         """Go to the next line that begins a record; whether there is one."""
@@ -178,24 +189,27 @@ def _expanded(raw: BinaryIO, compression: str | None, file: str) -> Iterator[byt
         while chunk := raw.read(_CHUNK):
             yield chunk
         return
-    new, magic, errors = _codec(compression, file)
-    member, data = None, b""
+    form = codec(compression, file)
+    member, data, left = None, b"", b""
     while True:
-        if not data and not (data := raw.read(_CHUNK)):
+        if not data and not left and not (left := raw.read(_CHUNK)):
             if member is not None:
                 yield _Damage("the compressed data ends early")
             return
+        if not data:
+            data, left = left[:form.step], left[form.step:]
         begins_here = member is None
         if begins_here:
-            if not data.strip(b"\0"):
-                data = b""  # Padding after the last member.
+            data = data.lstrip(b"\0")  # Padding after a member.
+            if not data:
                 continue
-            member = new()
+            member = form.new()
         try:
             piece = member.decompress(data)
-        except errors as error:
+        except form.error as error:
             yield _Damage(f"the compressed data is damaged: {error}")
-            member, data = None, _from_next_member(data[1:] if begins_here else data, raw, magic)
+            left = _from_next_member((data[1:] if begins_here else data) + left, raw, form)
+            member, data = None, b""
             continue
         if piece:
             yield piece
@@ -205,21 +219,11 @@ def _expanded(raw: BinaryIO, compression: str | None, file: str) -> Iterator[byt
             data = b""
 
 
-def _from_next_member(data: bytes, raw: BinaryIO, magic: bytes) -> bytes:
+def _from_next_member(data: bytes, raw: BinaryIO, form: Codec) -> bytes:
     """The bytes from where a compressed member may begin, or none at the end of the file."""
-    while (at := data.find(magic)) < 0:
+    while (at := data.find(form.magic)) < 0:
         chunk = raw.read(_CHUNK)
         if not chunk:
             return b""
-        data = data[-len(magic) + 1:] + chunk
+        data = data[-len(form.magic) + 1:] + chunk
     return data[at:]
-
-
-def _codec(compression: str, file: str):
-    if compression == "gz":
-        return lambda: zlib.decompressobj(zlib.MAX_WBITS | 16), _GZIP, zlib.error
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError(f"{file} needs the package zstandard: pip install 'ctllm-jax[prep]'") from None
-    return lambda: zstandard.ZstdDecompressor().decompressobj(), _ZSTD, zstandard.ZstdError

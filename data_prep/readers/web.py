@@ -8,18 +8,20 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.dataset.text import checked_value
 from data_prep.readers import html
 from data_prep.readers.files import open_file
-from data_prep.readers.unit import InputUnit, Quarantine, Tally
+from data_prep.readers.unit import InputUnit, Quarantine, Tally, check_size
 from data_prep.readers.warc import LARGEST, WarcRecord, warc_records
 from data_prep.records import Record
 
 _TYPES = ("conversion", "response")
 
 
-def read_warc(unit: InputUnit, extractor: html.Extractor, quarantine: Quarantine, tally: Tally) -> Iterator[Record]:
-    """The conversion records (WET) and the responses with HTML (WARC) of a file.
+def read_warc(unit: InputUnit, extractor: html.Extractor, largest: int, quarantine: Quarantine,
+              tally: Tally) -> Iterator[Record]:
+    """The conversion records (WET) and the responses with HTML (WARC) of a file; those of more than `largest` bytes are
+    bad.
 
-    Records of other types, statuses and media types are counted in `tally.left_out`. A page without main text is a
-    record with an empty text.
+    Records of other types, statuses, media types and codings are counted in `tally.left_out`. A page without main text
+    is a record with an empty text.
     """
     file = unit["file"]
     with open_file(file) as raw:
@@ -33,7 +35,8 @@ def read_warc(unit: InputUnit, extractor: html.Extractor, quarantine: Quarantine
                                f"record of type {kind}"] += 1
                 continue
             try:
-                text, encoding = _conversion(record) if kind == "conversion" else _page(record, extractor)
+                text, encoding = (_conversion(record, largest) if kind == "conversion" else
+                                  _page(record, extractor, largest))
                 text = checked_value(text, "text")
             except UserError:
                 raise  # A ValueError too, but of the machine and not of the record: a package is missing.
@@ -49,13 +52,14 @@ def read_warc(unit: InputUnit, extractor: html.Extractor, quarantine: Quarantine
                          unit["source"], record.headers.get("warc-date"), file, record.number)
 
 
-def _conversion(record: WarcRecord) -> tuple[str, str]:
+def _conversion(record: WarcRecord, largest: int) -> tuple[str, str]:
+    check_size(len(record.block), largest, "the record")
     try:
         return record.block.decode("utf-8"), "utf-8"
     except UnicodeDecodeError as error:
         raise ValueError(f"invalid UTF-8 at byte {error.start} of the record") from None
 
 
-def _page(record: WarcRecord, extractor: html.Extractor) -> tuple[str, str]:
-    page, encoding = html.decode(html.parse_response(record.block))
+def _page(record: WarcRecord, extractor: html.Extractor, largest: int) -> tuple[str, str]:
+    page, encoding = html.decode(html.parse_response(record.block, largest))
     return html.main_text(page, extractor), encoding

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.folders import files_below
 from ctllm_jax.config.prepare import PrepareConfig
 from data_prep.commits import Commit, Output, Stage, Unit
 
@@ -92,11 +93,10 @@ def content_hash(path: str | None) -> str | None:
         return None
     root = Path(path)
     digest = hashlib.sha256()
-    for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
-        if file.is_file():
-            digest.update(f"{file.relative_to(root)}\0".encode())
-            with open(file, "rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
+    for file in files_below(root) if root.is_dir() else [root]:
+        digest.update(f"{file.relative_to(root)}\0".encode())
+        with open(file, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -12,7 +12,7 @@ from data_prep.readers import Tally, read_unit
 from data_prep.records import Record, schema
 from data_prep.stages.common import config_of, run_unit, write_part
 
-VERSION = 1
+VERSION = 2
 PART_BYTES = 8 * 2**20
 """Text of a part: small enough for many workers to share a file, large enough that a unit's fixed costs vanish."""
 _SHOWN_BYTES = 2000

@@ -103,7 +103,7 @@ def test_a_text_file_is_one_document_as_it_stands(tmp_path, read):
 @pytest.mark.parametrize(("name", "data", "position", "reason"), [
     ("a.txt", "一\n二\n".encode() + b"\xff\n", 3, "invalid UTF-8 at byte 8 of the file"),
     ("a.txt.gz", gzip.compress(b"long enough", mtime=0)[:-4], 1, "the compressed data is damaged or ends early"),
-    ("a.txt", "一\n".encode("utf-16"), 1, "invalid UTF-8 at byte 0 of the file"),
+    ("a.txt", "一\n".encode("utf-16") + b"\xff", 2, "invalid UTF-16 at byte 6 of the file"),
 ])
 def test_a_damaged_text_file_is_put_aside_whole(tmp_path, read, name, data, position, reason):
     (tmp_path / name).write_bytes(data)

@@ -6,6 +6,7 @@ import io
 import logging
 import zlib
 
+import brotli
 import pytest
 import zstandard
 from hypothesis import given, settings
@@ -126,6 +127,17 @@ def test_bytes_that_fit_no_encoding_cost_characters_and_no_page(tmp_path, read):
     # The crawler undid it and left the header.
     ({"headers": [("Content-Encoding", "gzip"), ("Transfer-Encoding", "chunked")]}, page().encode()),
     ({"headers": [("Content-Encoding", "br")]}, page().encode()),
+    ({"headers": [("Content-Encoding", "br")]}, brotli.compress(page().encode())),
+    ({"headers": [("Content-Encoding", "zstd")]}, zstandard.compress(page().encode()[:99])
+     + zstandard.compress(page().encode()[99:])),
+    ({"headers": [("Content-Encoding", "gzip, gzip")]}, gzip.compress(gzip.compress(page().encode()))),
+    ({"headers": [("Content-Encoding", "gzip"), ("Content-Encoding", "br")]}, brotli.compress(gzip.compress(
+        page().encode()))),
+    ({"headers": [("Transfer-Encoding", "gzip")]}, gzip.compress(page().encode())),
+    # Several members, and what some servers put after the last.
+    ({"headers": [("Content-Encoding", "gzip")]}, gzip.compress(page().encode()[:99]) + gzip.compress(
+        page().encode()[99:]) + b"\r\n"),
+    ({"headers": [("Content-Encoding", "compress")]}, page().encode("gbk")),
 ])
 def test_transfer_is_undone(tmp_path, read, how, body):
     assert PARAGRAPH in one(read, tmp_path, body, **how).texts[0]
@@ -134,10 +146,11 @@ def test_transfer_is_undone(tmp_path, read, how, body):
 @pytest.mark.parametrize(("how", "reason"), [
     ({"kind": "application/pdf"}, "HTTP type application/pdf"), ({"kind": ""}, "HTTP type not given"),
     ({"status": "404 Not Found"}, "HTTP status 404"), ({"record": "revisit"}, "record of type revisit"),
-    ({"headers": [("Content-Encoding", "br")]}, "HTTP coding br"),
+    ({"headers": [("Content-Encoding", "compress")]}, "HTTP coding compress"),
+    ({"headers": [("Content-Encoding", "dcb, gzip")]}, "HTTP coding dcb"),
 ])
 def test_what_is_no_page_is_counted_and_not_bad(tmp_path, read, how, reason):
-    reading = one(read, tmp_path, b"\x8b\x01 no page", **how)
+    reading = one(read, tmp_path, gzip.compress(b"\x8b\x01 no page"), **how)
     assert reading.records == [] and reading.bad == []
     assert reading.tally.left_out == {"record of type warcinfo": 1, reason: 1}
 
@@ -150,7 +163,19 @@ def test_a_page_without_text_is_an_empty_record(tmp_path, read):
     (b"no http", "malformed HTTP response"),
     (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n", "malformed HTTP response"),
     (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: gzip\r\n\r\n\x1f\x8b\x08\x00" + b"\xff" * 40,
-     "the compressed body is damaged")])
+     "the compressed body is damaged"),
+    (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: br\r\n\r\n" + b"\x00\xff" * 40,
+     "the compressed body is damaged"),
+    (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: zstd\r\n\r\n" + b"\x00\xff" * 40,
+     "the compressed body is damaged"),
+    *((b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: " + name + b"\r\n\r\n" + pack(
+        b"<p>" + b" " * (17 << 20)), "the body, decompressed, has more than 16 MiB")
+      for name, pack in ((b"gzip", gzip.compress), (b"br", lambda data: brotli.compress(data, quality=1)),
+                         (b"zstd", zstandard.compress), (b"deflate", zlib.compress))),
+    # Neither the first, the second nor the third is a page that a parser could take in some seconds.
+    *((b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n" + html, "inside one another: more than is read")
+      for html in (b"<div>" * 70_000, b"<div><object></div></object>" * 8000,
+                   b"<p>" + b"<b x>" * 1000 + b"</p>" + b"<p>x" * 1000))])
 def test_a_malformed_response_is_put_aside(tmp_path, read, body, reason):
     bad = b"WARC/1.1\r\nWARC-Type: response\r\nContent-Length: %d\r\n\r\n%s\r\n\r\n" % (len(body), body)
     (tmp_path / "a.warc").write_bytes(bad + archive(lambda writer: response(writer, page().encode()), gz=False))
@@ -165,6 +190,30 @@ def test_invalid_utf8_in_wet_is_put_aside(tmp_path, read):
     assert reading.texts == ["one", "three"]
     assert [(bad.position, bad.reason, bad.raw) for bad in reading.bad] == [
         (3, "invalid UTF-8 at byte 4 of the record", b"two \xff")]
+
+
+def test_line_ends_may_be_lf(tmp_path, read):
+    data = archive(conversions("one", "two", "three"), gz=False).replace(b"\r\n", b"\n")
+    (tmp_path / "a.wet").write_bytes(data)
+    assert read([tmp_path]).texts == ["one", "two", "three"] and read([tmp_path]).bad == []
+
+
+@pytest.mark.parametrize("end", [b"", b"\r\n", b"\nWARC-Type: conversion\n"])
+@pytest.mark.parametrize("gz", [True, False])
+def test_a_file_that_ends_inside_a_header_has_one_bad_record(tmp_path, read, gz, end):
+    cut = b"WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Ta" + end
+    (tmp_path / "a.wet").write_bytes(archive(conversions("one", "two"), gz=gz) + (gzip.compress(cut) if gz else cut))
+    reading = read([tmp_path])
+    assert reading.texts == ["one", "two"]
+    start = len(archive(conversions("one", "two"), gz=False))
+    assert [(bad.position, bad.reason) for bad in reading.bad] == [
+        (4, f"the file ends inside a record's header, in the record at byte {start:,} "
+            f"{'after decompression' if gz else 'of the file'}")]
+
+
+def test_beginnings_of_records_alone_are_one_bad_record(tmp_path, read):
+    (tmp_path / "a.wet").write_bytes(b"WARC/1.0\nContent-Length: 60000000\n\n" * 2 + b"WARC/1.0\n" * 5000)
+    assert len(read([tmp_path]).bad) == 1
 
 
 TEXTS = [f"document {index} " + "文" * 500 for index in range(8)]
@@ -211,7 +260,8 @@ def test_a_malformed_header_costs_its_record(tmp_path, read, old, new):
 def test_a_file_that_is_no_warc_is_put_aside_once(tmp_path, read):
     (tmp_path / "a.warc.gz").write_bytes(b"<html>not found</html>\n" * 1000)
     reading = read([tmp_path])
-    assert [(bad.position, bad.reason) for bad in reading.bad] == [(1, "not the start of a WARC record")]
+    assert [(bad.position, bad.reason) for bad in reading.bad] == [
+        (1, "not the start of a WARC record, at byte 0 of the file")]
 
 
 def test_a_record_that_is_too_large_is_not_held(tmp_path, read, monkeypatch):
