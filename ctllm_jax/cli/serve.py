@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ctllm_jax.cli import Context
 
 SCHEMA = ServeConfig
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 USAGE = """
 usage: python launch.py serve MODEL [key=value …]
 
@@ -36,7 +37,8 @@ def run(context: Context) -> int:
     try:
         import uvicorn
 
-        from ctllm_jax.inference.server import Server, patient_for
+        from ctllm_jax.inference.connections import BACKLOG, allow_files, limited
+        from ctllm_jax.inference.server import Server
     except ImportError as error:
         raise UserError(f"serve needs the packages starlette and uvicorn ({error}): pip install 'ctllm-jax[serve]'"
                         ) from None
@@ -46,6 +48,7 @@ def run(context: Context) -> int:
     from ctllm_jax.inference.protocol import Served
     from ctllm_jax.inference.worker import Worker
 
+    allow_files(config.max_connections)
     name = context.targets[0]
     model = load_model(name, dtype=config.dtype, mesh=config.mesh)
     if config.template is not None:
@@ -57,10 +60,11 @@ def run(context: Context) -> int:
     worker = Worker(engine, max_queue=config.max_queue)
     server = Server(served, worker, config, api_key=key)
     listener = uvicorn.Server(uvicorn.Config(
-        server.app(), host=config.host, port=config.port, http=patient_for(config.read_timeout), ws="none",
-        lifespan="off", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=3))
+        server.app(), host=config.host, port=config.port, ws="none", lifespan="off", log_config=None, access_log=False,
+        http=limited(read_timeout=config.read_timeout, max_connections=config.max_connections), backlog=BACKLOG,
+        server_header=False, timeout_graceful_shutdown=3))
     try:
-        sock = socket.create_server((config.host, config.port), backlog=512,
+        sock = socket.create_server((config.host, config.port), backlog=BACKLOG,
                                     family=socket.AF_INET6 if ":" in config.host else socket.AF_INET)
     except OSError as error:
         worker.close()
@@ -69,6 +73,9 @@ def run(context: Context) -> int:
     context.console.print(f"{served.name} ({model.run_dir}, step {model.step:,}): http://{address}:"
                           f"{sock.getsockname()[1]}/v1, a page to chat at /; {engine.slots} at once, "
                           f"{engine.max_length:,} tokens each; Ctrl-C ends")
+    if config.host not in _LOOPBACK:
+        context.console.print("[yellow]warning:[/] there is no TLS here, so the API key and all texts can be read on "
+                              "the way: put a proxy with TLS before this server")
     if served.template is None:
         context.console.print("[yellow]warning:[/] the model was not taught to answer: /v1/completions only")
     try:
@@ -87,7 +94,7 @@ def read_key(config: ServeConfig) -> str | None:
       UserError: no key for an address that others can reach.
     """
     key = os.environ.get(config.api_key_env, "").strip()
-    if not key and config.host not in ("127.0.0.1", "localhost", "::1"):
+    if not key and config.host not in _LOOPBACK:
         raise UserError(f"host={config.host} can be reached from elsewhere, and so needs an API key: set the "
                         f"environment variable {config.api_key_env}, or leave host at 127.0.0.1")
     return key or None

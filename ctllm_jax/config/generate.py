@@ -8,13 +8,18 @@ from pydantic import model_validator
 
 from ctllm_jax.config.base import Section, key
 
+HIGHEST_TEMPERATURE = 100.0
+MOST_TOP_K = 2**31 - 1
+PENALTIES = (0.01, 100.0)
+"""Bounds of numbers that decide a draw: inside them nothing overflows in float32 and int32."""
+
 
 class DrawingConfig(Section):
     """How tokens are drawn, wherever a MODEL writes."""
 
-    top_k: int | None = key(None, "draw from this many likeliest tokens", ge=1)
+    top_k: int | None = key(None, "draw from this many likeliest tokens", ge=1, le=MOST_TOP_K)
     min_p: float = key(0.0, "draw no token that is less likely than this times the likeliest one", ge=0, lt=1)
-    repetition_penalty: float = key(1.0, "above 1: what stands in prompt and text already becomes less likely", gt=0)
+    repetition_penalty: float = key(1.0, "above 1: what stands in prompt and text already becomes less likely", ge=PENALTIES[0], le=PENALTIES[1])
     stop: list[str] = key([], "texts that end what is written, and are left out; ['\\n'] for the end of a line", prose=True)
     dtype: Literal["float32", "bfloat16"] = key("float32", "what the model computes in; bfloat16 on accelerators takes half the memory")
 
@@ -29,7 +34,7 @@ class GenerateConfig(DrawingConfig):
     slots: int = key(16, "with prompts: texts that are written at once", ge=1)
     max_tokens: int = key(128, "most tokens to write", ge=1)
     num_samples: int = key(1, "texts to write behind each prompt, each with its own random numbers", ge=1)
-    temperature: float = key(0.8, "0: the likeliest token each time", ge=0)
+    temperature: float = key(0.8, "0: the likeliest token each time", ge=0, le=HIGHEST_TEMPERATURE)
     top_p: float = key(0.95, "draw from the likeliest tokens that together have this probability", gt=0, le=1)
     seed: int = key(0, "seed of the draws", ge=0, lt=2**32)
 

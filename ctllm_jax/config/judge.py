@@ -9,6 +9,7 @@ from pydantic import field_validator, model_validator
 
 from ctllm_jax.config.base import Section, key, section
 from ctllm_jax.config.endpoint import EndpointConfig
+from ctllm_jax.config.generate import HIGHEST_TEMPERATURE, MOST_TOP_K
 
 MT_BENCH_TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "humanities": 0.1, "science": 0.1, "stem": 0.1,
                          "reading": 0.0, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0}
@@ -26,10 +27,10 @@ class AnswersConfig(EndpointConfig):
     name: str | None = key(None, "with base_url: what tables call it; null: model", min_length=1)
     system: str | None = key(None, "system prompt before each question; null: none", min_length=1, text=True)
     max_tokens: int | None = key(1024, "most tokens of an answer; a MODEL also stops where its context is full; null, with base_url alone: the server's own limit", ge=1)
-    temperature: float | None = key(0.7, "of categories that temperatures does not name; 0: the likeliest token each time", ge=0)
+    temperature: float | None = key(0.7, "of categories that temperatures does not name; 0: the likeliest token each time", ge=0, le=HIGHEST_TEMPERATURE)
     temperatures: dict[str, float] = key(MT_BENCH_TEMPERATURES, "temperature by category; {}: temperature for all")
     top_p: float | None = key(None, "draw from the likeliest tokens that together have this probability; null: from all, or a server's own default", gt=0, le=1)
-    top_k: int | None = key(None, "MODEL: draw from this many likeliest tokens", ge=1)
+    top_k: int | None = key(None, "MODEL: draw from this many likeliest tokens", ge=1, le=MOST_TOP_K)
     seed: int = key(0, "seed of a MODEL's draws, and of send_seed; those of an answer depend on it and on the question alone", ge=0, lt=2**32)
     dtype: Literal["float32", "bfloat16"] = key("float32", "MODEL: what it computes in")
     batch_tokens: int = key(16_384, "MODEL: tokens, of questions and answers, that are held in memory at a time", ge=1)
@@ -41,8 +42,8 @@ class AnswersConfig(EndpointConfig):
             raise ValueError("base_url and model go together: the address of a server, and a model that it knows; a MODEL of ours stands on the command line without a key")
         if self.base_url is None and (given := self.given(OF_AN_ENDPOINT)):
             raise ValueError(f"{given[0]} is only read with answers.base_url")
-        if negative := [name for name, value in self.temperatures.items() if value < 0]:
-            raise ValueError(f"temperatures.{negative[0]} must be >= 0")
+        if wrong := [name for name, value in self.temperatures.items() if not 0 <= value <= HIGHEST_TEMPERATURE]:
+            raise ValueError(f"temperatures.{wrong[0]} must be from 0 to {HIGHEST_TEMPERATURE:g}")
         return self
 
     def given(self, names: tuple[str, ...]) -> list[str]:

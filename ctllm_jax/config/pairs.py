@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from ctllm_jax.config.base import Section, key
 from ctllm_jax.config.endpoint import EndpointConfig
+from ctllm_jax.config.generate import HIGHEST_TEMPERATURE, MOST_TOP_K
 
 
 class PromptSourceConfig(Section):
@@ -29,9 +30,9 @@ class RejectedConfig(EndpointConfig):
     base_url: str | None = key(None, "address of an OpenAI-compatible server, up to its version; null: model is a MODEL of ours")
     model: str = key(..., "MODEL (a run directory of sft or dpo, or RUN@STEP), or with base_url the name that the server knows", min_length=1)
     max_tokens: int | None = key(512, "most tokens of an answer; a MODEL of ours also stops where its context is full", ge=1)
-    temperature: float | None = key(0.8, "0: the likeliest token each time; null: a server's own default", ge=0)
+    temperature: float | None = key(0.8, "0: the likeliest token each time; null: a server's own default", ge=0, le=HIGHEST_TEMPERATURE)
     top_p: float | None = key(0.95, "draw from the likeliest tokens that together have this probability; null: from all, or a server's own default", gt=0, le=1)
-    top_k: int | None = key(None, "MODEL: draw from this many likeliest tokens", ge=1)
+    top_k: int | None = key(None, "MODEL: draw from this many likeliest tokens", ge=1, le=MOST_TOP_K)
     batch_tokens: int = key(16_384, "MODEL: tokens, of prompts and answers, that are held in memory at a time: longer prompts, fewer rows", ge=1)
     min_room: int = key(16, "MODEL: tokens of its context that a prompt must leave for the answer", ge=1)
 

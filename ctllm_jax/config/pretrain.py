@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from ctllm_jax.config.base import Section, key, section
 from ctllm_jax.config.data import DataConfig
+from ctllm_jax.config.generate import HIGHEST_TEMPERATURE, MOST_TOP_K
 from ctllm_jax.config.lora import LoraConfig
 from ctllm_jax.config.model import ComputeConfig, MeshConfig, ModelConfig
 from ctllm_jax.config.reliability import BadStepsConfig, DistributedConfig, WatchdogConfig
@@ -119,8 +120,8 @@ class SampleConfig(Section):
     every: int = key(0, "steps between samples; 0: never, not even at the end", ge=0, changeable=True)
     prompts: list[str] = key(["今天", "中国"], "what the samples go on from", changeable=True, prose=True)
     max_tokens: int = key(64, "tokens of a sample", ge=1, changeable=True)
-    temperature: float = key(0.8, "0: the likeliest token each time", ge=0, changeable=True)
-    top_k: int | None = key(None, "draw from this many likeliest tokens", ge=1, changeable=True)
+    temperature: float = key(0.8, "0: the likeliest token each time", ge=0, le=HIGHEST_TEMPERATURE, changeable=True)
+    top_k: int | None = key(None, "draw from this many likeliest tokens", ge=1, le=MOST_TOP_K, changeable=True)
     top_p: float = key(0.95, "draw from the likeliest tokens that together have this probability", gt=0, le=1, changeable=True)
 
 
@@ -149,7 +150,7 @@ class PretrainConfig(Section):
     """A pretraining run."""
 
     run: RunConfig = section(RunConfig, "where the run lives", changeable=True)
-    seed: int = key(42, "seed of the weights, the data order and the samples", ge=0)
+    seed: int = key(42, "seed of the weights, the data order and the samples", ge=0, lt=2**32)
     steps: int = key(..., "optimizer steps", ge=1, changeable=True)
     processes: int = key(1, "processes on this machine, each with a GPU or a part of the CPU devices; on a cluster its launcher starts them, and this stays 1", ge=1, changeable=True)
     init: str | None = key(None, "MODEL whose weights the run starts from: a run directory, RUN@STEP, or a Hugging Face folder; null: random", changeable=True)

@@ -27,8 +27,9 @@ class ServeConfig(Section):
     max_tokens: int | None = key(None, "most new tokens that a request may ask for; null: what max_length leaves", ge=1)
     max_queue: int = key(64, "requests that may wait for a slot; more are answered with 429", ge=0)
     max_body: int = key(2**20, "bytes of a request; larger ones are answered with 413", ge=1)
+    max_connections: int = key(256, "connections at once; one more closes the one that has waited longest for a request, or is answered with 503", ge=1)
     timeout: float = key(600.0, "seconds that an answer may take, waiting included; then 408", gt=0)
-    read_timeout: float = key(20.0, "seconds in which a request must have arrived; then 408", gt=0)
+    read_timeout: float = key(20.0, "seconds in which the head of a request must have arrived, and then its body, or 408; and in which a client must take what was sent", gt=0)
     steps: int = key(4, "tokens that are drawn before they are sent: more of them cost less, and come in bursts", ge=1)
 
     @field_validator("api_key_env")

@@ -293,9 +293,12 @@ class HarnessModel(TemplateLM):
         stops = [until] if isinstance(until, str) else until
         stop_ids = dict.fromkeys([*self.model.stop_ids, *([] if self.model.tokenizer.eos_id is None
                                                           else [self.model.tokenizer.eos_id])])
-        return Request(prompt=tuple(ids[-room:] or [self.prefix_token_id]), max_tokens=max_tokens,
-                       stop=tuple(stop for stop in stops if stop), stop_ids=tuple(stop_ids)[:MOST_STOP_IDS],
-                       seed=self._seed, row=row, **{"temperature": 0.0, **given})
+        try:
+            return Request(prompt=tuple(ids[-room:] or [self.prefix_token_id]), max_tokens=max_tokens,
+                           stop=tuple(stop for stop in stops if stop), stop_ids=tuple(stop_ids)[:MOST_STOP_IDS],
+                           seed=self._seed, row=row, **{"temperature": 0.0, **given})
+        except ValueError as error:
+            raise UserError(f"generation setting {error}") from None
 
 
 def identify(model: Model, *, max_length: int | None, seed: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from ctllm_jax.data.tokenizer import Tokenizer
 from ctllm_jax.inference import cache, schedule
-from ctllm_jax.inference.request import MOST_STOP_IDS, Event, Request, Token
+from ctllm_jax.inference.request import FAILED, MOST_STOP_IDS, Event, Request, Token
 from ctllm_jax.inference.sampling import Sampling
 from ctllm_jax.inference.schedule import Job, Slot
 from ctllm_jax.inference.text import TextStream
@@ -147,6 +147,8 @@ class Engine:
                     return
                 while order[0] not in ended:
                     for event in self.step():
+                        if event.finish == FAILED:
+                            raise RuntimeError("the engine failed on a request; the log has its traceback")
                         said[event.request][0].extend(event.tokens)
                         said[event.request][1].append(event.text)
                         if event.finish:
@@ -159,14 +161,29 @@ class Engine:
                 self.cancel(number)
 
     def reset(self) -> list[int]:
-        """Forget all requests and all that is cached, as after an error in a step; the numbers of those forgotten."""
-        numbers = list(self._jobs)
-        self._jobs.clear()
-        self._waiting.clear()
-        self._cancelled.clear()
+        """Forget all that is cached, and the requests that have a slot, as after an error in a step.
+
+        Requests that wait stay lined up, unless no slot was in use: then the error came from one of them.
+
+        Returns:
+          the numbers of the requests that were forgotten.
+        """
+        numbers = [slot.job.number for slot in self._slots if slot.job] or list(self._jobs)
+        for number in numbers:
+            self._forget(number)
         self._slots = [Slot(place) for place in range(len(self._slots))]
         self._cache = self._make_cache()
         return numbers
+
+    def _forget(self, number: int) -> None:
+        """A request has ended: nothing but its slot's cached tokens is left of it."""
+        job = self._jobs.pop(number)
+        self._cancelled.discard(number)
+        if job in self._waiting:
+            self._waiting.remove(job)
+        for slot in self._slots:
+            if slot.job is job:
+                slot.job = None
 
     def _make_cache(self) -> cache.Slots:
         return cache.make_slots(self._decoder.config, slots=len(self._slots), length=self._length,
@@ -176,14 +193,9 @@ class Engine:
     def _cancel(self) -> list[Event]:
         events = []
         for number in sorted(self._cancelled):
-            job = self._jobs.pop(number)
-            if job in self._waiting:
-                self._waiting.remove(job)
-            else:
-                next(slot for slot in self._slots if slot.job is job).job = None
+            self._forget(number)
             self.counts["cancelled"] += 1
             events.append(Event(number, finish="cancelled"))
-        self._cancelled.clear()
         return events
 
     def _prefill(self, group: list[Slot], size: int) -> list[Event]:
@@ -250,7 +262,19 @@ class Engine:
         return events
 
     def _take(self, slot: Slot, drawn: list[tuple[Any, ...]], *, fed: bool = False) -> Event:
-        """What tokens mean for the request in a slot: text, or its end.
+        """What tokens mean for the request in a slot: text, or its end. An error ends this request alone."""
+        number = slot.job.number
+        try:
+            return self._read(slot, drawn, fed=fed)
+        except Exception:
+            logger.exception("request %d failed; the others are not touched", number)
+            self._forget(number)
+            slot.cached = []
+            self.counts["failed"] += 1
+            return Event(number, finish=FAILED)
+
+    def _read(self, slot: Slot, drawn: list[tuple[Any, ...]], *, fed: bool) -> Event:
+        """The event of these tokens.
 
         Args:
           fed: before each of these tokens was drawn, the one before it went into the cache.
@@ -284,10 +308,8 @@ class Engine:
             if job.text is not None:
                 texts.append(job.text.finish())
                 finish = "stop" if job.text.stopped else finish
-            slot.job = None
+            self._forget(job.number)
             del slot.cached[self._length - 1:]  # A row that draws nothing writes behind what is kept.
-            del self._jobs[job.number]
-            self._cancelled.discard(job.number)
             self.counts["finished"] += 1
         return Event(job.number, tuple(tokens), "".join(texts), finish, prompt)
 
@@ -295,13 +317,13 @@ class Engine:
 def _sampling(jobs: list[Job | None], rows: int) -> Sampling:
     """How each of these draws, and `None` and what is beyond them not at all."""
     sampling = Sampling(*np.zeros((1, rows), np.float32), np.zeros(rows, np.int32), np.ones(rows, np.float32),
-                        np.zeros(rows, np.float32), np.ones(rows, np.float32), *np.zeros((2, rows), np.uint32),
+                        np.zeros(rows, np.float32), np.ones(rows, np.float32), *np.zeros((3, rows), np.uint32),
                         *np.zeros((2, rows), np.int32))
     for row, job in enumerate(jobs):
         if job is not None:
             asked = job.request
             values = (asked.temperature, asked.top_k or 0, asked.top_p, asked.min_p, asked.repetition_penalty,
-                      asked.seed & 0xFFFFFFFF, asked.row & 0xFFFFFFFF, job.drawn, asked.told)
+                      asked.seed >> 32 & 0xFFFFFFFF, asked.seed & 0xFFFFFFFF, asked.row, job.drawn, asked.told)
             for array, value in zip(sampling, values, strict=True):
                 array[row] = value
     return sampling

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.generate import MOST_TOP_K, PENALTIES
 from ctllm_jax.data.chat import ChatTemplate, Message
 from ctllm_jax.data.tokenizer import Tokenizer
 from ctllm_jax.inference.request import MOST_TOLD, Event, Request, Token
@@ -23,6 +24,9 @@ from ctllm_jax.inference.request import MOST_TOLD, Event, Request, Token
 MOST_CHOICES = 128
 """Texts that one request may ask for."""
 MOST_STOPS = 16
+LONGEST_STOP = 1024
+"""Characters of a stop text: each new token is compared with all of them."""
+MOST_MESSAGES = 2048
 _DEFAULT_TOKENS = 16
 """Of completions, where no max_tokens is given; OpenAI's own."""
 
@@ -47,21 +51,22 @@ class _StreamOptions(BaseModel):
 
 
 class _Common(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    # Numbers have OpenAI's ranges, where it has some; each also fits where the engine puts it.
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     model: str
-    max_tokens: int | None = Field(None, ge=0)
-    temperature: float | None = Field(None, ge=0, le=100)
+    max_tokens: int | None = Field(None, ge=0, lt=2**31)
+    temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     stop: str | list[str] | None = None
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-2**63, lt=2**63)
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     # Beyond OpenAI's, named as vLLM names them.
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, le=MOST_TOP_K)
     min_p: float | None = Field(None, ge=0, lt=1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=PENALTIES[0], le=PENALTIES[1])
     # What changes no text.
     user: Any = None
     metadata: Any = None
@@ -76,6 +81,8 @@ class _Common(BaseModel):
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > MOST_STOPS:
             raise ProtocolError(400, f"stop: at most {MOST_STOPS} texts", param="stop")
+        if max(map(len, stops), default=0) > LONGEST_STOP:
+            raise ProtocolError(400, f"stop: at most {LONGEST_STOP:,} characters in a text", param="stop")
         return tuple(filter(None, stops))
 
 
@@ -83,7 +90,7 @@ class _Completions(_Common):
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=MOST_TOLD)
     echo: bool | None = None
-    best_of: int | None = None
+    best_of: int | None = Field(None, ge=1, le=MOST_CHOICES)
     suffix: None = None
 
 
@@ -97,6 +104,10 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
     role: str
     content: str | list[_Content]
+    # What a template here cannot write: only as if it were not there.
+    tool_calls: list[Any] | None = Field(None, max_length=0)
+    function_call: None = None
+    audio: None = None
 
 
 class _ResponseFormat(BaseModel):
@@ -104,8 +115,10 @@ class _ResponseFormat(BaseModel):
 
 
 class _Chat(_Common):
-    messages: list[_Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: list[_Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    # OpenAI's chat generates at least one token; 0 is no way to say "without a limit".
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOLD)
     response_format: _ResponseFormat | None = None
@@ -303,8 +316,14 @@ def read_chat(served: Served, body: bytes) -> Answer:
 def _parse(schema: type[_Common], served: Served, body: bytes) -> Any:
     try:
         content = json.loads(body)
+        is_broken = _holds_surrogate(content)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(400, f"the body is not JSON: {error}") from None
+    if is_broken:
+        fields = content.items() if isinstance(content, dict) else ()
+        field = next((name for name, value in fields if _holds_surrogate(value)), "body")
+        raise ProtocolError(400, f"{field}: a text holds half of a surrogate pair (\\ud800 to \\udfff), which is no "
+                                 "character", param=field)
     try:
         asked = schema.model_validate(content)
     except ValidationError as error:
@@ -318,6 +337,15 @@ def _parse(schema: type[_Common], served: Served, body: bytes) -> Any:
     return asked
 
 
+def _holds_surrogate(content: Any) -> bool:
+    """Whether JSON has a text that UTF-8 cannot hold: half of a surrogate pair, which no tokenizer takes."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def _requests(served: Served, asked: _Common, rows: Sequence[Sequence[int]], *, most: int, n: int,
               **more: Any) -> list[Request]:
     for ids in rows:
@@ -325,7 +353,7 @@ def _requests(served: Served, asked: _Common, rows: Sequence[Sequence[int]], *, 
             raise _too_long(served, len(ids), most)
     if served.max_tokens is not None and most > served.max_tokens:
         raise ProtocolError(400, f"max_tokens={most}: at most {served.max_tokens} here", param="max_tokens")
-    seed = int.from_bytes(os.urandom(4), "little") if asked.seed is None else asked.seed & 0xFFFFFFFF
+    seed = int.from_bytes(os.urandom(8), "little") if asked.seed is None else asked.seed
     return [Request(prompt=tuple(ids), max_tokens=most, seed=seed, row=row, stop=asked.stops(),
                     temperature=1.0 if asked.temperature is None else asked.temperature, top_p=asked.top_p or 1.0,
                     top_k=None if (asked.top_k or 0) < 1 else asked.top_k, min_p=asked.min_p or 0.0,

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ctllm_jax.config.generate import HIGHEST_TEMPERATURE, MOST_TOP_K, PENALTIES
+
 MOST_STOP_IDS = 8
 MOST_TOLD = 20
 """As many log-probabilities beside the drawn token's as OpenAI's interface has."""
+FAILED = "error"
+"""How a request ends when the engine failed on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +26,8 @@ class Request:
       top_p: draw from the likeliest tokens that together have this probability.
       min_p: draw no token that is less likely than this times the likeliest.
       repetition_penalty: above 1 makes what stands in prompt and text less likely.
-      seed, row: 32 bits each; the random numbers depend on them and on the token's place alone.
-      stop: texts that end it, and are not given; needs a tokenizer.
+      seed: 64 bits, signed or not. row: 32 bits. The random numbers depend on them and on the token's place alone.
+      stop: texts that end it, and are not given; the one that is complete first counts. Needs a tokenizer.
       stop_ids: ids that end it, at most `MOST_STOP_IDS`; not given either.
       told: how many of the likeliest tokens are told beside each one, at most `MOST_TOLD`.
       score_prompt: tell the log-probabilities of the prompt's tokens too, and of the id that ended the text: whoever
@@ -45,10 +49,15 @@ class Request:
     score_prompt: bool = False
 
     def __post_init__(self):
-        ranges = {"max_tokens": self.max_tokens >= 0, "temperature": self.temperature >= 0,
-                  "top_k": self.top_k is None or self.top_k >= 1, "top_p": 0 < self.top_p <= 1,
-                  "min_p": 0 <= self.min_p < 1, "repetition_penalty": self.repetition_penalty > 0,
-                  "stop_ids": len(self.stop_ids) <= MOST_STOP_IDS, "told": 0 <= self.told <= MOST_TOLD}
+        # Comparisons with NaN are false, so it is out of every range.
+        ranges = {"max_tokens": 0 <= self.max_tokens < 2**31,
+                  "temperature": 0 <= self.temperature <= HIGHEST_TEMPERATURE,
+                  "top_k": self.top_k is None or 1 <= self.top_k <= MOST_TOP_K, "top_p": 0 < self.top_p <= 1,
+                  "min_p": 0 <= self.min_p < 1,
+                  "repetition_penalty": PENALTIES[0] <= self.repetition_penalty <= PENALTIES[1],
+                  "seed": -2**63 <= self.seed < 2**64, "row": 0 <= self.row < 2**32,
+                  "stop_ids": len(self.stop_ids) <= MOST_STOP_IDS and all(0 <= each < 2**31 for each in self.stop_ids),
+                  "told": 0 <= self.told <= MOST_TOLD}
         if wrong := [name for name, is_right in ranges.items() if not is_right]:
             raise ValueError(f"{wrong[0]}={getattr(self, wrong[0])} is out of range")
         if not self.prompt:
@@ -73,7 +82,7 @@ class Event(NamedTuple):
       request: what `submit` gave.
       tokens: drawn in this step; the id that ended it is not among them, unless the prompt is scored.
       text: what became certain of the text; with a tokenizer.
-      finish: None while it goes on; "stop" (a stop id or text), "length" (max_tokens), or "cancelled".
+      finish: None while it goes on; "stop" (a stop id or text), "length" (max_tokens), "cancelled", or `FAILED`.
       prompt: the prompt's tokens, once, with `score_prompt`.
     """
 

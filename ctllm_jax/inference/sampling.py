@@ -13,20 +13,25 @@ import jax.numpy as jnp
 from ctllm_jax.inference.request import MOST_TOLD
 
 _BLOCK = 128
+_COLDEST = 1e-5
+"""A lower temperature takes the likeliest token, as in vLLM: logits divided by it would overflow."""
+_SMALLEST = 1e-30
+"""A lower top_p means this: float32 would round it to 0, which no set of tokens has."""
 
 
 class Sampling(NamedTuple):
     """How each row draws; arrays [B].
 
     Attributes:
-      temperature: float32; 0 takes the likeliest token.
+      temperature: float32; 0 (less than 1e-5) takes the likeliest token.
       top_k: int32; draw from this many likeliest; 0: from all.
       top_p: float32; draw from the smallest set of likeliest tokens that together have this probability, of what top_k
         left (arXiv 1904.09751); 1: from all.
       min_p: float32; no token that is less likely than this times the likeliest (arXiv 2407.01082); 0: all.
       repetition_penalty: float32; logits of tokens seen are divided by it where positive, else multiplied (arXiv
         1909.05858); 1: as they are.
-      seed, row: uint32; with `index` all that a draw's random numbers depend on.
+      seed_high, seed, row: uint32, the first two halves of one number; with `index` all that a draw's random numbers
+        depend on.
       index: int32; tokens that the row has drawn before.
       told: int32; how many of the likeliest tokens are told.
     """
@@ -36,6 +41,7 @@ class Sampling(NamedTuple):
     top_p: jax.Array
     min_p: jax.Array
     repetition_penalty: jax.Array
+    seed_high: jax.Array
     seed: jax.Array
     row: jax.Array
     index: jax.Array
@@ -63,13 +69,14 @@ def draw(logits_BV: jax.Array, sampling: Sampling, *, seen_BV: jax.Array) -> Dra
         lambda x_BV: jnp.where(seen_BV, jnp.where(x_BV > 0, x_BV / penalty_B1, x_BV * penalty_B1), x_BV),
         lambda x_BV: x_BV, logits_BV)
     likeliest_B = jnp.argmax(penalized_BV, axis=-1).astype(jnp.int32)
+    is_random_B = sampling.temperature >= _COLDEST
 
     def random(x_BV):
-        x_BV = x_BV / jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
+        x_BV = x_BV / jnp.where(is_random_B, sampling.temperature, 1)[:, None]
         x_BV = truncate(x_BV, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
-        return jnp.where(sampling.temperature > 0, _categorical(x_BV, _uniforms(sampling)), likeliest_B)
+        return jnp.where(is_random_B, _categorical(x_BV, _uniforms(sampling)), likeliest_B)
 
-    token_B = jax.lax.cond(jnp.any(sampling.temperature > 0), random, lambda x_BV: likeliest_B, penalized_BV)
+    token_B = jax.lax.cond(jnp.any(is_random_B), random, lambda x_BV: likeliest_B, penalized_BV)
     logp_B, told_ids_BN, told_logps_BN = score(logits_BV, token_B, told=jnp.any(sampling.told > 0))
     return Drawn(token_B, logp_B, told_ids_BN, told_logps_BN)
 
@@ -106,7 +113,7 @@ def truncate(logits_BV: jax.Array, *, top_k: jax.Array, top_p: jax.Array, min_p:
     def keep_p(x_BV):
         # A token is in the set while those above it have less than top_p; so the likeliest always is.
         keys_BV, probs_BV = _ordered(x_BV), jax.nn.softmax(x_BV, axis=-1)
-        p_B1 = jnp.where(top_p < 1, top_p, jnp.inf)[:, None]
+        p_B1 = jnp.where(top_p < 1, jnp.maximum(top_p, _SMALLEST), jnp.inf)[:, None]
         lowest_B1 = _greatest(lambda t_B1: jnp.sum(jnp.where(keys_BV >= t_B1, probs_BV, 0), axis=1,
                                                    keepdims=True) >= p_B1, len(x_BV))
         return jnp.where(keys_BV < lowest_B1, -jnp.inf, x_BV)
@@ -158,8 +165,9 @@ def _pick(weights_BN: jax.Array, uniform_B: jax.Array) -> jax.Array:
 
 def _uniforms(sampling: Sampling) -> jax.Array:
     """Two numbers of [0, 1) for each row, from its seed, row and index alone."""
-    def uniforms(seed, row, index):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), index)
-        return jax.random.uniform(key, (2,))
+    def uniforms(seed_high, seed, row, index):
+        # What jax.random.key makes of a seed of 64 bits, which it can only be given where x64 is enabled.
+        key = jax.random.wrap_key_data(jnp.stack([seed_high, seed]), impl="threefry2x32")
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), index), (2,))
 
-    return jax.vmap(uniforms)(sampling.seed, sampling.row, sampling.index)
+    return jax.vmap(uniforms)(sampling.seed_high, sampling.seed, sampling.row, sampling.index)

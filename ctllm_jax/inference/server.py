@@ -11,6 +11,7 @@ import contextlib
 import hmac
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -22,15 +23,15 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ctllm_jax.config.serve import ServeConfig
 from ctllm_jax.inference.metrics import Metrics
 from ctllm_jax.inference.protocol import Answer, ProtocolError, Served, read_chat, read_completions
-from ctllm_jax.inference.request import Event
-from ctllm_jax.inference.worker import FAILED, QueueFull, Worker
+from ctllm_jax.inference.request import FAILED, Event
+from ctllm_jax.inference.worker import QueueFull, Worker
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_HOST = re.compile(r"([a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?", re.IGNORECASE)
 _PAGE = Path(__file__).with_name("chat_page.html")
 _OPEN = ("/", "/health")
 """Paths that need no key: they tell nothing of the model, and start nothing."""
@@ -65,7 +66,11 @@ class Server:
             exception_handlers={HTTPException: _http_error})
 
     def allows(self, request: Request) -> None:
-        """ProtocolError where a request brings no key, or comes from another site's page."""
+        """ProtocolError where a request brings no key, comes from another site's page, or has no certain end."""
+        if "content-length" in request.headers and "transfer-encoding" in request.headers:
+            # A proxy before this server may read one of them where this server reads the other.
+            raise ProtocolError(400, "give Content-Length or Transfer-Encoding, not both: the end of the body is not "
+                                     "certain")
         if self._key is None:
             # Without a key the address is the only fence: a page of another name that leads here gets no answer.
             if _host(request.headers.get("host", "")) not in LOOPBACK:
@@ -97,7 +102,7 @@ class Server:
                       "prefill_tokens_total": ("tokens of prompts that were read", counts["prefill_tokens"]),
                       "reused_tokens_total": ("tokens of prompts that were in the cache", counts["reused_tokens"]),
                       "generated_tokens_total": ("tokens that were written", counts["generated_tokens"]),
-                      "engine_failures_total": ("steps that ended in an error", worker.failures)})
+                      "engine_failures_total": ("errors in the engine", worker.failures)})
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def _models(self, request: Request) -> Response:
@@ -237,12 +242,19 @@ class _Guard:
         except ProtocolError as error:
             if not status:
                 # What of the body has not been read is not waited for.
-                headers = {"Connection": "close"} if error.status in (401, 403, 408, 413, 415) else {}
+                unread = error.status in (401, 403, 408, 413, 415) or "transfer-encoding" in request.headers
+                headers = {"Connection": "close"} if unread else {}
                 headers |= {"Retry-After": "1"} if error.status == 429 else {}
                 headers |= {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
                 await JSONResponse(error.body(), status_code=error.status, headers=headers)(scope, receive, watched)
         except ClientDisconnect:
             status = _CLIENT_GONE
+        except Exception:
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            if status:
+                raise
+            error = ProtocolError(500, "the server failed on this request; the log says why")
+            await JSONResponse(error.body(), status_code=500)(scope, receive, watched)
         finally:
             known = any(route.path == scope["path"] for route in scope["app"].routes) if "app" in scope else False
             self._server.metrics.answers[scope["path"] if known else "other", status or 500] += 1
@@ -280,27 +292,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _host(header: str) -> str:
-    """The name of a Host header, without its port."""
-    if header.startswith("["):
-        return header[1:].partition("]")[0]
-    return header.rpartition(":")[0] if ":" in header else header
-
-
-def patient_for(seconds: float) -> type[H11Protocol]:
-    """Uvicorn's protocol, with a limit on the time in which the head of a connection's first request must arrive."""
-
-    class Protocol(H11Protocol):
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._deadline = self.loop.call_later(seconds, self._give_up)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._deadline.cancel()
-            super().connection_lost(exc)
-
-        def _give_up(self) -> None:
-            if self.cycle is None and not self.transport.is_closing():
-                self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
-                self.transport.close()
-
-    return Protocol
+    """The name of a Host header, without its port; empty where it is malformed."""
+    match = _HOST.fullmatch(header)
+    return match[1].strip("[]").lower() if match else ""

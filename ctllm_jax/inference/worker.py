@@ -9,10 +9,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from ctllm_jax.inference.engine import Engine
-from ctllm_jax.inference.request import Event, Request
+from ctllm_jax.inference.request import FAILED, Event, Request
 
-FAILED = "error"
-"""How a request ends that an error in the engine ended."""
 logger = logging.getLogger(__name__)
 
 
@@ -28,7 +26,8 @@ class Worker:
       max_queue: requests that may wait for a slot.
 
     Attributes:
-      failures: steps that ended in an error; what was running then was told, and the engine began anew.
+      failures: errors in the engine. One of a request ends that request; one of a step ends those that run. The
+        requests that wait are served afterwards.
     """
 
     def __init__(self, engine: Engine, *, max_queue: int = 64):
@@ -101,26 +100,43 @@ class Worker:
                 arrived, gone = list(self._inbox), set(self._gone)
                 self._inbox.clear()
                 self._gone.clear()
+            for ticket, request in arrived:
+                self._submit(ticket, request)
             try:
-                for ticket, request in arrived:
-                    number = self.engine.submit(request)
-                    self._tickets[number], self._numbers[ticket] = ticket, number
                 for ticket in gone & self._numbers.keys():
                     self.engine.cancel(self._numbers[ticket])
                 events = self.engine.step()
             except Exception:
-                # Whatever it was, the next requests may go well: a server that is silent helps nobody.
-                logger.exception("the engine failed; its %d requests are told, and it begins anew", self.in_flight)
-                self.failures += 1
-                self.engine.reset()
-                with self._changed:
-                    self._inbox.clear()
-                    lost = list(self._listeners)
-                for ticket in lost:
-                    self._tell(ticket, Event(ticket, finish=FAILED))
+                logger.exception("a step of the engine failed; the requests that it worked on are lost")
+                self._begin_again()
                 continue
             for event in events:
-                self._tell(self._tickets[event.request], event._replace(request=self._tickets[event.request]))
+                self.failures += event.finish == FAILED
+                if event.request in self._tickets:  # else its listener was told already, when a reset failed
+                    self._tell(self._tickets[event.request], event)
+
+    def _submit(self, ticket: int, request: Request) -> None:
+        try:
+            number = self.engine.submit(request)
+        except Exception:
+            logger.exception("the engine could not take a request; the others are not touched")
+            self.failures += 1
+            self._tell(ticket, Event(ticket, finish=FAILED))
+        else:
+            self._tickets[number], self._numbers[ticket] = ticket, number
+
+    def _begin_again(self) -> None:
+        """Whatever the error was, later requests may succeed: this thread must not end."""
+        self.failures += 1
+        try:
+            lost = [self._tickets[number] for number in self.engine.reset()]
+        except Exception:
+            logger.exception("the engine could not be reset; all of its requests are lost")
+            lost = list(self._numbers)
+            for number in self._tickets:
+                self.engine.cancel(number)
+        for ticket in lost:
+            self._tell(ticket, Event(ticket, finish=FAILED))
 
     def _tell(self, ticket: int, event: Event) -> None:
         with self._changed:
@@ -129,4 +145,7 @@ class Worker:
                 del self._listeners[ticket]
                 if (number := self._numbers.pop(ticket, None)) is not None:
                     del self._tickets[number]
-        listen(event)
+        try:
+            listen(event._replace(request=ticket))
+        except Exception:
+            logger.exception("the listener of a request failed")

@@ -14,9 +14,10 @@ from ctllm_jax.config.serve import ServeConfig
 from ctllm_jax.config.sft import TemplateConfig
 from ctllm_jax.data.chat import open_template
 from ctllm_jax.data.tokenizer import load_tokenizer
+from ctllm_jax.inference.connections import BACKLOG, limited
 from ctllm_jax.inference.engine import Engine
 from ctllm_jax.inference.protocol import Served
-from ctllm_jax.inference.server import Server, patient_for
+from ctllm_jax.inference.server import Server
 from ctllm_jax.inference.worker import Worker
 from data_prep.train_tokenizer import fit
 from tests.inference.models import make_model
@@ -44,7 +45,7 @@ class Running(NamedTuple):
 
     def ask(self, path, body=None, *, headers=(), method=None):
         """(status, headers, body) of a request as bytes or JSON."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         try:
             content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
             connection.request(method or ("GET" if body is None else "POST"), path, content,
@@ -83,10 +84,10 @@ def serving(small, *, api_key=None, slots=4, steps=4, **settings):
                     steps=steps)
     worker = Worker(engine, max_queue=config.max_queue)
     server = Server(small.served, worker, config, api_key=api_key)
-    listener = uvicorn.Server(uvicorn.Config(server.app(), http=patient_for(config.read_timeout), ws="none",
-                                             lifespan="off", log_config=None, access_log=False,
-                                             timeout_graceful_shutdown=1))
-    with socket.create_server(("127.0.0.1", 0), backlog=512) as sock:
+    protocol = limited(read_timeout=config.read_timeout, max_connections=config.max_connections)
+    listener = uvicorn.Server(uvicorn.Config(server.app(), http=protocol, ws="none", lifespan="off", log_config=None,
+                                             access_log=False, timeout_graceful_shutdown=1, backlog=BACKLOG))
+    with socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) as sock:
         thread = threading.Thread(target=listener.run, kwargs={"sockets": [sock]})
         thread.start()
         try:

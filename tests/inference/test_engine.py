@@ -107,9 +107,11 @@ def test_a_request_is_the_same_whatever_runs_beside_it(model, engine):
 
 
 def test_seeds_and_rows_decide(engine):
-    asked = [dict(seed=1), dict(seed=1), dict(seed=2), dict(seed=1, row=1), dict(seed=2**32 - 1, row=2**32 - 1)]
+    """All 64 bits of a seed count: -1 and 2**63 - 1 have their lower 32 bits in common."""
+    asked = [dict(seed=1), dict(seed=1), dict(seed=2), dict(seed=1, row=1), dict(seed=2**32 - 1, row=2**32 - 1),
+             dict(seed=-1), dict(seed=2**63 - 1), dict(seed=2**32 - 1), dict(seed=2**32 + 1), dict(seed=-2**63)]
     texts = tokens_of(engine, *(ask(ids(6), temperature=1.0, **each) for each in asked))
-    assert texts[0] == texts[1] and len({tuple(text) for text in texts}) == 4
+    assert texts[0] == texts[1] and len({tuple(text) for text in texts}) == 9
 
 
 def test_a_prompt_that_is_there_is_not_read_again(model, engine):
@@ -168,7 +170,7 @@ def test_a_penalty_counts_prompt_and_text(engine):
     """Strong enough, no token comes twice, nor one of the prompt; in a slot that others left their marks in."""
     tokens_of(engine, *[ask(ids(9, n), 20, repetition_penalty=2.0) for n in range(6)])
     prompt = ids(140, 3)
-    text, = tokens_of(engine, ask(prompt, 60, repetition_penalty=1e9))
+    text, = tokens_of(engine, ask(prompt, 60, repetition_penalty=100.0))
     assert len({*text}) == 60 and not {*text} & {*prompt}
 
 
@@ -213,12 +215,61 @@ def test_bfloat16_is_kept_in_bfloat16(model):
     assert np.mean([abs(token.logp - logps_SV[29 + n, token.id]) for n, token in enumerate(tokens)]) < 0.2
 
 
-def test_an_error_forgets_all_and_it_begins_anew(engine):
+def test_a_reset_forgets_what_runs_and_serves_what_waits(engine):
     text, = tokens_of(engine, ask(ids(40)))
     numbers = [engine.submit(ask(ids(40, n))) for n in range(5)]
     engine.step()
-    assert engine.reset() == numbers and not engine.busy
+    assert engine.reset() == numbers[:SLOTS] and engine.waiting == 2
+    assert sorted(drain(engine)) == numbers[SLOTS:]
     assert tokens_of(engine, ask(ids(40))) == [text]
+    # Where nothing ran, one of those that wait is at fault: all are forgotten.
+    numbers = [engine.submit(ask(ids(40, n))) for n in range(2)]
+    assert engine.reset() == numbers and not engine.busy
+
+
+def test_an_error_in_one_slot_ends_one_request(model, engine, monkeypatch, caplog):
+    asked = [ask(ids(9, n), 20) for n in range(SLOTS)]
+    alone = tokens_of(engine, *asked)
+    numbers = [engine.submit(each) for each in asked]
+    read = engine._read
+
+    def break_second(slot, drawn, *, fed):
+        if slot.job.number == numbers[1] and slot.job.drawn:
+            raise OverflowError("too large")
+        return read(slot, drawn, fed=fed)
+
+    monkeypatch.setattr(engine, "_read", break_second)
+    said = drain(engine)
+    assert [said[number][1] for number in numbers] == ["length", "error", "length"] and "too large" in caplog.text
+    for number, tokens in zip(numbers, alone, strict=True):
+        if number != numbers[1]:
+            assert [token.id for token in said[number][0]] == tokens
+    monkeypatch.undo()
+    assert tokens_of(engine, *asked) == alone and engine.running == 0
+
+
+NUMBERS = [("max_tokens", 2**31), ("temperature", 101.0), ("temperature", float("nan")), ("temperature", float("inf")),
+           ("top_k", 2**31), ("top_p", float("nan")), ("min_p", float("nan")), ("repetition_penalty", 1e-300),
+           ("repetition_penalty", 1e300), ("repetition_penalty", float("nan")), ("seed", 2**64), ("row", -1),
+           ("row", 2**32), ("told", -1), ("stop_ids", (2**31,))]
+
+
+@pytest.mark.parametrize(("name", "value"), NUMBERS)
+def test_numbers_that_the_engine_cannot_hold_are_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"{name}=.* is out of range"):
+        ask((1, 2), **{"max_tokens": 3, name: value})
+
+
+def test_numbers_at_their_bounds_are_drawn_with(engine):
+    """Every extreme that is allowed gives ids of the vocabulary: nothing overflows, or is rounded to a zero."""
+    extremes = [dict(temperature=1e-300), dict(temperature=1e-38), dict(temperature=1e-5), dict(temperature=100.0),
+                dict(temperature=1.0, top_k=2**31 - 1), dict(temperature=1.0, top_p=1e-300),
+                dict(temperature=1.0, min_p=1e-300), dict(temperature=1.0, min_p=1 - 1e-16),
+                dict(temperature=1.0, repetition_penalty=0.01), dict(temperature=1.0, repetition_penalty=100.0)]
+    texts = tokens_of(engine, *(ask(ids(6), 5, **each) for each in extremes))
+    assert all(0 <= token < 250 for text in texts for token in text)
+    greedy, = tokens_of(engine, ask(ids(6), 5))
+    assert texts[0] == texts[1] == texts[5] == greedy
 
 
 def test_who_stops_listening_leaves_no_one_behind(engine):

@@ -13,10 +13,12 @@ from ctllm_jax.inference.sampling import Sampling, draw, truncate
 VOCABULARY = 12
 
 
-def sampling(rows, *, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, penalty=1.0, seeds=0, index=0, told=0):
+def sampling(rows, *, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, penalty=1.0, seeds=0, high=0, index=0,
+             told=0):
     """The same for all rows, or a value for each."""
-    values = (temperature, 0 if top_k is None else top_k, top_p, min_p, penalty, seeds, 0, index, told)
-    kinds = (np.float32, np.int32, np.float32, np.float32, np.float32, np.uint32, np.uint32, np.int32, np.int32)
+    values = (temperature, 0 if top_k is None else top_k, top_p, min_p, penalty, high, seeds, 0, index, told)
+    kinds = (np.float32, np.int32, np.float32, np.float32, np.float32, np.uint32, np.uint32, np.uint32, np.int32,
+             np.int32)
     return Sampling(*(np.broadcast_to(np.asarray(value, kind), (rows,))
                       for value, kind in zip(values, kinds, strict=True)))
 

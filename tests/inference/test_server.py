@@ -3,14 +3,20 @@
 import json
 import random
 import re
+import resource
+import select
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 
 import openai
 import pytest
 
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.inference.connections import allow_files
+from ctllm_jax.inference.protocol import ProtocolError, read_chat
 from tests.inference.serving import LENGTH, make_small, serving
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -156,7 +162,24 @@ MESSAGES = {"model": "small", "messages": [{"role": "user", "content": "今天"}
     (COMPLETIONS, body(model="gpt-4"), 404, "no model 'gpt-4': there is 'small'"),
     (COMPLETIONS, body(max_token=3), 400, "max_token: is not supported"),
     (COMPLETIONS, body(max_tokens="3"), 400, "max_tokens: Input should be a valid integer"),
-    (COMPLETIONS, body(temperature=-1), 400, "temperature"), (COMPLETIONS, body(prompt=[]), 400, "prompt"),
+    (COMPLETIONS, body(temperature=-1), 400, "temperature"), (COMPLETIONS, body(temperature=2.1), 400, "temperature"),
+    (COMPLETIONS, body(temperature=float("nan")), 400, "temperature"),
+    (COMPLETIONS, body(top_k=2**31), 400, "top_k"), (COMPLETIONS, body(top_k=-2), 400, "top_k"),
+    (COMPLETIONS, body(top_p=float("nan")), 400, "top_p"), (COMPLETIONS, body(min_p=1), 400, "min_p"),
+    (COMPLETIONS, body(repetition_penalty=float("inf")), 400, "repetition_penalty"),
+    (COMPLETIONS, body(repetition_penalty=1e-40), 400, "repetition_penalty"),
+    (COMPLETIONS, body(seed=2**63), 400, "seed"), (COMPLETIONS, body(seed=-2**63 - 1), 400, "seed"),
+    (COMPLETIONS, body(max_tokens=10**300), 400, "max_tokens"), (COMPLETIONS, body(n=10**300), 400, "n: "),
+    (COMPLETIONS, body(prompt=[10**300]), 400, "from 0 to 299"), (COMPLETIONS, body(logprobs=-1), 400, "logprobs"),
+    (COMPLETIONS, body(stop="x" * 1025), 400, "at most 1,024 characters"),
+    (COMPLETIONS, body(prompt="\ud800"), 400, "prompt: a text holds half of a surrogate pair"),
+    (COMPLETIONS, b'{"model": "small", "prompt": "x", "stop": ["\xed\xa0\x80"]}', 400, "stop: a text holds half"),
+    (COMPLETIONS, {"\udfff": 1}, 400, "body: a text holds half"),
+    (CHAT, {**MESSAGES, "messages": [{"role": "user", "content": "a\udc00b"}]}, 400, "messages: a text holds half"),
+    (CHAT, {**MESSAGES, "messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, 400, "tool_calls"),
+    (CHAT, {**MESSAGES, "max_tokens": 0}, 400, "max_tokens"),
+    (CHAT, {**MESSAGES, "max_completion_tokens": 2**31}, 400, "max_completion_tokens"),
+    (COMPLETIONS, body(prompt=[]), 400, "prompt"),
     (COMPLETIONS, body(prompt=[[]]), 400, "prompt is empty"), (COMPLETIONS, body(prompt=[5000]), 400, "from 0 to 299"),
     (COMPLETIONS, body(prompt=[-1]), 400, "from 0 to 299"), (COMPLETIONS, body(logprobs=21), 400, "logprobs"),
     (COMPLETIONS, body(max_tokens=0), 400, "only with echo"), (COMPLETIONS, body(best_of=3), 400, "best_of"),
@@ -177,11 +200,21 @@ def test_what_cannot_be_answered_is_said(running, path, content, status, message
     assert running.ask("/health")[0] == 200
 
 
+def test_a_dialogue_has_a_limited_number_of_messages(small):
+    content = {**MESSAGES, "messages": [{"role": "user", "content": "x"}] * 2049}
+    with pytest.raises(ProtocolError, match="messages: List should have at most 2048 items"):
+        read_chat(small.served, json.dumps(content).encode())
+
+
 def test_methods_types_and_hosts(running):
     assert running.ask(COMPLETIONS)[0] == 405 and running.ask("/health", {})[0] == 405
     assert running.ask(COMPLETIONS, body(), headers={"Content-Type": "text/plain"})[0] == 415
     assert running.ask(COMPLETIONS, body(), headers={"Host": "evil.example"})[0] == 403
-    assert running.ask("/v1/models", headers={"Host": f"localhost:{running.port}"})[0] == 200
+    for host in ("localhost:80@evil.example", "localhost:80:evil.example", "evil.example:localhost",
+                 "localhost evil.example", "[::1]evil.example", "localhost.evil.example", "", "localhost:99999999"):
+        assert running.ask(COMPLETIONS, body(), headers={"Host": host})[0] == 403
+    for host in (f"localhost:{running.port}", "LOCALHOST", "127.0.0.1", "[::1]:80"):
+        assert running.ask("/v1/models", headers={"Host": host})[0] == 200
 
 
 def send(running, content, *, seconds=8):
@@ -199,8 +232,86 @@ def test_slow_and_broken_clients(running):
     assert "413" in send(running, head + b"Transfer-Encoding: chunked\r\n\r\n" + b"2710\r\n" + b" " * 10_000 + b"\r\n"
                          + b"2711\r\n" + b" " * 10_001 + b"\r\n")
     assert "413" in send(running, head + b"Content-Length: 99999999\r\n\r\n")
+    # Two lengths: a proxy may believe the one, and this server the other.
+    assert "400" in send(running, head + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
     assert "400" in send(running, b"\x16\x03\x01\x02\x00\r\n\r\n")
     assert running.ask(COMPLETIONS, body())[0] == 200
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def test_every_head_has_its_time(running):
+    """A second head that is left open, one that comes byte by byte, and a body that nobody asked for."""
+    for rest in (b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "):
+        with socket.create_connection(("127.0.0.1", running.port), timeout=20) as connection:
+            connection.sendall(HEALTH)
+            assert b"200 OK" in connection.recv(4096)
+            connection.sendall(rest)
+            assert b"408" in connection.recv(4096) and connection.recv(4096) == b""
+    for begun in (b"", HEALTH[:-4] + b"\r\nContent-Length: 9999\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", running.port)) as connection:
+            connection.sendall(begun)
+            connection.settimeout(0.2)
+            for _ in range(100):
+                with suppress(TimeoutError):
+                    if connection.recv(4096) == b"":
+                        break
+                with suppress(BrokenPipeError):
+                    connection.sendall(b"G")
+            else:
+                raise AssertionError("a byte now and then keeps a connection open")
+
+
+def test_who_does_not_read_is_left(running):
+    """Answers that are never taken fill the buffers; then the connection is cut."""
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", running.port))
+        connection.setblocking(False)
+        page = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100
+        poller = select.poll()
+        poller.register(connection, select.POLLOUT)
+        for _ in range(1000):
+            (_, events), = poller.poll(20_000)
+            if events & (select.POLLHUP | select.POLLERR):
+                break
+            with suppress(BlockingIOError, ConnectionError):
+                connection.send(page)
+            if not poller.poll(0):
+                poller.modify(connection, 0)  # full in both directions: only its end is waited for
+        else:
+            raise AssertionError("the server goes on writing to a client that does not read")
+
+
+def test_connections_are_limited_and_those_that_say_nothing_give_way(small, monkeypatch):
+    with serving(small, slots=1, max_connections=6, read_timeout=300.0) as running, ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(socket.create_connection(("127.0.0.1", running.port)))
+        assert running.ask("/health")[0] == 200 and running.ask(COMPLETIONS, body())[0] == 200
+        # All of them are being answered: there is no room, until one has its answer.
+        free, step = threading.Event(), running.worker.engine.step
+        monkeypatch.setattr(running.worker.engine, "step", lambda: (free.wait(60), step())[1])
+        with ThreadPoolExecutor(6) as pool:
+            asked = [pool.submit(running.ask, COMPLETIONS, body(seed=seed)) for seed in range(6)]
+            while running.worker.in_flight < 6:
+                time.sleep(0.01)
+            assert running.ask("/health")[0] == 503
+            free.set()
+            assert [each.result()[0] for each in asked] == [200] * 6
+        assert running.ask("/health")[0] == 200
+
+
+def test_files_are_allowed_for_the_connections_or_it_is_said(monkeypatch):
+    limits = {"now": (256, 4096)}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits["now"])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, pair: limits.update(now=pair))
+    allow_files(512)
+    assert limits["now"] == (768, 4096)
+    allow_files(100)
+    assert limits["now"] == (768, 4096)
+    with pytest.raises(UserError, match="max_connections=4096 needs 4,352 open files, and the limit is 4,096"):
+        allow_files(4096)
 
 
 def test_a_key_is_needed_where_there_is_one(small):
@@ -246,8 +357,41 @@ def test_a_full_queue_time_that_is_up_and_an_engine_that_fails(small, monkeypatc
         status, message = told(running.ask(COMPLETIONS, long))
         assert status == 500 and "the log says why" in message and "ZeroDivisionError" in caplog.text
         monkeypatch.undo()
+        assert running.worker.alive
         assert running.is_idle() and running.ask(COMPLETIONS, body(max_tokens=3))[0] == 200
         assert "ctllm_engine_failures_total 1" in running.ask("/metrics")[2].decode()
+
+
+def test_one_request_that_fails_takes_no_other_along(small, monkeypatch):
+    """The engine breaks on one text: of many at once only that one gets 500, and none a plain text."""
+    with serving(small, slots=2, steps=1, max_queue=20) as running:
+        engine = running.worker.engine
+        read = engine._read
+
+        def break_some(slot, drawn, *, fed):
+            if slot.job.request.seed == 13 and slot.job.drawn:
+                raise OverflowError("Python integer 2147483648 out of bounds for int32")
+            return read(slot, drawn, fed=fed)
+
+        monkeypatch.setattr(engine, "_read", break_some)
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda seed: running.ask(COMPLETIONS, body(seed=seed)), range(8, 18)))
+        assert [status for status, _, _ in answers] == [500 if seed == 13 else 200 for seed in range(8, 18)]
+        assert json.loads(answers[5][2])["error"]["type"] == "server_error"
+        # A request that cannot even be lined up, and a failure in the server itself.
+        monkeypatch.setattr(engine, "submit", lambda request: 1 / 0)
+        assert told(running.ask(COMPLETIONS, body()))[0] == 500
+        monkeypatch.undo()
+        monkeypatch.setattr(running.worker, "submit", lambda requests, listen: 1 / 0)
+        assert told(running.ask(COMPLETIONS, body())) == (500, "the server failed on this request; the log says why")
+        monkeypatch.undo()
+        # The engine cannot even be reset: the next request tries again, and is answered.
+        monkeypatch.setattr(engine, "_decode", lambda: 1 / 0)
+        monkeypatch.setattr(engine, "_make_cache", lambda: 1 / 0)
+        assert told(running.ask(COMPLETIONS, body()))[0] == told(running.ask(COMPLETIONS, body()))[0] == 500
+        monkeypatch.undo()
+        running.ask(COMPLETIONS, body())
+        assert running.ask(COMPLETIONS, body())[0] == 200
 
 
 def test_metrics_are_prometheus_text(running):
