@@ -61,7 +61,7 @@ def chunked_cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS:
       whole batch. Reverse-mode differentiable in hidden and head; no forward mode.
 
     Raises:
-      ValueError: shapes that do not fit, or axes that the mesh does not have.
+      ValueError: shapes, dtypes or numbers that do not fit, or axes that the mesh does not have.
     """
     setting = _make_setting(hidden_BSD, head_DV, targets_BS, weights_BS, z_loss=z_loss, chunk_size=chunk_size,
                             vocab_size=vocab_size, mesh=mesh, batch_axes=batch_axes, fsdp_axis=fsdp_axis,
@@ -88,6 +88,19 @@ def token_logps(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array
 def _make_setting(hidden_BSD, head_DV, targets_BS, weights_BS, *, z_loss, chunk_size, vocab_size, mesh, batch_axes,
                   fsdp_axis, tensor_axis, rings) -> _Setting:
     """What was asked for, checked. Raises ValueError."""
+    for name, array in (("hidden", hidden_BSD), ("head", head_DV)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"cross-entropy: {name} is {array.dtype.name} and must be float32 or bfloat16")
+    if not jnp.issubdtype(targets_BS.dtype, jnp.integer):
+        raise ValueError(f"cross-entropy: targets are {targets_BS.dtype.name} and must be integers")
+    if hidden_BSD.ndim < 1 or head_DV.ndim != 2 or not head_DV.size:
+        raise ValueError(f"cross-entropy: hidden {hidden_BSD.shape} must be [..., D], and head {head_DV.shape} [D, V],"
+                         " neither of them 0")
+    if chunk_size < 1:
+        raise ValueError(f"cross-entropy: chunk_size={chunk_size} must be at least 1")
+    if vocab_size is not None and not 1 <= vocab_size <= head_DV.shape[1]:
+        raise ValueError(f"cross-entropy: vocab_size={vocab_size} must be from 1 to the {head_DV.shape[1]} columns of"
+                         " the head")
     hidden = hidden_BSD.shape[-1]
     if hidden_BSD.shape[:-1] != targets_BS.shape or targets_BS.shape != weights_BS.shape or head_DV.shape[0] != hidden:
         raise ValueError(f"cross-entropy: targets {targets_BS.shape} and weights {weights_BS.shape} must have the shape"
@@ -170,7 +183,7 @@ def _local(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, wa
         # Once, outside the chunk loop, and in the matmul's dtype: half the bytes.
         head_DV = gather(head_DV, fsdp_axis, dim=0, rings=rings)
     tokens = targets_BS.size
-    chunks = -(-tokens // setting.chunk_size)
+    chunks = max(1, -(-tokens // setting.chunk_size))
     size = -(-tokens // chunks)
     padding = chunks * size - tokens
 

@@ -75,6 +75,9 @@ def sequence_logps(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Ar
     if segment_ids_BS.shape != targets_BS.shape or weights_BS.shape != targets_BS.shape:
         raise ValueError(f"sequence_logps: weights {weights_BS.shape} and segment_ids {segment_ids_BS.shape} must have"
                          f" the shape of targets {targets_BS.shape}")
+    if targets_BS.ndim != 2 or not jnp.issubdtype(segment_ids_BS.dtype, jnp.integer) or num_segments < 0:
+        raise ValueError(f"sequence_logps: targets {targets_BS.shape} must be [B, S], segment_ids"
+                         f" ({segment_ids_BS.dtype.name}) integers, and num_segments={num_segments} at least 0")
     weights_BS = jax.lax.stop_gradient(weights_BS.astype(jnp.float32))
     logps_BS = token_logps(hidden_BSD, head_DV, targets_BS, **options)
     # A masked sum, since a scatter adds in no fixed order on a GPU. It holds B·S·M floats at most.
@@ -97,7 +100,14 @@ def pair_logps(values: Any, pair_ids_BM: jax.Array, is_chosen_BM: jax.Array) -> 
     Returns:
       (chosen, rejected, weights [B, M] float32): weight 1 where a chosen segment has exactly one rejected partner in
       its row; everywhere else weight and values are 0. What is given per segment, as a group is, can be used as it is.
+
+    Raises:
+      ValueError: shapes that differ.
     """
+    shape = pair_ids_BM.shape
+    for name, array in (("is_chosen", is_chosen_BM), *(("values", leaf) for leaf in jax.tree.leaves(values))):
+        if array.shape != shape or len(shape) != 2:
+            raise ValueError(f"pair_logps: {name} {array.shape} and pair_ids {shape} must both be [B, M]")
     is_chosen_BM = is_chosen_BM.astype(bool)
     # BMN: the chosen segment m and its rejected partner n.
     is_pair_BMN = ((pair_ids_BM[:, :, None] == pair_ids_BM[:, None, :]) & (pair_ids_BM > 0)[:, :, None]

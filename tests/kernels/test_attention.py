@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from ctllm_jax import kernels
 from ctllm_jax.kernels.attention import attention, cached_attention
@@ -303,6 +304,46 @@ def test_shapes_that_do_not_fit_are_named():
         attention(query[:, :, :3], key, value)
     with pytest.raises(ValueError, match=r"must both be \[2, 10, K, 8\]"):
         attention(query, key, value[:, :9])
+
+
+@pytest.mark.parametrize(("rows", "length"), [(0, 7), (2, 0), (0, 0)])
+def test_no_tokens_give_no_tokens(rows, length):
+    query, key, value, _ = draw(length, 4, 2, 8, rows=rows)
+    segments = np.ones((rows, length), np.int32)
+    for function in (attention, jax.jit(attention)):
+        assert function(query, key, value, segment_ids=segments).shape == (rows, length, 4, 8)
+    y, lse = attention(*(jnp.asarray(x, jnp.bfloat16) for x in (query, key, value)), return_lse=True)
+    assert y.dtype == jnp.bfloat16 and lse.shape == (rows, length, 4) and lse.dtype == jnp.float32
+    grads = jax.grad(lambda *arrays: jnp.sum(attention(*arrays)), argnums=(0, 1, 2))(query, key, value)
+    assert [grad.shape for grad in grads] == [query.shape, key.shape, value.shape]
+    cache = [np.zeros((rows, 2, 9, 8), np.float32)] * 2
+    assert cached_attention(query, *cache, query_positions=segments).shape == query.shape
+
+
+def test_dtypes_dims_and_axes_that_do_not_fit_are_named():
+    query, key, value, _ = draw(10, 4, 2, 8)
+    ids, cache = np.ones((2, 10), np.int32), [np.zeros((2, 2, 9, 8), np.float32)] * 2
+    whole, only_data = query.astype(np.int32), jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    for arrays, options, message in (
+            ((whole, key, value), {}, "query is int32 and must be float32 or bfloat16"),
+            ((query, key, value.astype(np.int8)), {}, "value is int8"),
+            ((query > 0, key, value), {}, "query is bool"),
+            ((query[0], key, value), {}, r"query \(10, 4, 8\) must have four dims"),
+            ((query, key[0], value[0]), {}, r"key \(10, 2, 8\) must have four dims"),
+            ((query[:, :, :0], key, value), {}, "at least one head"),
+            ((query, key[:, :, :0], value), {}, "at least one head"),
+            ((query[..., :0], key[..., :0], value[..., :0]), {}, "at least one head, and its dim be at least 1"),
+            ((query, key, value), {"segment_ids": ids.astype(np.float32)}, "segment_ids is float32 and must be"),
+            ((query, key, value), {"positions": ids > 0}, "positions is bool and must be integers"),
+            ((query, key, value), {"mesh": only_data}, "the mesh has the axes data, fsdp, and no tensor"),
+            ((query, key, value), {"mesh": only_data, "tensor_axis": None, "batch_axes": ("rows",)}, "and no rows")):
+        with pytest.raises(ValueError, match=message):
+            attention(*arrays, **options)
+    np.testing.assert_array_equal(attention(query, key, value, mesh=only_data, tensor_axis=None),
+                                  attention(query, key, value))
+    for new, positions in ((whole, ids), (query[0], ids), (query[:1], ids), (query[:, :, :3], ids), (query, ids[:1])):
+        with pytest.raises(ValueError, match="cached attention"):
+            cached_attention(new, *cache, query_positions=positions)
 
 
 def test_the_room_gives_functions_and_says_what_runs():

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
-from ctllm_jax.kernels import swiglu
+from ctllm_jax.kernels import sharded_swiglu, swiglu
 from ctllm_jax.kernels.swiglu.reference import swiglu_reference
 
 
@@ -98,3 +99,30 @@ def test_shapes_that_do_not_fit_are_named():
     x, gate, up, _ = draw()
     with pytest.raises(ValueError, match=r"gate \(24, 40\) and up \(24, 39\) must both be \[24, F\]"):
         swiglu(x, gate, up[:, :39])
+
+
+@pytest.mark.parametrize("shape", [(0, 9), (2, 0), (0,), ()])
+def test_no_tokens_give_no_tokens(shape):
+    x, gate, up, direction = draw(shape)
+    assert swiglu(x, gate, up).shape == jax.jit(swiglu)(x, gate, up).shape == (*shape, 40)
+    grads = gradients(swiglu, x, gate, up, direction)
+    assert [grad.shape for grad in grads] == [x.shape, gate.shape, up.shape]
+    assert x.size or not np.any(grads[1])
+    no_hidden = swiglu(np.zeros((3, 0), np.float32), gate[:0], up[:0])
+    np.testing.assert_array_equal(no_hidden, np.zeros((3, 40)))
+    assert swiglu(x, gate[:, :0], up[:, :0]).shape == (*shape, 0)
+
+
+def test_dtypes_dims_and_axes_that_do_not_fit_are_named():
+    x, gate, up, _ = draw()
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    for arrays, message in (((x.astype(np.int32), gate, up), "x is int32 and must be float32 or bfloat16"),
+                            ((x, gate.astype(np.int8), up), "gate is int8"), ((x, gate, up > 0), "up is bool"),
+                            ((x[0, 0, 0], gate, up), "x must have at least one dim"),
+                            ((x, gate[0], up[0]), "must both be")):
+        with pytest.raises(ValueError, match=message):
+            swiglu(*arrays)
+        with pytest.raises(ValueError, match=message):
+            sharded_swiglu(*arrays, mesh=mesh, batch_axes=("data",), weight_axis="fsdp", tensor_axis="fsdp")
+    with pytest.raises(ValueError, match="the mesh has the axes data, fsdp, and no tensor"):
+        sharded_swiglu(x, gate, up, mesh=mesh, batch_axes=("data", "fsdp"), weight_axis="fsdp", tensor_axis="tensor")

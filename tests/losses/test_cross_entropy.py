@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ctllm_jax.losses.cross_entropy import chunked_cross_entropy
+from ctllm_jax.losses.cross_entropy import chunked_cross_entropy, token_logps
 
 AXES = ("data", "fsdp", "tensor")
 B, S, D, V, VOCAB = 8, 6, 16, 64, 59
@@ -258,3 +258,36 @@ def test_shapes_that_do_not_fit_are_named():
         chunked_cross_entropy(hidden, head, targets[:, :5], weights)
     with pytest.raises(ValueError, match=r"head \(15, 64\) be \[16, V\]"):
         chunked_cross_entropy(hidden, head[:15], targets, weights)
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+@pytest.mark.parametrize(("rows", "length"), [(0, S), (B, 0)])
+def test_no_tokens_have_no_loss(rows, length, sizes):
+    hidden, head, targets, weights = draw()
+    mesh = make_mesh(sizes) if sizes else None
+    arrays = hidden[:rows, :length], head, targets[:rows, :length], weights[:rows, :length]
+
+    def loss(hidden, head):
+        total, weight, _ = chunked_cross_entropy(hidden, head, *arrays[2:], vocab_size=VOCAB, mesh=mesh)
+        return total, weight
+
+    (total, weight), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*arrays[:2])
+    assert total == weight == 0 and grads[0].shape == arrays[0].shape and not np.any(grads[1])
+    assert token_logps(*arrays[:3], mesh=mesh).shape == (rows, length)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(hidden=np.int32), "hidden is int32"), (dict(head=np.int32), "head is int32"),
+    (dict(targets=np.float32), "targets are float32 and must be integers"), (dict(targets=bool), "targets are bool"),
+    (dict(chunk_size=0), "chunk_size=0"), (dict(vocab_size=0), "vocab_size=0"),
+    (dict(vocab_size=V + 1), "vocab_size=65 must be from 1 to the 64 columns")], ids=str)
+def test_dtypes_and_numbers_that_do_not_fit_are_named(change, message):
+    arrays = dict(zip(("hidden", "head", "targets", "weights"), draw(), strict=True))
+    options = {name: value for name, value in change.items() if name not in arrays}
+    arrays |= {name: arrays[name].astype(kind) for name, kind in change.items() if name in arrays}
+    with pytest.raises(ValueError, match=message):
+        chunked_cross_entropy(*arrays.values(), **options)
+    with pytest.raises(ValueError, match=message):
+        token_logps(*list(arrays.values())[:3], **options)
+    with pytest.raises(ValueError, match=r"head \(16,\)"):
+        chunked_cross_entropy(arrays["hidden"].astype(np.float32), np.zeros(16, np.float32), *draw()[2:])

@@ -342,3 +342,33 @@ def test_shapes_that_do_not_fit_are_named():
         sequence_logps(hidden, head, targets, weights, segment_ids[:, :11], num_segments=M)
     with pytest.raises(ValueError, match=r"head \(15, 64\) be \[16, V\]"):
         sequence_logps(hidden, head[:15], targets, weights, segment_ids, num_segments=M)
+    with pytest.raises(ValueError, match=r"targets \(12,\) must be \[B, S\]"):
+        sequence_logps(hidden[0], head, targets[0], weights[0], segment_ids[0], num_segments=M)
+    with pytest.raises(ValueError, match=r"segment_ids \(float32\) integers"):
+        sequence_logps(hidden, head, targets, weights, segment_ids.astype(np.float32), num_segments=M)
+    ids, chosen = jnp.ones((2, 3), jnp.int32), jnp.ones((2, 3), bool)
+    for arrays in ((jnp.ones((2, 1)), ids, chosen), (jnp.ones((2, 3)), ids, chosen[:, :1]),
+                   (jnp.ones(3), ids[0], chosen[0])):
+        with pytest.raises(ValueError, match=r"must both be \[B, M\]"):
+            pair_logps(*arrays)
+
+
+def test_no_rows_and_no_pairs_have_no_loss():
+    hidden, head, targets, weights, segment_ids, pair_ids, is_chosen, _ = draw()
+    for rows, length in ((0, S), (B, 0)):
+        sums, counts = sequence_logps(hidden[:rows, :length], head, targets[:rows, :length], weights[:rows, :length],
+                                      segment_ids[:rows, :length], num_segments=M)
+        assert sums.shape == counts.shape == (rows, M) and not np.any(sums) and not np.any(counts)
+    *_, valid = pair_logps(jnp.zeros((0, M)), pair_ids[:0], is_chosen[:0])
+    assert valid.shape == (0, M)
+    empty = answers("sigmoid")[0]._replace(logps=jnp.zeros(0), lengths=jnp.zeros(0), reference_logps=jnp.zeros(0))
+    loss, weight, metrics = preference_loss(empty, empty, kind="sigmoid", beta=0.1)
+    assert loss == weight == metrics["pairs"] == 0
+
+
+def test_whole_numbers_are_as_good_as_floats():
+    chosen, rejected = answers("sigmoid")
+    rounded = [jax.tree.map(jnp.round, each) for each in (chosen, rejected)]
+    whole = [jax.tree.map(lambda x: x.astype(jnp.int32), each) for each in rounded]
+    found, expected = (preference_loss(*pair, kind="sigmoid", beta=0.1)[0] for pair in (whole, rounded))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

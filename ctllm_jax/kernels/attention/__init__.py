@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ctllm_jax.kernels.attention.cached import cached_attention
@@ -52,7 +53,7 @@ def attention(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array,
     Arrays are in the order and shapes of `jax.nn.dot_product_attention`.
 
     Args:
-      query_BSNH: [B, S, N, H], float32 or bfloat16.
+      query_BSNH: [B, S, N, H], float32 or bfloat16. B and S may be 0.
       key_BSKH, value_BSKH: [B, S, K, H]; K divides N, and each serves N / K query heads.
       segment_ids: int [B, S]; a token sees its own segment only, and padding (segment 0) gives zeros. None: one
         segment, no padding, nothing compared.
@@ -72,25 +73,13 @@ def attention(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array,
       -1e30 for a token that sees nothing.
 
     Raises:
-      ValueError: shapes that do not fit, or an implementation that cannot run here.
+      ValueError: shapes, dtypes or mesh axes that do not fit, or an implementation that cannot run here.
     """
+    _check(query_BSNH, key_BSKH, value_BSKH, segment_ids=segment_ids, positions=positions, causal=causal,
+           sliding_window=sliding_window)
     batch, length, heads, head_dim = query_BSNH.shape
     kv_heads = key_BSKH.shape[2]
-    if key_BSKH.shape != value_BSKH.shape or (*key_BSKH.shape[:2], key_BSKH.shape[3]) != (batch, length, head_dim):
-        raise ValueError(f"attention: key {key_BSKH.shape} and value {value_BSKH.shape} must both be"
-                         f" [{batch}, {length}, K, {head_dim}], as query is {query_BSNH.shape}")
-    if heads % kv_heads:
-        raise ValueError(f"attention: {kv_heads} key and value heads must divide {heads} query heads")
-    for name, ids in (("segment_ids", segment_ids), ("positions", positions)):
-        if ids is not None and ids.shape != (batch, length):
-            raise ValueError(f"attention: {name} {ids.shape} must be {(batch, length)}")
-    if positions is not None and not causal:
-        raise ValueError("attention: positions need causal=True: nothing else reads them")
-    if sliding_window is not None and not causal:
-        raise ValueError(f"attention: sliding_window={sliding_window} needs causal=True")
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"attention: sliding_window={sliding_window} must be at least 1: a token sees itself")
-    parts = 1 if mesh is None or tensor_axis is None else mesh.shape[tensor_axis]
+    parts = _parts(mesh, tuple(batch_axes), tensor_axis)
     if heads % parts or kv_heads % parts:
         raise ValueError(f"attention: mesh axis {tensor_axis!r} of {parts} must divide {heads} query heads and"
                          f" {kv_heads} key and value heads")
@@ -99,6 +88,9 @@ def attention(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array,
         causal=causal, sliding_window=sliding_window, scale=scale, segments=segment_ids is not None,
         positions=positions is not None, lse=return_lse, mesh=mesh)
     named, implementation = implementation, chosen(implementation, request=request)
+    if batch * length == 0:  # no kernel has a grid of no blocks
+        y_BSNH, lse_BSN = jnp.zeros_like(query_BSNH), jnp.zeros((batch, length, heads), jnp.float32)
+        return (y_BSNH, lse_BSN) if return_lse else y_BSNH
     if named == "auto" and implementation == "pallas" and mesh is None and jax.device_count() > 1:
         implementation = "xla"  # The arrays may be split, which only the partitioner knows, and it splits no kernel.
     if implementation == "xla":
@@ -113,6 +105,47 @@ def attention(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array,
         _pallas_kernels(request.platform), query_BSNH, key_BSKH, value_BSKH, segment_ids=segment_ids,
         positions=positions, request=request, mesh=mesh, batch_axes=tuple(batch_axes), tensor_axis=tensor_axis)
     return (y_BSNH, lse_BNS.swapaxes(1, 2)) if return_lse else y_BSNH
+
+
+def _check(query_BSNH, key_BSKH, value_BSKH, *, segment_ids, positions, causal, sliding_window) -> None:
+    """ValueError where shapes, dtypes or options do not fit."""
+    arrays = {"query": query_BSNH, "key": key_BSKH, "value": value_BSKH}
+    for name, array in arrays.items():
+        if array.ndim != 4:
+            raise ValueError(f"attention: {name} {array.shape} must have four dims: [batch, sequence, heads, head dim]")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"attention: {name} is {array.dtype.name} and must be float32 or bfloat16")
+        if 0 in array.shape[2:]:
+            raise ValueError(f"attention: {name} {array.shape} must have at least one head, and its dim be at least 1")
+    batch, length, heads, head_dim = query_BSNH.shape
+    kv_heads = key_BSKH.shape[2]
+    if key_BSKH.shape != value_BSKH.shape or (*key_BSKH.shape[:2], key_BSKH.shape[3]) != (batch, length, head_dim):
+        raise ValueError(f"attention: key {key_BSKH.shape} and value {value_BSKH.shape} must both be"
+                         f" [{batch}, {length}, K, {head_dim}], as query is {query_BSNH.shape}")
+    if heads % kv_heads:
+        raise ValueError(f"attention: {kv_heads} key and value heads must divide {heads} query heads")
+    for name, ids in (("segment_ids", segment_ids), ("positions", positions)):
+        if ids is not None and ids.shape != (batch, length):
+            raise ValueError(f"attention: {name} {ids.shape} must be {(batch, length)}")
+        if ids is not None and not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"attention: {name} is {ids.dtype.name} and must be integers")
+    if positions is not None and not causal:
+        raise ValueError("attention: positions need causal=True: nothing else reads them")
+    if sliding_window is not None and not causal:
+        raise ValueError(f"attention: sliding_window={sliding_window} needs causal=True")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"attention: sliding_window={sliding_window} must be at least 1: a token sees itself")
+
+
+def _parts(mesh: Mesh | None, batch_axes: tuple[str, ...], tensor_axis: str | None) -> int:
+    """Devices that the heads are split over. ValueError where the mesh lacks an axis."""
+    if mesh is None:
+        return 1
+    if missing := [axis for axis in (*batch_axes, tensor_axis) if axis and axis not in mesh.axis_names]:
+        raise ValueError(f"attention: the mesh has the axes {', '.join(mesh.axis_names)}, and no {', '.join(missing)}:"
+                         " name its own with batch_axes and tensor_axis, and give tensor_axis=None for heads that are"
+                         " not split")
+    return mesh.shape[tensor_axis] if tensor_axis else 1
 
 
 def _pallas_module(platform: str):

@@ -24,9 +24,20 @@ def cached_attention(query_BSNH: jax.Array, key_BKTH: jax.Array, value_BKTH: jax
 
     Returns:
       [B, S, N, H] in the query's dtype.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit.
     """
+    for name, array in (("query", query_BSNH), ("key", key_BKTH), ("value", value_BKTH)):
+        if array.ndim != 4 or not jnp.issubdtype(array.dtype, jnp.floating) or not array.shape[3]:
+            raise ValueError(f"cached attention: {name} {array.dtype.name}{array.shape} must be an array of floats with"
+                             " four dims, and a head dim of at least 1")
     batch, length, heads, head_dim = query_BSNH.shape
     kv_heads = key_BKTH.shape[1]
+    fits = key_BKTH.shape == value_BKTH.shape and (key_BKTH.shape[0], key_BKTH.shape[3]) == (batch, head_dim)
+    if not fits or not kv_heads or heads % kv_heads or query_positions.shape != (batch, length):
+        raise ValueError(f"cached attention: key {key_BKTH.shape}, value {value_BKTH.shape} and positions"
+                         f" {query_positions.shape} do not fit to query {query_BSNH.shape}")
     own, slots = query_positions[:, :, None], jnp.arange(key_BKTH.shape[2])[None, None]
     mask_BST = slots <= own
     if sliding_window is not None:

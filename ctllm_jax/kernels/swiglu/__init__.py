@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ctllm_jax.kernels.dispatch import choose
@@ -65,7 +66,7 @@ def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, implementation
     """silu(x · gate) ⊙ (x · up), the activation in float32.
 
     Args:
-      x: [..., D].
+      x: [..., D], float32 or bfloat16; any of its dims may be 0.
       gate_DF, up_DF: [D, F], x's dtype.
       implementation: "auto", or one that must run. Pallas is for arrays on one device, or inside of a `shard_map`;
         `sharded_swiglu` is for a mesh. "auto" takes it only in a process with one device.
@@ -76,7 +77,7 @@ def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, implementation
       [..., F] in x's dtype.
 
     Raises:
-      ValueError: shapes that do not fit, or an implementation that cannot run here.
+      ValueError: shapes or dtypes that do not fit, or an implementation that cannot run here.
     """
     _check(x, gate_DF, up_DF)
     if implementation == "auto" and jax.device_count() > 1:
@@ -99,9 +100,11 @@ def sharded_swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, mesh: 
       project: `(x, gate, up) -> (x · gate, x · up)` of XLA's; None: two dots.
 
     Raises:
-      ValueError: as `swiglu`, or sizes that the mesh does not divide.
+      ValueError: as `swiglu`, or axes that the mesh lacks, or sizes that it does not divide.
     """
     _check(x, gate_DF, up_DF)
+    if missing := [axis for axis in (*batch_axes, weight_axis, tensor_axis) if axis not in mesh.axis_names]:
+        raise ValueError(f"swiglu: the mesh has the axes {', '.join(mesh.axis_names)}, and no {', '.join(missing)}")
     rows, columns = math.prod(mesh.shape[axis] for axis in batch_axes), mesh.shape[tensor_axis]
     device = mesh.devices.flat[0]
     name = _choose_for(x, gate_DF, up_DF, implementation, device=device, recompute=recompute, split=(rows, columns))
@@ -120,6 +123,11 @@ def sharded_swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, mesh: 
 
 
 def _check(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array) -> None:
+    for name, array in (("x", x), ("gate", gate_DF), ("up", up_DF)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"swiglu: {name} is {array.dtype.name} and must be float32 or bfloat16")
+    if x.ndim < 1:
+        raise ValueError("swiglu: x must have at least one dim: [..., D]")
     hidden = x.shape[-1]
     if gate_DF.ndim != 2 or gate_DF.shape != up_DF.shape or gate_DF.shape[0] != hidden:
         raise ValueError(f"swiglu: gate {gate_DF.shape} and up {up_DF.shape} must both be [{hidden}, F],"
@@ -136,6 +144,8 @@ def _choose_for(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, implementati
 
 def _run(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, name: str, device: jax.Device,
          recompute: bool) -> jax.Array:
+    if not x.size or not gate_DF.size:  # no kernel has a grid of no blocks
+        name = "xla"
     if name == "pallas" and is_hopper(device.device_kind):
         from ctllm_jax.kernels.swiglu.hopper import swiglu_hopper
 

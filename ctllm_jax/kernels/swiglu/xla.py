@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 def swiglu_xla(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array) -> jax.Array:
     """As `kernels.swiglu`."""
     # Two dims: with [B, S, D] the weights' gradient contracts two, for which XLA copies its wide operand on the CPU.
-    x_TD = x.reshape(-1, x.shape[-1])
+    x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return activate(jnp.dot(x_TD, gate_DF), jnp.dot(x_TD, up_DF)).reshape(*x.shape[:-1], gate_DF.shape[1])
 
 
