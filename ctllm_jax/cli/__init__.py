@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -71,6 +72,8 @@ class Context:
     dry_run: bool = False
     options: frozenset[str] = frozenset()
     config: Any = None
+    began: float = field(default_factory=time.perf_counter)
+    """When the command began, by `time.perf_counter`: with its process, or, within another command, now."""
 
     @property
     def command_line(self) -> str:
@@ -223,8 +226,10 @@ def _context(command: str, action: str | None, targets: list[str], overrides: li
     from rich.console import Console
 
     console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    from ctllm_jax.training.goodput import process_began
+
     return Context(command, console, action=action, targets=targets, overrides=overrides,
-                   dry_run="--dry-run" in options, options=frozenset(options), config=config)
+                   dry_run="--dry-run" in options, options=frozenset(options), config=config, began=process_began())
 
 
 def _complain(message: str, *, status: int = WRONG_INPUT) -> int:

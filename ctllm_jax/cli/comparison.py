@@ -39,7 +39,7 @@ def print_plans(plans: Sequence[Plan], console: Console) -> None:
         config = plan.config
         figures = (plan.report or {}).get("groups") or {name: {"tokens": count} for name, count in plan.tokens.items()}
         epochs = max(plan.epochs.values(), default=0)
-        table.add_row(_text(plan.name), plan.now, f"{config.steps:,}", compact(config.tokens_at(config.steps)),
+        table.add_row(_text(plan.name), plan.now, f"{config.steps:,}", compact(sum(plan.tokens.values())),
                       *(_amount(figures.get(group, {})) for group in groups),
                       f"{plan.report['held_out']:,}" if plan.report else "–", f"{epochs:.2f}")
     _print(table, console)

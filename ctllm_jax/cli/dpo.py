@@ -42,7 +42,6 @@ def run(context: Context) -> int:
     from ctllm_jax.cluster.agreement import open_same
     from ctllm_jax.training.dpo import needs_reference, open_preferences
     from ctllm_jax.training.fingerprint import describe_data
-    from ctllm_jax.training.goodput import process_began
     from ctllm_jax.training.lock import own
     from ctllm_jax.training.reference import attach_reference
     from ctllm_jax.training.signals import Signals
@@ -63,7 +62,7 @@ def run(context: Context) -> int:
                 console.print(f"reference: {found['answers']:,} answers, {found['how']}; checked to "
                               f"{found['difference']:.1e} nats a token (at most {found['tolerance']:.1e})")
         train(config, console, name="dpo", data=data, meta=meta, objective=objective, signals=signals,
-              began=process_began())
+              began=context.began)
     return 0
 
 

@@ -39,9 +39,7 @@ def run(context: Context) -> int:
         return dry_run(config, context.console)
     if (status := run_in_processes(context)) is not None:
         return status
-    from ctllm_jax.training.goodput import process_began
-
-    train(config, context.console, began=process_began())
+    train(config, context.console, began=context.began)
     return 0
 
 
@@ -216,7 +214,7 @@ def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any], reque
     evaluate = make_evaluation(run, beat=beat) if config.evaluation.every else None
     if evaluate is not None:
         def evaluation_hook(step: int, state: Any) -> None:
-            values = {"step": step, "tokens": config.tokens_at(step), **evaluate(run.weights(state))}
+            values = {"step": step, "tokens": run.data.tokens_at(step), **evaluate(run.weights(state))}
             results.update(values["sources"])
             writer.event("evaluation", **values)
             shown.evaluation(values)
@@ -229,7 +227,7 @@ def make_hooks(run: Run, writer: Any, shown: Any, results: dict[str, Any], reque
 
         def sample_hook(step: int, state: Any) -> None:
             for prompt, text in sample(run.weights(state), step):
-                values = {"step": step, "prompt": prompt, "text": text}
+                values = {"step": step, "tokens": run.data.tokens_at(step), "prompt": prompt, "text": text}
                 writer.event("sample", **values)
                 shown.sample(values)
 
@@ -286,7 +284,7 @@ def make_benchmarks_hook(run: Run, tasks: dict[str, Any], writer: Any, shown: An
     def benchmarks_hook(step: int, state: Any) -> None:
         began = time.perf_counter()
         found = ask(run.weights(state), step)
-        values = {"step": step, "tokens": config.tokens_at(step), "seconds": time.perf_counter() - began,
+        values = {"step": step, "tokens": run.data.tokens_at(step), "seconds": time.perf_counter() - began,
                   "tasks": found}
         writer.event("benchmarks", **values)
         shown.benchmarks(values)
@@ -335,16 +333,18 @@ def banner_rows(run: Run, start: dict[str, Any]) -> list[tuple[str, str]]:
            "scratch": "from scratch"}[run.how]
     mesh = sharding.describe_mesh(start["mesh"])
     flops = start["flops_per_token"]
+    tokens, room = run.data.tokens_at(config.steps), config.tokens_at(config.steps)
+    padding = f" and {room - tokens:,} of padding" if tokens < room else ""
     rows = [("start", how), ("devices", f"{start['devices']}, mesh {mesh}; {launch}"),
             ("ops", ", ".join(f"{op}: {name}" for op, name in start["implementations"].items())),
             ("compiler", f"{xla_flags.describe_flags(os.environ)}; programs "
                          f"{compilation_cache.describe_directory(os.environ)}"),
             ("model", f"{start['parameters']:,} parameters, {flops['causal'] / 1e6:,.1f} MFLOPs a token causal,"
                       f" {flops['full'] / 1e6:,.1f} full"),
-            ("batch", f"{config.batch.tokens:,} tokens a step = {config.batch.rows} rows of"
+            ("batch", f"{'at most ' * bool(padding)}{config.batch.tokens:,} tokens a step = {config.batch.rows} rows of"
                       f" {config.batch.sequence_length:,}: {run.micro_rows} rows a device at once,"
                       f" {run.accumulation} accumulated"),
-            ("run", f"{config.steps:,} steps, {config.tokens_at(config.steps):,} tokens;"
+            ("run", f"{config.steps:,} steps, {tokens:,} tokens{padding};"
                     f" compiled in {run.compile_seconds:.1f} s")]
     if config.lora is not None:
         share = start["trained_parameters"] / start["parameters"]

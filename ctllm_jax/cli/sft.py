@@ -34,7 +34,6 @@ def run(context: Context) -> int:
     join(config, command="sft")
     from ctllm_jax.cluster.agreement import open_same
     from ctllm_jax.training.fingerprint import describe_data
-    from ctllm_jax.training.goodput import process_began
     from ctllm_jax.training.lock import own
     from ctllm_jax.training.sft import open_tuning
     from ctllm_jax.training.signals import Signals
@@ -46,7 +45,7 @@ def run(context: Context) -> int:
             print_plan(tuning, context.console)
             return 0
         train(tuning.config, context.console, name="sft", data=tuning.data, meta=tuning.meta, signals=signals,
-              began=process_began())
+              began=context.began)
     return 0
 
 

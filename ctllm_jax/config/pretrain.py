@@ -190,5 +190,5 @@ class PretrainConfig(Section):
         return self.data.isolate_documents
 
     def tokens_at(self, step: int) -> int:
-        """Tokens trained after `step` steps."""
+        """Tokens of `step` full batches, padding included; those trained, see `BatchSource.tokens_at`."""
         return step * self.batch.tokens

@@ -71,6 +71,10 @@ class BatchSource(Protocol):
     def tokens_per_source(self, steps: int) -> dict[str, int]:
         """Tokens (rows times S, padded tails included) drawn from each source in the first `steps` steps."""
 
+    def tokens_at(self, steps: int) -> int:
+        """Tokens of the first `steps` steps without the padding; of a stream's rows only the last of a shard has any,
+        which is not taken out."""
+
     def epochs(self, steps: int) -> dict[str, float]:
         """How often each source has been seen through after `steps` steps."""
 

@@ -69,6 +69,8 @@ class PackedEpochs:
         counts = np.bincount(packing.row_of_rank, minlength=packing.rows)
         self._ranks_of_row = np.split(by_row, np.cumsum(counts)[:-1])
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        # A row holds items of the same lengths in every epoch: which ones of equal length are drawn anew.
+        self._tokens_of_row = np.add.reduceat(np.sort(lengths)[::-1][by_row], np.cumsum(counts) - counts)
         self.most_in_a_row = int(counts.max())
         self.rows_per_epoch = packing.rows
         self.steps_per_epoch = -(-packing.rows // rows)
@@ -81,6 +83,17 @@ class PackedEpochs:
 
     def items_at(self, epoch: int, place: int) -> np.ndarray:
         """The items of row `place` of an epoch, int64."""
+        item_of_rank, order = self._epoch(epoch)
+        return item_of_rank[self._ranks_of_row[order[place]]]
+
+    def tokens_at(self, steps: int) -> int:
+        """Sum of the lengths of all items in the first `steps` steps."""
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        order = self._epoch(epochs)[1][:rest * self._rows] if rest else slice(0)
+        return int(epochs * self._tokens_of_row.sum() + self._tokens_of_row[order].sum())
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Item of each rank, and row of each place, of an epoch; of the last two epochs they are kept."""
         if epoch not in self._epochs:
             # By length, then by a random number of the epoch: ranks of equal length are drawn anew.
             drawn = _random(self.seed, epoch, "dialogues", len(self._lengths))
@@ -89,8 +102,7 @@ class PackedEpochs:
             if len(self._epochs) > 1:
                 self._epochs.pop(next(iter(self._epochs)))
             self._epochs[epoch] = item_of_rank, order
-        item_of_rank, order = self._epochs[epoch]
-        return item_of_rank[self._ranks_of_row[order[place]]]
+        return self._epochs[epoch]
 
     def times_seen(self, steps: int) -> np.ndarray:
         """How often each item is in the first `steps` steps, int64 [N]."""

@@ -183,6 +183,10 @@ class PreferenceData:
                              weights=self._packed.times_seen(steps) * self._lengths[self._trained])
         return {name: int(count) for name, count in zip(self._names, tokens, strict=True)}
 
+    def tokens_at(self, steps: int) -> int:
+        """Tokens of the first `steps` steps, without the padding."""
+        return self._packed.tokens_at(steps)
+
     def epochs(self, steps: int) -> dict[str, float]:
         """How often each source has been seen through after `steps` steps."""
         return {name: tokens / max(1, self.report["sources"][name]["tokens"])

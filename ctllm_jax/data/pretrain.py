@@ -147,6 +147,10 @@ class MixtureData:
         """Tokens drawn from each source in the first `steps` steps, by arithmetic."""
         return {name: count * self._sequence_length for name, count in self._mixture.rows_per_source(steps).items()}
 
+    def tokens_at(self, steps: int) -> int:
+        """See `BatchSource`."""
+        return steps * self._rows * self._sequence_length
+
     def epochs(self, steps: int) -> dict[str, float]:
         """How often each source has been seen through after `steps` steps."""
         return {name: count / self._mixture.sizes[name] for name, count in self._mixture.rows_per_source(steps).items()}

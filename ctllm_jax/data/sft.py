@@ -131,6 +131,10 @@ class SFTData:
         tokens = np.bincount(self.examples.sources, weights=seen * self.examples.lengths, minlength=len(self._names))
         return {name: int(count) for name, count in zip(self._names, tokens, strict=True)}
 
+    def tokens_at(self, steps: int) -> int:
+        """Tokens of the first `steps` steps, without the padding."""
+        return self._packed.tokens_at(steps)
+
     def epochs(self, steps: int) -> dict[str, float]:
         """How often each source has been seen through after `steps` steps."""
         whole = {name: self.report["sources"][name]["tokens"] for name in self._names}

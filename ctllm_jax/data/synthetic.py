@@ -89,6 +89,10 @@ class SyntheticData:
         """Tokens drawn in the first `steps` steps."""
         return {"synthetic": steps * self._rows * self._sequence_length}
 
+    def tokens_at(self, steps: int) -> int:
+        """Tokens of the first `steps` steps; there is no padding."""
+        return steps * self._rows * self._sequence_length
+
     def epochs(self, steps: int) -> dict[str, float]:
         """Nothing is ever seen twice."""
         return {"synthetic": 0.0}

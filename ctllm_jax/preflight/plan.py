@@ -37,13 +37,16 @@ def checkpoint_bytes(config: PretrainConfig) -> dict[str, int]:
     return {"resumable": 3 * weights, "milestone": 3 * weights if config.checkpoint.milestone_optimizer else weights}
 
 
-def checkpoints_kept(config: PretrainConfig) -> dict[str, int]:
-    """How many checkpoints of each kind lie on disk at most; one more resumable while it is written."""
+def checkpoints_kept(config: PretrainConfig, *, tokens: int | None = None) -> dict[str, int]:
+    """How many checkpoints of each kind lie on disk at most; one more resumable while it is written.
+
+    `tokens` are those of the whole run; None: all of its batches are full.
+    """
     saved = sorted({*range(config.checkpoint.every, config.steps, config.checkpoint.every), config.steps})
     kept = set(saved[-config.checkpoint.keep_last:])
     if config.checkpoint.keep_every:
         kept.update(step for step in saved if step % config.checkpoint.keep_every == 0)
-    trained = config.tokens_at(config.steps) / 1e9
+    trained = (config.tokens_at(config.steps) if tokens is None else tokens) / 1e9
     milestones = sum(milestone <= trained for milestone in config.checkpoint.milestones)
     return {"resumable": len(kept) + (len(saved) > len(kept)), "milestone": milestones}
 
@@ -91,11 +94,13 @@ def describe(config: PretrainConfig, *, directory: Path, epochs: Mapping[str, fl
       epochs, tokens_per_source: of the data, where it can be opened.
       device_kind, devices: what memory and hours are estimated for; None: the usual offers.
     """
-    tokens = config.tokens_at(config.steps)
+    tokens = sum(tokens_per_source.values()) if tokens_per_source else config.tokens_at(config.steps)
     flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length, lora=config.lora)
     parameters = count_parameters(config.model)
     batch = config.batch
-    rows = [("steps", f"{config.steps:,} of {batch.tokens:,} tokens ({batch.rows} rows of {batch.sequence_length:,})"),
+    most = "at most " if tokens < config.tokens_at(config.steps) else ""  # rows of dialogues are padded
+    rows = [("steps", f"{config.steps:,} of {most}{batch.tokens:,} tokens"
+                      f" ({batch.rows} rows of {batch.sequence_length:,})"),
             ("tokens", f"{tokens:,} ({tokens / parameters:.1f} a parameter)"),
             ("parameters", f"{parameters:,}" if config.lora is None else
              f"{parameters:,} frozen, {count_trained(config):,} trained ({count_trained(config) / parameters:.2%})"),
@@ -114,7 +119,7 @@ def describe(config: PretrainConfig, *, directory: Path, epochs: Mapping[str, fl
     if chip is not None and sum(memory.values()) > chip.memory_gib * 2**30:
         warnings.append(f"about {_gib(sum(memory.values()))} a device, and a {chip.name} has {chip.memory_gib:g} GiB:"
                         " lower batch.rows_per_device, raise mesh.fsdp, or choose a stronger compute.remat")
-    sizes, kept = checkpoint_bytes(config), checkpoints_kept(config)
+    sizes, kept = checkpoint_bytes(config), checkpoints_kept(config, tokens=tokens)
     need = sum(sizes[kind] * kept[kind] for kind in sizes)
     parts = [f"{kept[kind]} {kind} x {_gib(sizes[kind])}" for kind in sizes if kept[kind]]
     free = free_disk(directory)

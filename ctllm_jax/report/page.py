@@ -21,7 +21,7 @@ from ctllm_jax.report.comparison import compares_answers
 from ctllm_jax.report.comparison import held_out as held_out_by_group
 from ctllm_jax.report.goodput import section as goodput
 from ctllm_jax.report.readable import clock, compact, duration, finite, percent, visible
-from ctllm_jax.report.run import Run, labels, read_run
+from ctllm_jax.report.run import Run, final_loss, labels, read_run
 from ctllm_jax.report.sentiment import sentiment
 from ctllm_jax.storage import is_remote, open_path, told, write_whole
 
@@ -126,12 +126,10 @@ def _head(run: Run, name: str, index: int, several: bool) -> str:
 def _cards(run: Run) -> str:
     """The headline figures of a single run."""
     cards = []
-    losses = _series(run, "loss", 0, run.train, lambda it: it.get("loss", ...))
-    known = [value for value in losses.values if value is not None]
-    if known:
-        final, lowest = losses.values[-1], min(known)
-        cards.append(("final loss", "not finite" if final is None else f"{final:.3f}",
-                      f"lowest {lowest:.3f} at step {losses.steps[losses.values.index(lowest)]:,}"))
+    if (final := final_loss(run)) is not None:
+        cards.append(("final loss", "not finite" if final.value is None else f"{final.value:.3f}",
+                      f"mean of the last {final.records:,} records, steps {final.first:,} to {final.last:,}"
+                      if final.records > 1 else f"of the one batch of step {final.last:,}"))
     if run.evaluation and "rewards/margins" in run.evaluation[-1]:
         found = held_out_by_group(run)[""]
         cards.append(("held-out accuracy", percent(found.get("rewards/accuracies", 0.0)),

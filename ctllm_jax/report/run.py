@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.report.readable import finite
@@ -27,6 +28,7 @@ SENTIMENT = "sentiment.json"
 
 _STEPPED = ("train", "evaluation", "sample", "benchmarks")
 _MAX_PROBLEMS = 20
+_FINAL_RECORDS = 50
 _PART = re.compile(r"metrics-(\d{5,})\.jsonl")
 # Python reads NaN and Infinity, which are no JSON: to None, as the trainer writes them. One decoder for all lines,
 # since json.loads makes a new one each time.
@@ -97,6 +99,32 @@ class Run:
             return tokens
         per_step = finite(self.start.get("tokens_per_step"))
         return None if per_step is None else record["step"] * per_step
+
+
+class FinalLoss(NamedTuple):
+    """The mean training loss of the last records of a run; a single batch is noisy.
+
+    Attributes:
+      value: None where one of them is not finite.
+      first, last: steps of the first and the last of these records.
+      records: how many there are.
+    """
+
+    value: float | None
+    first: int
+    last: int
+    records: int
+
+
+def final_loss(run: Run) -> FinalLoss | None:
+    """The mean over the last tenth of the training records, at least 1 and at most 50; None where there are none."""
+    known = [record for record in run.train if "loss" in record]
+    if not known:
+        return None
+    window = known[-max(1, min(_FINAL_RECORDS, len(known) // 10)):]
+    values = [finite(record["loss"]) for record in window]
+    mean = None if None in values else math.fsum(values) / len(values)
+    return FinalLoss(mean, window[0]["step"], window[-1]["step"], len(window))
 
 
 def read_run(directory: str | Path) -> Run:

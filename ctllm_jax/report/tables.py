@@ -17,7 +17,7 @@ from ctllm_jax.report.comparison import (
     unit,
 )
 from ctllm_jax.report.readable import clock, compact, duration, finite, visible
-from ctllm_jax.report.run import Run, differences, flatten
+from ctllm_jax.report.run import Run, differences, final_loss, flatten
 
 _SAMPLES_SHOWN = 6
 _EVENTS_SHOWN = 200
@@ -88,13 +88,13 @@ def overview(runs: Sequence[Run], names: Sequence[str]) -> str:
     groups = list(dict.fromkeys(group for run in runs for group, counts in trained_on(run).items() if "rows" in counts))
     for index, run in enumerate(runs):
         last = run.train[-1] if run.train else {}
-        loss = finite(last.get("loss"))
+        final = final_loss(run)
         speeds = sorted(value for record in run.train if (value := finite(record.get("tokens_per_second"))) is not None)
         tokens = run.tokens_at(last) if last else None
         parameters = finite(run.start.get("parameters"))
         rows.append([
             _name(names, index),
-            f"{loss:.3f}" if loss is not None else "not finite" if "loss" in last else "–",
+            "–" if final is None else "not finite" if final.value is None else f"{final.value:.3f}",
             f"{run.step:,}",
             "–" if tokens is None else compact(tokens),
             *(_amount(trained_on(run).get(group, {})) for group in groups),
@@ -103,7 +103,8 @@ def overview(runs: Sequence[Run], names: Sequence[str]) -> str:
             "–" if parameters is None else compact(parameters),
         ])
     head = ["run", "final loss", "step", "tokens", *map(shown, groups), "time", "tokens/s", "parameters"]
-    note = f"of {', '.join(groups)}: {unit(runs)} and tokens of one epoch" if groups else ""
+    note = "final loss: the mean of the last tenth of a run's records, at most 50"
+    note += f"; of {', '.join(groups)}: {unit(runs)} and tokens of one epoch" if groups else ""
     return section("Runs", table(head, rows, "figures"), note)
 
 

@@ -53,14 +53,17 @@ class Checkpointer:
       run_dir: the run directory.
       config: what is kept.
       tokens_per_step: to find the steps of the milestones.
+      tokens_at: steps -> tokens trained, where not all steps have as many; None: `tokens_per_step` each.
       meta: what a checkpoint says of itself: the fingerprint, and what a MODEL needs.
 
     Raises:
       UserError: the run directory cannot be written.
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, *, tokens_per_step: int, meta: dict[str, Any]):
+    def __init__(self, run_dir: Path, config: CheckpointConfig, *, tokens_per_step: int, meta: dict[str, Any],
+                 tokens_at: Callable[[int], int] | None = None):
         self.run_dir, self.config, self.meta, self.tokens_per_step = run_dir, config, meta, tokens_per_step
+        self.tokens_at = tokens_at or (lambda step: step * self.tokens_per_step)
         self._remote = storage.is_remote(run_dir)
         self._background = ThreadPoolExecutor(1, thread_name_prefix="retention") if self._remote else None
         logging.getLogger("absl").addFilter(_is_news)
@@ -114,7 +117,7 @@ class Checkpointer:
             self._tolerate(error)
         resumable = (last or step % self.config.every == 0) and step not in self._steps.all_steps()
         milestone = self.is_milestone(step) and step not in self._milestones.all_steps()
-        meta = {**self.meta, "step": step, "tokens": step * self.tokens_per_step}
+        meta = {**self.meta, "step": step, "tokens": self.tokens_at(step)}
         saves = []
         if resumable:
             saves.append((self._steps, _items(state, meta, trainer=True)))
@@ -135,7 +138,9 @@ class Checkpointer:
 
     def is_milestone(self, step: int) -> bool:
         """Whether `step` is the first at which one of the milestones is reached."""
-        before, after = (step - 1) * self.tokens_per_step, step * self.tokens_per_step
+        if not self.config.milestones:
+            return False
+        before, after = self.tokens_at(step - 1), self.tokens_at(step)
         # Rounded, because 0.067 billion is 67,000,000.00000001 in floating point, and so would be reached a step late.
         return any(before < round(milestone * 1e9) <= after for milestone in self.config.milestones)
 

@@ -238,10 +238,18 @@ class TensorBoardSink:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise ImportError("tensorboardX is missing: pip install 'ctllm-jax[tb]'") from error
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+        # A file's name has the second in which it was made: without more, the next one of that second replaces it.
+        self._open = lambda purge_step: SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step,
+                                                      filename_suffix=f".{time.time_ns()}")
+        self._writer = None
 
     def write(self, record: dict[str, Any]) -> None:
-        """Scalars of training and evaluation, texts of samples."""
+        """Scalars of training and evaluation, texts of samples. Where a run goes on from an earlier step, TensorBoard
+        is told to forget the later ones, which are made again."""
+        if self._writer is None or record["event"] == "rollback":
+            again = {"start": "step", "rollback": "to"}.get(record["event"])
+            self.close()
+            self._writer = self._open(record[again] + 1 if again and record[again] else None)
         for name, value in scalars(record).items():
             self._writer.add_scalar(name, value, record["step"], walltime=record["time"])
         if record["event"] == "sample":
@@ -250,7 +258,8 @@ class TensorBoardSink:
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class WandbSink:

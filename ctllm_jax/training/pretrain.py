@@ -315,7 +315,7 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
         directory.mkdir(parents=True, exist_ok=True)
     fingerprint = make_fingerprint(config, data.fingerprint)
     checkpointer = Checkpointer(
-        directory, config.checkpoint, tokens_per_step=config.batch.tokens,
+        directory, config.checkpoint, tokens_per_step=config.batch.tokens, tokens_at=data.tokens_at,
         meta={"fingerprint": fingerprint, "steps": config.steps, "eod_id": data.eod_id,
               "prefix_id": find_prefix_id(config, data.eod_id),
               "spikes": config.bad_steps.spikes.deviations is not None,

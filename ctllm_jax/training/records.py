@@ -17,6 +17,9 @@ from ctllm_jax.training.environment import describe_environment
 if TYPE_CHECKING:
     from ctllm_jax.training.pretrain import Run
 
+_FULL = 0.99
+"""Rows of which so large a share is tokens count as full."""
+
 
 def describe_run(run: Run) -> dict[str, Any]:
     """The start of a run, for the banner and for metrics.jsonl."""
@@ -27,12 +30,18 @@ def describe_run(run: Run) -> dict[str, Any]:
         "how": run.how, "step": run.start, "steps": config.steps, "parameters": count_parameters(config.model),
         **({} if config.lora is None else {"trained_parameters": count_adapters(config.model, config.lora)}),
         "devices": f"{len(devices)} x {devices[0].device_kind}", "mesh": dict(run.mesh.shape),
-        "tokens_per_step": config.batch.tokens, "flops_per_token": flops._asdict(),
+        "tokens_per_step": run.data.tokens_at(config.steps) / config.steps if is_padded(run) else config.batch.tokens,
+        "flops_per_token": flops._asdict(),
         "implementations": describe_environment(config)["implementations"], "compile_seconds": run.compile_seconds,
         "micro_rows": run.micro_rows, "accumulation": run.accumulation,
         "tokens_per_source": run.data.tokens_per_source(config.steps), "epochs": run.data.epochs(config.steps),
         "data": getattr(run.data, "report", None), "config": config.model_dump(mode="json"),
     }
+
+
+def is_padded(run: Run) -> bool:
+    """Whether a good part of the run's rows is padding, which its tokens do not count."""
+    return run.data.tokens_at(run.config.steps) < _FULL * run.config.tokens_at(run.config.steps)
 
 
 def make_record(run: Run) -> Callable[[int, dict[str, float], dict[str, float]], dict[str, Any]]:
@@ -41,16 +50,21 @@ def make_record(run: Run) -> Callable[[int, dict[str, float], dict[str, float]],
     flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length, lora=config.lora)
     devices = jax.devices()
     chip = find_chip(devices[0].device_kind)
+    padded, before = is_padded(run), run.start
 
     def record(step: int, metrics: dict[str, float], timing: dict[str, float]) -> dict[str, Any]:
-        tokens_per_second = config.batch.tokens / timing["step_seconds"]
+        nonlocal before
+        since = before if before < step else step - 1  # after a rollback the step falls
+        tokens, before = run.data.tokens_at(step), step
+        tokens_per_second = (tokens - run.data.tokens_at(since)) / (step - since) / timing["step_seconds"]
         # The trained loss has the z-loss in it; what is shown, and paid in bits, is the cross-entropy alone.
         z_loss = metrics.get("z_loss", 0.0) / max(metrics["weight"], 1.0)
         loss = metrics["loss"] - z_loss
-        result = {"step": step, "tokens": config.tokens_at(step), "loss": loss}
+        result = {"step": step, "tokens": tokens, "loss": loss}
         if metrics.get("bytes"):
             result["bits_per_byte"] = loss * metrics["weight"] / np.log(2) / metrics["bytes"]
         result |= {"grad_norm": metrics["grad_norm"], "lr": metrics["lr"], "tokens_per_second": tokens_per_second,
+                   **({"padded_tokens_per_second": config.batch.tokens / timing["step_seconds"]} if padded else {}),
                    **timing, "eta_seconds": (config.steps - step) * timing["step_seconds"]}
         result |= {name: int(metrics[name]) for name in ("bad_steps", "spikes") if name in metrics}
         if run.objective is not None:

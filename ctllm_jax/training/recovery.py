@@ -107,7 +107,7 @@ class Recovery:
                     discard(kept.path)
         tell_all(0)  # the others wait until it is gone
         checkpointer = Checkpointer(run_dir, checkpointer.config, tokens_per_step=checkpointer.tokens_per_step,
-                                    meta=checkpointer.meta)
+                                    meta=checkpointer.meta, tokens_at=checkpointer.tokens_at)
         step = checkpointer.latest()
         state = restore_state(checkpointer, abstract, step=step)
         self.in_a_row, self.rollbacks = 0, self.rollbacks + 1

@@ -3,9 +3,11 @@
 import importlib
 import subprocess
 import sys
+import time
 
 import pytest
 
+from ctllm_jax import cli
 from ctllm_jax.cli import COMMANDS
 from ctllm_jax.config.types import keys_of
 from tests.cli.conftest import call
@@ -75,6 +77,7 @@ def test_a_slip_is_status_2_and_says_what_there_is(words, message, tmp_path, mon
 
 PROBE = """
 import sys
+import time
 from ctllm_jax.cli import main
 statuses = [main(words.split()) for words in sys.argv[1:]]
 heavy = {'jax', 'flax', 'orbax', 'grain', 'tensorflow_datasets'} & {name.partition('.')[0] for name in sys.modules}
@@ -132,3 +135,10 @@ sys.exit(cli.main(["data"]))
 def test_a_warning_is_a_line_for_a_person():
     done = subprocess.run([sys.executable, "-c", LOGGING], check=False, capture_output=True, text=True, cwd=REPOSITORY)
     assert (done.returncode, done.stderr) == (0, "warning: 3 steps\nwarning (absl): 3 steps\n")
+
+
+def test_a_command_within_another_one_begins_when_it_is_called():
+    """Otherwise the seconds of the stages before it would count as its start."""
+    now = time.perf_counter()
+    assert cli.Context("sft", None).began >= now
+    assert cli._context("sft", None, [], [], [], None).began < now

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 
@@ -50,9 +51,25 @@ def test_a_run_on_dialogues_says_what_it_learned_from(tuned):
     assert len(losses) >= 2 and losses[-1] < losses[0]
 
 
+def test_tokens_are_counted_without_the_padding(tuned):
+    directory, printed = tuned
+    run = read_run(directory)
+    # Every epoch has the tokens of all dialogues that are trained on, which the data's own report counts.
+    whole = 2 * run.start["data"]["sources"]["zh"]["tokens"]
+    room = 512 * run.start["steps"]
+    assert run.train[-1]["tokens"] == run.evaluation[-1]["tokens"] == run.sample[-1]["tokens"] == whole < 0.99 * room
+    assert list_checkpoints(Path(directory))[-1].meta["tokens"] == whole
+    assert f"{whole:,} tokens and {room - whole:,} of padding" in printed.out
+    before = 0
+    for record in run.train:  # one for each step
+        assert record["tokens_per_second"] * record["step_seconds"] == pytest.approx(record["tokens"] - before)
+        assert record["padded_tokens_per_second"] * record["step_seconds"] == pytest.approx(512)
+        before = record["tokens"]
+
+
 def test_the_template_goes_into_the_checkpoint(tuned):
     directory, _ = tuned
-    meta = list_checkpoints(__import__("pathlib").Path(directory))[-1].meta
+    meta = list_checkpoints(Path(directory))[-1].meta
     assert meta["template"]["config"]["kind"] == "plain" and len(meta["template"]["fingerprint"]) >= 16
 
 

@@ -86,6 +86,8 @@ def test_an_epoch_holds_every_pair_once_in_one_row(data, epoch):
     assert max(int(row.segment_ids.max()) for row in rows) == data.num_segments
     assert data.steps == 2 * data.steps_per_epoch and data.steps_per_epoch == -(-data.rows_per_epoch // ROWS)
     assert data.epochs(data.steps) == {"a": 2, "b": 2, "c": 2}
+    tokens = np.cumsum([0, *(int((row.segment_ids > 0).sum()) for row in rows)])[::ROWS]
+    assert [data.tokens_at(first + step) - data.tokens_at(first) for step in range(len(tokens))] == tokens.tolist()
 
 
 def test_rows_are_a_function_of_seed_and_step(load, data):

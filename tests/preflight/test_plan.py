@@ -196,10 +196,10 @@ def warnings_of(config, directory, **options):
 
 
 def test_what_is_told(tmp_path):
-    rows, warnings = warnings_of(make_config(), tmp_path / "not" / "yet", tokens_per_source={"zh": 5000, "en": 100},
+    rows, warnings = warnings_of(make_config(), tmp_path / "not" / "yet", tokens_per_source={"zh": 5020, "en": 100},
                                  epochs={"zh": 2.0, "en": 9.5}, device_kind="TPU v5 lite", devices=4)
     assert rows["steps"] == "10 of 512 tokens (8 rows of 64)" and rows["parameters"] == "41,120"
-    assert rows["source zh"] == "5,000 tokens, 2.00 epochs" and "memory on each of 4" in rows
+    assert rows["source zh"] == "5,020 tokens, 2.00 epochs" and "memory on each of 4" in rows
     assert "2 resumable x 0.5 MiB = 0.9 MiB" in rows["checkpoints"] and "4 x v5e" in rows["hours at 40% MFU"]
     assert len(warnings) == 1 and warnings[0].startswith("source en is seen 9.5 times")
     assert not (tmp_path / "not").exists()

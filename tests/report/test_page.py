@@ -65,7 +65,7 @@ def test_a_whole_run(finished, tmp_path):
     html, page = page_of(tmp_path, finished)
     assert_inert(page, html)
     for text in ("quickstart", "done", "final loss", "32.8M", "step 2,000 of 2,000", "MFU 38.2% causal, 43.1% full",
-                 "11,534,848",
+                 "11,534,848", "mean of the last 20 records, steps 1,810 to 2,000",
                  "Training loss", "Bits per byte", "Learning rate", "Gradient norm", "Throughput", "Data wait",
                  "xz -9e 2.930", "3-gram 2.410", "compile", "1m23s", "not bit for bit", "resumed at step 1,000",
                  "今天", "hidden_size", "implementations.attention", "resumed once",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.report.run import differences, labels, read_run
+from ctllm_jax.report.run import differences, final_loss, labels, read_run
 
 
 def test_a_restart_supersedes_what_lies_beyond_its_step(finished):
@@ -148,3 +148,14 @@ def test_tokens_follow_from_the_step_where_a_record_has_none(writer):
     run = read_run(made.directory)
     assert run.tokens_at(run.train[0]) == 10 * run.start["tokens_per_step"]
     assert json.loads(json.dumps(run.start))["steps"] == 2000
+
+
+@pytest.mark.parametrize(("losses", "expected"), [
+    ([], None), ([3.0], (3.0, 1, 1, 1)), ([9.0] * 19 + [1.0], (5.0, 19, 20, 2)),
+    ([9.0] * 600 + [2.0] * 25 + [4.0] * 25, (3.0, 601, 650, 50)), ([1.0] * 39 + [None], (None, 37, 40, 4))])
+def test_the_final_loss_is_a_mean_over_a_window_that_is_told(writer, losses, expected):
+    made = writer()
+    made.start()
+    for step, loss in enumerate(losses, 1):
+        made.line("train", step=step, loss=loss)
+    assert final_loss(read_run(made.directory)) == expected

@@ -130,6 +130,14 @@ def test_a_milestone_that_a_step_hits_exactly_is_not_late(make_checkpointer, bil
     assert reached == [round(billions * 1000)]
 
 
+def test_milestones_of_padded_rows_are_reached_by_their_tokens(tmp_path):
+    tokens = [0, 400, 700, 1500, 1600]
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(milestones=[7e-7, 1e-6, 1.6e-6]), tokens_per_step=1000,
+                                tokens_at=tokens.__getitem__, meta={})
+    assert [step for step in range(1, 5) if checkpointer.is_milestone(step)] == [2, 3, 4]
+    checkpointer.close()
+
+
 def test_what_is_half_written_is_not_listed(tmp_path, make_checkpointer):
     checkpointer = make_checkpointer(every=1)
     save(checkpointer, [1, 2])

@@ -175,19 +175,48 @@ def test_weights_and_biases_goes_on_with_one_run_on_our_steps(tmp_path, monkeypa
     assert run.finished
 
 
-def test_tensorboard_events_hold_the_numbers(tmp_path):
+def tensorboard_events(run_dir):
+    """All events, file by file in the order in which TensorBoard reads them, parsed by the protocol's own classes."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2", reason="extra tb is not installed")
+    for path in sorted((run_dir / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            yield event_pb2.Event.FromString(data[12:12 + size])
+            data = data[16 + size:]
+
+
+def test_tensorboard_events_hold_the_numbers(tmp_path):
+    pytest.importorskip("tensorboardX", reason="extra tb is not installed")
     with write(tmp_path, tensorboard=True) as metrics:
         metrics.event("train", step=7, loss=2.5, lr=math.nan)
         metrics.event("evaluation", step=7, sources=ZH)
         metrics.event("sample", step=7, prompt="今天", text="天气")
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    data, found = path.read_bytes(), {}
-    while data:
-        (size,) = struct.unpack("<Q", data[:8])
-        event = event_pb2.Event.FromString(data[12:12 + size])
-        found.update({value.tag: (event.step, value.simple_value) for value in event.summary.value})
-        data = data[16 + size:]
+    found = {value.tag: (event.step, value.simple_value) for event in tensorboard_events(tmp_path)
+             for value in event.summary.value}
     assert found["train/loss"] == (7, 2.5) and "train/lr" not in found
     assert found["evaluation/zh/bits_per_byte"] == (7, pytest.approx(1.7))
     assert any(tag.startswith("sample/") for tag in found)
+
+
+def test_tensorboard_shows_a_step_once_that_is_made_again(tmp_path):
+    """A START of a session purges what was written of its step and later ones, as TensorBoard's reader does."""
+    pytest.importorskip("tensorboardX", reason="extra tb is not installed")
+    with write(tmp_path, tensorboard=True) as metrics:
+        metrics.event("start", step=0)
+        for step in range(1, 8):
+            metrics.event("train", step=step, loss=1.0)
+    with write(tmp_path, tensorboard=True) as metrics:
+        metrics.event("start", step=4)
+        for step in range(5, 10):
+            metrics.event("train", step=step, loss=2.0)
+        metrics.event("rollback", step=9, to=7, data_step=9, rollbacks=1)
+        metrics.event("train", step=8, loss=3.0)
+    shown = {}
+    for event in tensorboard_events(tmp_path):
+        if event.session_log.status == 1:
+            shown = {step: loss for step, loss in shown.items() if step < event.step}
+        for value in event.summary.value:
+            assert event.step not in shown
+            shown[event.step] = value.simple_value
+    assert shown == {1: 1, 2: 1, 3: 1, 4: 1, 5: 2, 6: 2, 7: 2, 8: 3}
