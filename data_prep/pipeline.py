@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -223,6 +224,7 @@ class Pipeline:
         done = self.units("tokenize", stage, tokenize.run, units, options)
         packed = self.stage("pack", tokenize.VERSION, known, config.record_tokens)
         options = options_of(config, packed, dtype=known.dtype, eod_id=known.eod_id, tokenized=str(stage.parts))
+        merged = self.merge(done, stage, known)
         shards = []
         for source in self.sources:
             own = [(unit, commit) for unit, commit in done if unit["source"] == source]
@@ -230,12 +232,37 @@ class Pipeline:
                 logger.warning("source %s has no documents left: there is no dataset %s", source, self.output / source)
                 tokenize.remove(self.output / source)
                 continue
-            shards += tokenize.plan_shards(own, stage.parts, config, source)
+            names, content = merged[source]
+            shards += tokenize.plan_shards(names, content, config, source)
         made = self.units("pack", packed, tokenize.pack, shards, options)
         for source in dict.fromkeys(unit["source"] for unit, _ in made):
             own = [(unit, commit) for unit, commit in made if unit["source"] == source]
             self.ran.manifests[source] = tokenize.assemble(
                 self.output / source, source, own, packed, config, known, self.config_sha256(known))
+
+    def merge(self, tokenized: Done, stage: Stage, known: tokenize.Vocabulary) -> dict[str, tuple[list[Path], str]]:
+        """Tokenized parts to as few as can be open at once: source -> the indexes, and what stands for their text."""
+        parts = {source: [(unit, commit) for unit, commit in tokenized if unit["source"] == source]
+                 for source in self.sources}
+        content = {source: fingerprint([commit.key for _, commit in own], self.config.record_tokens)
+                   for source, own in parts.items()}
+        folders = dict.fromkeys(parts, stage.parts)
+        root, made, level = self.output / "stages" / "merge", [], 0
+        while todo := [unit for source, own in parts.items()
+                       for unit in tokenize.plan_merges(own, folders[source], level)]:
+            merging = open_stage(root, tokenize.VERSION, known.dtype)
+            done = self.units("merge", merging, tokenize.merge, todo,
+                              options_of(self.config, merging, dtype=known.dtype), keep=True)
+            for source in {unit["source"] for unit, _ in done}:
+                parts[source] = [(unit, commit) for unit, commit in done if unit["source"] == source]
+                folders[source] = merging.parts
+            made, level = [*made, *done], level + 1
+        if made:
+            merging.clean([unit for unit, _ in made])
+        else:
+            shutil.rmtree(root, ignore_errors=True)
+        return {source: ([folders[source] / f"{unit['id']}.npy" for unit, _ in own], content[source])
+                for source, own in parts.items()}
 
     def config_sha256(self, known: tokenize.Vocabulary) -> str:
         """Hash of what, beside the text, decides a dataset's bytes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +24,12 @@ from ctllm_jax.dataset.pack import places_of, tokenize
 from ctllm_jax.dataset.shuffle import RANGE, as_text, held_out_limit
 from ctllm_jax.dataset.staging import exclusive, staged
 from ctllm_jax.dataset.writer import ShardWriter, finish, shard_name, smallest_dtype
+from data_prep import runs
 from data_prep.commits import Commit, Output, Stage, Unit, fingerprint
+from data_prep.runs import INDEX, Run
 from data_prep.stages.common import config_of, read_jsonl_zst, run_unit
 
 VERSION = 1
-INDEX = np.dtype([("key", "<u8"), ("split", "<u8"), ("tokens", "<i8"), ("text_bytes", "<i8")])
-"""A document of a tokenized part: its place in the order, its place in the split, its length without EOD."""
-
 
 _SHARD_COUNTS = ("records", "tokens", "documents", "text_bytes", "size", "sha256")
 
@@ -82,54 +82,89 @@ def _tokenize(unit: Unit, options: dict[str, Any], output: Output) -> None:
                         "highest": int(split.max())}
 
 
-def plan_shards(tokenized: Sequence[tuple[Unit, Commit]], parts: Path, config: PrepareConfig, source: str
-                ) -> list[Unit]:
-    """The shards of a source: which documents, by range of key, go where."""
-    names = [f"{unit['id']}.npy" for unit, _ in tokenized]
-    index = np.concatenate([np.load(parts / name) for name in names])
+def plan_merges(tokenized: Sequence[tuple[Unit, Commit]], parts: Path, level: int) -> list[Unit]:
+    """Tokenized parts of one source to fewer, each of which a unit merges; none where all can be open at once."""
+    if len(tokenized) <= runs.MOST:
+        return []
+    return [{"id": f"{tokenized[0][0]['source']}-level-{level}-{place:05d}", "source": tokenized[0][0]["source"],
+             "content": fingerprint([tokenized[part][1].key for part in group]),
+             "location": [str(parts / f"{tokenized[part][0]['id']}.npy") for part in group]}
+            for place, group in enumerate(runs.groups(len(tokenized)))]
+
+
+def merge(unit: Unit, options: dict[str, Any]) -> dict[str, Any]:
+    """The tokenized parts at `unit["location"]` as one."""
+    return run_unit(unit, options, _merge)
+
+
+def _merge(unit: Unit, options: dict[str, Any], output: Output) -> None:
+    output.counters["documents"] = runs.merge(
+        Path(), [Run(name) for name in unit["location"]], output.file(f"{unit['id']}.npy"),
+        output.file(f"{unit['id']}.ids"), dtype=options["dtype"])
+
+
+def plan_shards(names: Sequence[Path], content: str, config: PrepareConfig, source: str) -> list[Unit]:
+    """The shards of a source: which documents, by range of key, go where. `names` are the indexes of its runs, and
+    `content` stands for what they hold."""
+    indexes = [runs.read_index(Path(), Run(str(name))) for name in names]
+    before = [np.concatenate([[0], np.cumsum(own["tokens"])]) for own in indexes]
+    index = np.concatenate(indexes)
     index = index[np.argsort(index["key"], kind="stable")]
     limit = held_out_limit(int(index["split"].min()), int(index["split"].max()), config.validation_fraction)
     held_out = index["split"] < np.uint64(limit)
-    content = fingerprint([commit.key for _, commit in tokenized], config.record_tokens)
     units = []
     for split, chosen in ((TRAIN, index[~held_out]), (VALIDATION, index[held_out])):
         if not len(chosen):
             continue
         places = places_of(chosen["tokens"] + 1, config.shards if split == TRAIN else 1)
         # A shard is a range of keys, so documents of one key lie in one shard.
-        lows = np.unique(chosen["key"][np.unique(places, return_index=True)[1]]).tolist()
-        for shard, (low, high) in enumerate(zip([0, *lows[1:]], [*lows[1:], RANGE], strict=True)):
+        lows = np.unique(chosen["key"][np.unique(places, return_index=True)[1]])
+        edges = [[0, *np.searchsorted(own["key"], lows[1:]).tolist(), len(own)] for own in indexes]
+        for shard, (low, high) in enumerate(zip([0, *lows[1:].tolist()], [*lows[1:].tolist(), RANGE], strict=True)):
+            location = [[str(name), own[shard], own[shard + 1] - own[shard], int(tokens[own[shard]])]
+                        for name, own, tokens in zip(names, edges, before, strict=True) if own[shard] < own[shard + 1]]
             units.append({"id": shard_name(source, split, shard, len(lows)), "source": source, "split": split,
-                          "limit": limit, "low": low, "high": high, "content": content, "location": names})
+                          "limit": limit, "low": low, "high": high, "content": content, "location": location})
     return units
 
 
 def pack(unit: Unit, options: dict[str, Any]) -> dict[str, Any]:
-    """One shard: the documents of `unit["split"]` with low ≤ key < high, from all tokenized parts."""
+    """One shard: the documents of `unit["split"]` with low ≤ key < high, from the runs at `unit["location"]`.
+
+    A run is its index alone, or a Run's values. More than can be open at once are merged first, into a folder that is
+    removed again.
+    """
     return run_unit(unit, options, _pack)
 
 
 def _pack(unit: Unit, options: dict[str, Any], output: Output) -> None:
     config, folder = config_of(options), Path(options["tokenized"])
-    found: list[tuple[int, int, np.ndarray, int]] = []
-    for name in unit["location"]:
-        index = np.load(folder / name)
-        low = int(np.searchsorted(index["key"], np.uint64(unit["low"])))
-        high = len(index) if unit["high"] == RANGE else int(np.searchsorted(index["key"], np.uint64(unit["high"])))
-        if low == high:
-            continue
-        ends = np.cumsum(index["tokens"])
-        ids = np.memmap(folder / name.replace(".npy", ".ids"), options["dtype"], "r") if ends[-1] else np.empty(0)
-        wanted = (index["split"][low:high] >= np.uint64(unit["limit"])) == (unit["split"] == TRAIN)
-        for place in (np.flatnonzero(wanted) + low).tolist():
-            tokens = ids[ends[place] - index["tokens"][place]:ends[place]]
-            found.append((int(index["key"][place]), len(found), tokens, int(index["text_bytes"][place])))
-    found.sort(key=lambda document: document[:2])
-    writer = ShardWriter(output.file(unit["id"]), record_tokens=config.record_tokens, dtype=options["dtype"],
-                         eod_id=options["eod_id"])
-    for _, _, tokens, text_bytes in found:
-        writer.add(tokens, text_bytes=text_bytes)
-    shard = writer.close()
+    own = [Run(place) if isinstance(place, str) else Run(*place) for place in unit["location"]]
+    with tempfile.TemporaryDirectory(prefix=".merged-", dir=output.parts) as scratch:
+        number = 0
+        while len(own) > runs.MOST:
+            fewer = []
+            for group in runs.groups(len(own)):
+                path = Path(scratch) / f"{number:06d}.npy"
+                runs.merge(folder, [own[place] for place in group], path, path.with_suffix(".ids"),
+                           dtype=options["dtype"])
+                fewer.append(Run(str(path)))
+                number += 1
+            own = fewer
+        documents = runs.merged(folder, own)
+        index = documents.index
+        wanted = (index["key"] >= np.uint64(unit["low"])) & (
+            (index["split"] >= np.uint64(unit["limit"])) == (unit["split"] == TRAIN))
+        if unit["high"] < RANGE:
+            wanted &= index["key"] < np.uint64(unit["high"])
+        documents = runs.Merged(*(column[wanted] for column in documents))
+        writer = ShardWriter(output.file(unit["id"]), record_tokens=config.record_tokens, dtype=options["dtype"],
+                             eod_id=options["eod_id"])
+        text_bytes = documents.index["text_bytes"].tolist()
+        for tokens, length in zip(runs.read_ids(folder, own, documents, dtype=options["dtype"]), text_bytes,
+                                  strict=True):
+            writer.add(tokens, text_bytes=length)
+        shard = writer.close()
     output.counters |= {name: getattr(shard, name) for name in _SHARD_COUNTS}
 
 
