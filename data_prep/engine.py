@@ -6,15 +6,20 @@ documents at once (who is a copy of whom), as joins over Parquet files.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
+import logging
 import os
 import pickle
 import re
 import resource
+import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +28,9 @@ from ctllm_jax.config.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+
+_RAY_SECONDS = 10
+logger = logging.getLogger(__name__)
 
 PART_BITS = 32
 """A document's number is part << PART_BITS | row: where it stands."""
@@ -55,6 +63,7 @@ class Engine:
         self._inline = kind == "native" and self.workers == 1
         os.environ.setdefault("DO_NOT_TRACK", "1")
         os.environ.setdefault("DAFT_PROGRESS_BAR", "0")
+        _let_workers_import_us()
         self._daft = _import_daft()
         if kind == "ray":
             self._start_ray(address)
@@ -78,7 +87,16 @@ class Engine:
         frame = daft.from_pydict({"unit": [json.dumps(unit) for unit in units]}).into_batches(1)
         if self.kind == "ray":
             frame = frame.into_partitions(len(units))
-        for row in frame.select(worker.run(frame["unit"]).alias("result")).iter_rows(results_buffer_size=None):
+        rows = frame.select(worker.run(frame["unit"]).alias("result")).iter_rows(results_buffer_size=None)
+        while True:
+            try:
+                row = next(rows, None)
+            except Exception as error:  # Daft's own, of many kinds; a unit that raises gives a UnitFailed.
+                raise UserError(f"a worker process has ended ({str(error).splitlines()[0][:200]}). If the memory ran "
+                                f"out, fewer at a time need less: workers={max(1, self.workers // 2)}. What was done "
+                                f"is kept, and the same command continues") from error
+            if row is None:
+                return
             yield _parse(row["result"])
 
     def copies(self, parts: Sequence[Part], *, key: Sequence[str], order: Sequence[str]) -> pa.Table:
@@ -181,10 +199,61 @@ class Engine:
         except ImportError:
             raise UserError("engine=ray needs the package ray: pip install 'ctllm-jax[ray]'") from None
         if not ray.is_initialized():
+            what = f"the Ray cluster at ray.address={address}" if address else "Ray on this machine"
+            if address:
+                _check_reachable(address)
             # A cluster of our own leaves no dashboard behind and stays on loopback.
             own = {"num_cpus": self.workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-            ray.init(address=address, logging_level="warning", log_to_driver=False, **({} if address else own))
+            with _still_waiting(what):
+                try:
+                    ray.init(address=address, logging_level="warning", log_to_driver=False, **({} if address else own))
+                except Exception as error:  # Ray's own, of many kinds.
+                    raise UserError(f"{what} does not start: {str(error).strip() or type(error).__name__}. "
+                                    f"engine=native needs no Ray") from error
         self.workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def _let_workers_import_us() -> None:
+    """Put the folder of this package on the path of processes that are started, wherever this one was started from."""
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if root not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *paths])
+
+
+def _check_reachable(address: str) -> None:
+    """UserError where nothing answers at the address of a Ray cluster; Ray itself waits minutes to say so."""
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"ray.address={address}: it is HOST:PORT, ray://HOST:PORT or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_RAY_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"ray.address={address}: nothing answers there ({error}). Start the cluster, or give the "
+                        f"address that `ray start --head` printed; without ray.address a cluster of this machine alone "
+                        f"is started") from None
+
+
+@contextmanager
+def _still_waiting(what: str) -> Iterator[None]:
+    """Say every few seconds what is waited for."""
+    done = threading.Event()
+
+    def say() -> None:
+        waited = 0
+        while not done.wait(_RAY_SECONDS):
+            waited += _RAY_SECONDS
+            logger.warning("waiting for %s to start since %d s", what, waited)
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @functools.cache
@@ -210,12 +279,22 @@ def _call(function: Callable[[dict, dict], dict], options: dict, text: str) -> s
         result = {"unit": unit["id"], "result": function(unit, options)}
     except UserError as error:
         result = {"unit": unit["id"], "failed": str(error), "user_error": True}
+    except OSError as error:
+        result = {"unit": unit["id"], "failed": describe(error), "user_error": True}
     except Exception:
         result = {"unit": unit["id"], "failed": traceback.format_exc(), "user_error": False}
     usage = resource.getrusage(resource.RUSAGE_SELF)
     result |= {"cpu_seconds": time.process_time() - cpu, "seconds": time.monotonic() - wall,
                "peak_memory": usage.ru_maxrss * 1024}
     return json.dumps(result)
+
+
+def describe(error: OSError) -> str:
+    """What the operating system refused, where, and what to do."""
+    what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({what}). What was done is kept: free some space, and the same command continues"
+    return what
 
 
 def _parse(text: str) -> dict | UnitFailed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from ctllm_jax.dataset.manifest import Manifest
 from ctllm_jax.dataset.staging import exclusive
 from data_prep import duplicates, tokenize
 from data_prep.commits import Commit, Stage, Unit, fingerprint, open_stage, write_atomically
-from data_prep.engine import Engine, Part, UnitFailed
+from data_prep.engine import Engine, Part, UnitFailed, describe
 from data_prep.readers import InputUnit, plan_files
 from data_prep.rules import RULES, SETS, RuleSet, bad_words, language, with_thresholds
 from data_prep.stages import clean, filter, near, read
@@ -66,14 +67,18 @@ def prepare(config: PrepareConfig, *, inputs: Sequence[InputUnit] | None = None,
     output = Path(config.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
-        raise UserError(f"output={config.output} cannot be made: {error.strerror}") from None
+        raise UserError(f"output={config.output} cannot be written: {error.strerror}") from None
     for path in sorted((output / "clean").rglob("*")):
         if path.is_file() and not path.name.endswith((".jsonl.zst", ".tmp")):
             raise UserError(f"{path} is in the way: what prepare did not write in {output / 'clean'} would be removed")
-    with exclusive(output / "stages"):
-        pipeline = Pipeline(config, inputs, progress)
-        pipeline.run(known)
+    try:
+        with exclusive(output / "stages"):
+            pipeline = Pipeline(config, inputs, progress)
+            pipeline.run(known)
+    except OSError as error:
+        raise UserError(describe(error)) from error
     return pipeline.ran
 
 
@@ -298,8 +303,13 @@ class Pipeline:
 
         self.timed(name, run)
         if failed:
+            first, listed = failed[0], stage.root / "failed.txt"
+            why = first.message.strip()
+            if not first.user_error:
+                write_atomically(listed, "\n".join(f"{one.unit}:\n{one.message}" for one in failed))
+                why = f"{why.splitlines()[-1]} (the traceback is in {listed})"
             raise UserError(f"{len(failed)} of {len(units)} units of the stage {name} failed, the others are done: the "
-                            f"same command goes on. The first ({failed[0].unit}): {failed[0].message}")
+                            f"same command continues from there. The first ({first.unit}): {why}")
         commits = [commit or stage.find(unit) for unit, commit in zip(units, found, strict=True)]
         if not keep:
             stage.clean(units)

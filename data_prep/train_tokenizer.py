@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -50,23 +51,36 @@ def train_tokenizer(config: TokenizerTrainConfig, *, progress: Callable[[int, in
     output = Path(config.output)
     if output.suffix != ".model":
         raise UserError(f"output={config.output} must end in .model")
+    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        temporary.touch()  # Before the hours of training, not after them.
+    except OSError as error:
+        raise UserError(f"output={config.output} cannot be written: {error.strerror}") from None
+    try:
+        lines = _training_lines(config, progress)
+        logger.info("training on %d lines", len(lines))
+        temporary.write_bytes(fit(lines, vocab_size=config.vocab_size, character_coverage=config.character_coverage))
+        temporary.rename(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    tokenizer = load_tokenizer(output)
+    return tokenizer, measure(tokenizer, random.Random(config.seed).sample(lines, min(len(lines), _MEASURED_LINES)))
+
+
+def _training_lines(config: TokenizerTrainConfig, progress: Callable[[int, int], None]) -> list[str]:
     files = find_files(config.input, links=config.links)
     total = sum(file.stat().st_size for file in files)
-    quarantine = Quarantine(output.with_suffix(".bad.jsonl"), max_bad=config.max_bad)
+    quarantine = Quarantine(Path(config.output).with_suffix(".bad.jsonl"), max_bad=config.max_bad)
     quarantine.path.unlink(missing_ok=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
     documents = read_documents(files, text_field=config.text_field, quarantine=quarantine,
                                progress=lambda done: progress(done, total))
     lines = sample_lines(documents, limit=config.max_sentences, seed=config.seed)
     if not lines:
         raise UserError(f"input={', '.join(config.input)} holds no text to train on")
-    logger.info("training on %d lines", len(lines))
-    model = fit(lines, vocab_size=config.vocab_size, character_coverage=config.character_coverage)
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    temporary.write_bytes(model)
-    temporary.rename(output)
-    tokenizer = load_tokenizer(output)
-    return tokenizer, measure(tokenizer, random.Random(config.seed).sample(lines, min(len(lines), _MEASURED_LINES)))
+    return lines
 
 
 def fit(lines: Iterable[str], *, vocab_size: int, character_coverage: float) -> bytes:

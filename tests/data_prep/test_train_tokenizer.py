@@ -100,3 +100,20 @@ def test_a_long_line_is_cut_not_dropped():
     ("Это русский текст", "other"), ("", "other")])
 def test_languages_are_told_apart_by_their_characters(line, language):
     assert language_of(line) == language
+
+
+@pytest.mark.parametrize("place", ["a_file/t.model", "/proc/t.model", "folder.model"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_text_is_read(tmp_path, monkeypatch, place):
+    (tmp_path / "a_file").touch()
+    (tmp_path / "folder.model").mkdir()
+    monkeypatch.setattr("data_prep.train_tokenizer.find_files", None)
+    with pytest.raises(UserError, match="output=.* cannot be written: "):
+        train_tokenizer(TokenizerTrainConfig(input=["x"], output=str(tmp_path / place), vocab_size=500))
+
+
+def test_a_training_that_fails_leaves_nothing(tmp_path):
+    (tmp_path / "a.txt").write_text("a few words\n" * 20)
+    with pytest.raises(UserError, match="vocab_size=9999 is too large"):
+        train_tokenizer(TokenizerTrainConfig(input=[str(tmp_path / "a.txt")], output=str(tmp_path / "out" / "t.model"),
+                                             vocab_size=9999))
+    assert list((tmp_path / "out").iterdir()) == []
