@@ -4,7 +4,9 @@ Each program has a process of its own (`python -I`) with an empty environment, l
 memory, output and files, and no way to make processes, open sockets or signal others (seccomp). Files are closed to it
 but for Python's own and a directory of its own, by new mount, process, network and user namespaces where the machine
 lets a user have them (a file system in memory, gone with the program), else by Landlock (a temporary directory that is
-deleted afterwards; the sum of its files is bounded by time alone). A machine with neither runs nothing.
+deleted afterwards; a program that makes too many files in it is stopped, the sum of their sizes is bounded by time
+alone). The program holds no capability, also where root starts it, and may only make the system calls of a list. A
+machine with neither runs nothing.
 
 It is made for accidents and for what models write, not for a determined attacker with a kernel exploit; and a program
 that searches its interpreter for the word that says it passed can find it.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import resource
 import secrets
@@ -32,9 +35,14 @@ from typing import Literal
 
 from ctllm_jax.config.errors import UserError
 
+log = logging.getLogger(__name__)
 Isolation = Literal["namespaces", "landlock"]
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _MEMORY_MARGIN = 64 << 20  # of the interpreter itself
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_CENSUS_SECONDS = 0.1
+MAX_ENTRIES, MAX_DEPTH = 1024, 64
+"""Files and folders of a program at a time, and levels of folders: removing one may take milliseconds on a disk."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Limits:
 class Outcome:
     """What became of a program."""
 
-    status: Literal["passed", "failed", "timed out", "too much output"]
+    status: Literal["passed", "failed", "timed out", "too much output", "too many files"]
     """passed: it ran to its last line. Time is wall or processor time, whichever ended first."""
     output: str
     """What it printed, standard error included, up to the limit."""
@@ -83,28 +91,35 @@ def run_program(program: str, *, limits: Limits = Limits(), isolation: Isolation
     isolation = isolation or find_isolation()
     token = secrets.token_hex(16)
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as directory:
-        status_read, status_write = os.pipe()
+    directory = tempfile.mkdtemp(prefix="sandbox-")
+    try:
+        # What the program says, and what went wrong before it began.
+        (status_read, status_write), (setup_read, setup_write) = os.pipe(), os.pipe()
         try:
             child = subprocess.Popen([sys.executable, "-I", "-S", str(_CHILD)], stdin=subprocess.PIPE,
                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment(directory),
-                                     cwd="/", start_new_session=True, pass_fds=(status_write,))
+                                     cwd="/", start_new_session=True, pass_fds=(status_write, setup_write))
         finally:
             os.close(status_write)
+            os.close(setup_write)
         try:
             with child:
-                job = _job(program, token, directory, limits, isolation, status_write)
-                stopped, output = _watch(child, json.dumps(job).encode(), limits, begin)
-                # All that could hold the pipe open is dead: what it says is there, or nothing.
-                said = os.read(status_read, 4096).decode("utf-8", "replace")
+                job = _job(program, token, directory, limits, isolation, status_write, setup_write)
+                stopped, output = _watch(child, json.dumps(job).encode(), limits, begin,
+                                         directory if isolation == "landlock" else None)
+                # All that could hold the pipes open is dead: what they say is there, or nothing.
+                said, problem = os.read(status_read, 4096), os.read(setup_read, 4096)
         finally:
             os.close(status_read)
-    seconds = time.monotonic() - begin
-    if said.startswith("setup: "):
-        raise RuntimeError(f"the sandbox ({isolation}) does not work here: {said.removeprefix('setup: ')}")
+            os.close(setup_read)
+        seconds = time.monotonic() - begin
+    finally:
+        remove_folder(directory)
+    if problem:
+        raise RuntimeError(f"the sandbox ({isolation}) does not work here: {problem.decode('utf-8', 'replace')}")
     if stopped is None and child.returncode == 128 + signal.SIGKILL and seconds >= limits.cpu_seconds:
         stopped = "timed out"
-    passed = said == token and child.returncode == 0
+    passed = said == token.encode() and child.returncode == 0
     return Outcome(stopped or ("passed" if passed else "failed"), output.decode("utf-8", "replace"), seconds)
 
 
@@ -137,10 +152,58 @@ def find_isolation() -> Isolation:
                       "seccomp")
 
 
-def _job(program: str, token: str, directory: str, limits: Limits, isolation: str, status: int) -> dict:
+def remove_folder(folder: str) -> None:
+    """Remove a folder with all that a program made in it, however deep and whatever its permissions.
+
+    Time grows with the number of entries alone: no path is walked from its beginning, and nothing recurses.
+    """
+    above: list[str] = []
+    here = os.open(folder, _FOLDER)
+    try:
+        while True:
+            inside = _remove_entries(here)
+            if inside is not None:
+                os.chmod(inside, 0o700, dir_fd=here)
+                below, name = os.open(inside, _FOLDER, dir_fd=here), None
+                above.append(inside)
+            elif above:
+                below, name = os.open("..", _FOLDER, dir_fd=here), above.pop()
+            else:
+                break
+            os.close(here)
+            here = below
+            if name is not None:
+                os.rmdir(name, dir_fd=here)
+        os.rmdir(folder)
+    except OSError as error:
+        log.warning("what a program left in %s could not be removed: %s", folder, error)
+    finally:
+        os.close(here)
+
+
+def _remove_entries(here: int) -> str | None:
+    """Remove files and empty folders; the first folder that is not empty, or None when all are gone."""
+    removed = True
+    while removed:  # until a listing is empty: entries that go while it is read may hide others
+        removed = False
+        with os.scandir(here) as entries:
+            for entry in entries:
+                removed = True
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.name, dir_fd=here)
+                    continue
+                try:
+                    os.rmdir(entry.name, dir_fd=here)
+                except OSError:
+                    return entry.name
+    return None
+
+
+def _job(program: str, token: str, directory: str, limits: Limits, isolation: str, status: int, setup: int) -> dict:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return {
         "program": program, "token": token, "directory": directory, "isolation": isolation, "status_fd": status,
+        "setup_fd": setup, "entries": MAX_ENTRIES,
         "python": sys.executable, "environment": _environment(directory), "readable": _readable(),
         "wall_seconds": limits.wall_seconds, "disk_bytes": 2 * limits.file_bytes,
         "limits": {"RLIMIT_CPU": limits.cpu_seconds, "RLIMIT_AS": limits.memory_bytes + _MEMORY_MARGIN,
@@ -165,10 +228,14 @@ def _readable() -> list[str]:
     return sorted({path for path in (*own, *system, *libraries) if os.path.exists(path)})
 
 
-def _watch(child: subprocess.Popen, job: bytes, limits: Limits, begin: float) -> tuple[str | None, bytes]:
-    """Hand over the job, gather output, stop the group at a limit; why it was stopped (or None), and the output."""
-    deadline = begin + limits.wall_seconds
-    output, stopped = bytearray(), None
+def _watch(child: subprocess.Popen, job: bytes, limits: Limits, begin: float,
+           directory: str | None) -> tuple[str | None, bytes]:
+    """Hand over the job, gather output, stop the group at a limit; why it was stopped (or None), and the output.
+
+    `directory` is the one whose entries are counted; None: a limit of its file system does that.
+    """
+    deadline, census = begin + limits.wall_seconds, begin
+    output, stopped, reading = bytearray(), None, True
     try:
         try:
             child.stdin.write(job)
@@ -177,24 +244,58 @@ def _watch(child: subprocess.Popen, job: bytes, limits: Limits, begin: float) ->
             pass  # it ended before it read; the status pipe says why
         with selectors.DefaultSelector() as selector:
             selector.register(child.stdout, selectors.EVENT_READ)
-            while True:
-                if not selector.select(max(deadline - time.monotonic(), 0)):
+            while stopped is None:
+                now = time.monotonic()
+                if directory is not None and now >= census:
+                    census = now + _CENSUS_SECONDS
+                    if has_too_many_entries(directory):
+                        stopped = "too many files"
+                        break
+                wait = max(min(deadline, census if directory is not None else deadline) - now, 0)
+                if not reading:  # it closed its output, and may continue
+                    try:
+                        child.wait(wait)
+                        break
+                    except subprocess.TimeoutExpired:
+                        stopped = "timed out" if time.monotonic() >= deadline else None
+                elif selector.select(wait):
+                    chunk = os.read(child.stdout.fileno(), 65536)
+                    reading = bool(chunk)
+                    output += chunk[:limits.output_bytes - len(output)]
+                    if len(output) >= limits.output_bytes:
+                        stopped = "too much output"
+                elif time.monotonic() >= deadline:
                     stopped = "timed out"
-                    break
-                chunk = os.read(child.stdout.fileno(), 65536)
-                if not chunk:
-                    break
-                output += chunk[:limits.output_bytes - len(output)]
-                if len(output) >= limits.output_bytes:
-                    stopped = "too much output"
-                    break
-        if stopped is None:
-            try:
-                child.wait(max(deadline - time.monotonic(), 0))
-            except subprocess.TimeoutExpired:  # it closed its output and goes on
-                stopped = "timed out"
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
     return stopped, bytes(output)
+
+
+def has_too_many_entries(folder: str) -> bool:
+    """Whether a folder holds more than MAX_ENTRIES files and folders, or some more than MAX_DEPTH levels down."""
+    left = MAX_ENTRIES
+
+    def count(here: int, depth: int) -> bool:
+        nonlocal left
+        with os.scandir(here) as entries:
+            for entry in entries:
+                left -= 1
+                if left < 0 or depth > MAX_DEPTH:
+                    return True
+                if entry.is_dir(follow_symlinks=False) and look(entry.name, here, depth + 1):
+                    return True
+        return False
+
+    def look(name: str, above: int | None, depth: int) -> bool:
+        try:
+            opened = os.open(name, _FOLDER, dir_fd=above)
+        except OSError:  # the program has removed or closed it since
+            return False
+        try:
+            return count(opened, depth)
+        finally:
+            os.close(opened)
+
+    return look(folder, None, 1)
