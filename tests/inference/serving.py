@@ -23,6 +23,7 @@ from data_prep.train_tokenizer import fit
 from tests.inference.models import make_model
 
 VOCABULARY, LENGTH = 300, 1024
+COMPLETIONS = "/v1/completions"
 
 
 class Small(NamedTuple):
@@ -63,6 +64,11 @@ class Running(NamedTuple):
                 return True
             time.sleep(0.02)
         return False
+
+
+def body(**fields):
+    """A request of `COMPLETIONS`."""
+    return {"model": "small", "prompt": "今天", "max_tokens": 12, "seed": 1, **fields}
 
 
 def make_small(folder):
