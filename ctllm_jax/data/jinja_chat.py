@@ -11,16 +11,19 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.sft import TemplateConfig
 from ctllm_jax.data.chat import ChatTemplate, Message, Part, Vocabulary
+from ctllm_jax.data.jinja_render import RenderError, is_available, render
 
 # Of the private use area of Unicode: a template that holds one is refused.
 _OPEN, _CLOSE, _BEGIN_ANSWER, _END_ANSWER = "\ue000\ue001\ue002\ue003"
 _PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_MOST_KEPT, _LONGEST_KEPT = 256, 64
 TEMPLATE = "chat_template.jinja"
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 """Settings that name a special token."""
@@ -58,8 +61,9 @@ class JinjaTemplate(ChatTemplate):
         self.kind = "jinja"
         self.system = config.system
         self._has_markers = re.search(r"{%-?\+?\s*generation\b", self._source) is not None
-        self._template = self._compile()
-        self._skeletons: dict[tuple[tuple[str, ...], bool], list[_Literal | _Slot]] = {}
+        self._compile()
+        # Roles of short dialogues come again and again; those of long ones hardly ever do, and are large.
+        self._kept = lru_cache(maxsize=_MOST_KEPT)(self._dissect)
         ends = [item.special for item in self._skeleton(("user", "assistant"), prompt=False)
                 if isinstance(item, _Literal) and item.is_answer and item.special is not None]
         trained = "".join(item.text for item in self._skeleton(("user", "assistant"), prompt=False)
@@ -105,9 +109,7 @@ class JinjaTemplate(ChatTemplate):
 
     def _skeleton(self, roles: tuple[str, ...], *, prompt: bool) -> list[_Literal | _Slot]:
         """What a dialogue of these roles is made of, whatever its texts."""
-        if (roles, prompt) not in self._skeletons:
-            self._skeletons[roles, prompt] = self._dissect(roles, prompt)
-        return self._skeletons[roles, prompt]
+        return (self._kept if len(roles) <= _LONGEST_KEPT else self._dissect)(roles, prompt)
 
     def _dissect(self, roles: tuple[str, ...], prompt: bool) -> list[_Literal | _Slot]:
         messages = [{"role": role, "content": f"{_OPEN}{index}{_CLOSE}"} for index, role in enumerate(roles)]
@@ -159,48 +161,21 @@ class JinjaTemplate(ChatTemplate):
                                 f"special tokens: {', '.join(list(self._special)[:8]) or 'none'}")
 
     def _run(self, messages: list[dict], *, prompt: bool, mark: bool = False) -> str:
-        import jinja2
-
-        self._template.environment.marks_answers = mark
         try:
-            return self._template.render(messages=messages, add_generation_prompt=prompt, **self._names)
-        except (jinja2.TemplateError, TypeError, IndexError) as error:
-            roles = ", ".join(message["role"] for message in messages) or "none"
+            return render(self._source, {"messages": messages, "add_generation_prompt": prompt, **self._names},
+                          marks=(_BEGIN_ANSWER, _END_ANSWER) if mark else ("", ""))
+        except RenderError as error:
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages)) or "none"
             raise UserError(f"{self.path} cannot write a dialogue of the roles {roles}: {error}") from None
 
-    def _compile(self):
+    def _compile(self) -> None:
+        if not is_available():
+            raise UserError(f"{self.path} needs the package jinja2: pip install 'ctllm-jax[hf]'")
         try:
-            import jinja2
-            from jinja2.ext import Extension
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError:
-            raise UserError(f"{self.path} needs the package jinja2: pip install 'ctllm-jax[hf]'") from None
-
-        class Generation(Extension):
-            """`{% generation %}`: marks around what is inside, when they are asked for."""
-
-            tags = {"generation"}
-
-            def parse(self, parser):
-                line = next(parser.stream).lineno
-                body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-                return jinja2.nodes.CallBlock(self.call_method("_write"), [], [], body).set_lineno(line)
-
-            def _write(self, caller):
-                written = caller()
-                return _BEGIN_ANSWER + written + _END_ANSWER if self.environment.marks_answers else written
-
-        def refuse(message):
-            raise jinja2.TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=[Generation, "jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = lambda value, **given: json.dumps(value, **{"ensure_ascii": False, **given})
-        environment.globals["raise_exception"] = refuse
-        try:
-            return environment.from_string(self._source)
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"{self.path}: line {error.lineno} of the chat template: {error.message}") from None
+            render(self._source, None)
+        except RenderError as error:
+            place = f"line {error.line} of the chat template" if error.line else "the chat template"
+            raise UserError(f"{self.path}: {place}: {error}") from None
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """An imported Jinja template gives the mask that its answers have, or is refused."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.sft import TemplateConfig
+from ctllm_jax.data import jinja_render
 from ctllm_jax.data.chat import Message, open_template
 from ctllm_jax.data.tokenizer import load_tokenizer
 from tests.data.test_chat import dialogue, learned_runs, said, turns
@@ -171,3 +174,70 @@ def test_files_and_folders(make, tmp_path, tokenizer):
     assert open_template(config, tokenizer).to_jinja() == UNMARKED
     with pytest.raises(UserError, match="does not exist"):
         open_template(TemplateConfig(kind="jinja", path=str(tmp_path / "none.jinja")), tokenizer)
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}" + "{% endfor %}" * 3
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """A child of its own, which may compute for a fifth of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja_render, "COMPUTING", 0.2)
+        patch.setattr(jinja_render, "_renderer", jinja_render._Renderer())
+        yield
+        jinja_render._renderer.close()
+
+
+@pytest.mark.parametrize(("begin", "complaint"), [
+    (LOOP, "it computes for more than 0.2 s"),
+    ("{% macro f(n) %}{% if n %}{{ f(n - 1) + f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", "more than 0.2 s"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "it calls itself too often"),
+    ("{% set x = 'ab' * 1500000000 %}", "too much memory"), ("{{ '%3000000000d' | format(1) }}", "too much memory"),
+    ("{{ 'x' | center(3000000000) }}", "too much memory"),
+    ("{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "it writes more than 16,777,216 characters"),
+    ("{{ 1 // 0 }}", "zero"), ("{{ messages.x.y }}", "no attribute"), ("{{ {}['a']['b'] }}", "no attribute"),
+    ("{% include '/etc/passwd' %}", "no loader"), ("{{ cycler.__init__.__globals__ }}", "unsafe")])
+def test_a_template_has_limits(make, quick, begin, complaint):
+    """Each ends with an error and within its limits, and the next template is rendered as ever."""
+    with pytest.raises(UserError, match=f"cannot write a dialogue of the roles user, assistant: .*{complaint}"):
+        make(begin + UNMARKED)
+    assert len(make(UNMARKED).render(MESSAGES).ids)
+
+
+def test_a_template_that_ignores_its_limit_is_killed(make, monkeypatch):
+    """One operation of the interpreter cannot be interrupted; the clock ends it."""
+    monkeypatch.setattr(jinja_render, "WAITING", 0.5)
+    with pytest.raises(UserError, match="it does not end within 0.5 s|ended"):
+        make("{{ 7 ** 99999999 }}" + UNMARKED)
+    monkeypatch.undo()
+    assert len(make(UNMARKED).render(MESSAGES).ids)
+
+
+def test_a_template_does_not_see_the_environment(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    jinja_render._renderer.close()
+    assert jinja_render.render("{{ 1 + 1 }}", {}) == "2"
+    assert b"sk-secret" not in Path(f"/proc/{jinja_render._renderer._child.pid}/environ").read_bytes()
+
+
+def test_skeletons_of_many_dialogues_are_not_kept(make):
+    """A server sees dialogues of every length; refused ones are rendered too."""
+    template = make(MARKED)
+    for count in range(1, 80):
+        template.prompt_ids([Message("user", "x")] * count)
+    assert 64 <= template._kept.cache_info().currsize <= 67 and template._kept.cache_info().maxsize == 256
+
+
+def test_two_threads_share_a_template(make):
+    """A skeleton, which has marks around answers, and a dialogue, which has none, at the same time."""
+    template = make(MARKED)
+    expected = template.render(MESSAGES).ids.tolist()
+
+    def ask(number):
+        dialogue = [*MESSAGES, Message("user", f"{number}")] if number % 2 else MESSAGES
+        template._kept.cache_clear()
+        return template.render(dialogue).ids.tolist()[:len(expected)]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(ids == expected for ids in pool.map(ask, range(40)))
