@@ -12,6 +12,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from ctllm_jax.cluster.saving import CHECKSUM_SECONDS, save_seconds
 from ctllm_jax.cluster.topology import Topology, parse_topology
 from ctllm_jax.config.load import load
 from ctllm_jax.config.plan import PlanConfig
@@ -131,7 +132,8 @@ def table(rows: list[Row]) -> list[str]:
         ("chip hours then", [f"{row.days * 24 * row.topology.chips:,.0f}" for row in rows]),
         ("checkpoint, GiB", [f"{saved(row) / 2**30:,.1f}" for row in rows]),
         ("steps held up by a save, s", [f"{saved(row) / row.topology.hosts / COPY_BANDWIDTH:.2f}" for row in rows]),
-        ("written beside the steps, s", [f"{saved(row) / row.topology.hosts / DISK_BANDWIDTH:.1f}" for row in rows]),
+        ("written and checked beside the steps, s", [f"{save(row):.1f}" for row in rows]),
+        ("checked before a restart, s", [f"{saved(row) / DISK_BANDWIDTH:.0f}" for row in rows]),
         ("data read, MB/s in all", [f"{row.tokens_per_second * 4 / 1e6:,.1f}" for row in rows]),
     ]
     names = [row.topology.name for row in rows]
@@ -142,6 +144,11 @@ def table(rows: list[Row]) -> list[str]:
 def saved(row: Row) -> int:
     """Bytes of a resumable checkpoint."""
     return checkpoint_bytes(row.config)["resumable"]
+
+
+def save(row: Row) -> float:
+    """Seconds until a save counts."""
+    return save_seconds(saved(row), machines=row.topology.hosts, write=DISK_BANDWIDTH)
 
 
 def arithmetic(row: Row) -> list[str]:
@@ -159,7 +166,11 @@ def arithmetic(row: Row) -> list[str]:
         f" at {MFU:.0%} MFU {row.days:.1f} days",
         f"save      3 x 4 bytes x {parameters:,} = {saved(row) / 2**30:.1f} GiB over {topology.hosts} hosts:"
         f" {saved(row) / topology.hosts / COPY_BANDWIDTH:.2f} s to their memory at {COPY_BANDWIDTH / 1e9:.0f} GB/s,"
-        f" then {saved(row) / topology.hosts / DISK_BANDWIDTH:.1f} s at {DISK_BANDWIDTH / 1e9:.0f} GB/s each",
+        f" then {save(row):.1f} s to write at {DISK_BANDWIDTH / 1e9:.0f} GB/s each and for checksums of what each wrote"
+        f" ({CHECKSUM_SECONDS} s a GiB)",
+        f"restart   the first process compares the whole step with its checksums (checkpoint.verify=full):"
+        f" {saved(row) / 1e9:.1f} GB / {DISK_BANDWIDTH / 1e9:.0f} GB/s = {saved(row) / DISK_BANDWIDTH:.0f} s;"
+        " size compares sizes only",
         f"data      {row.tokens_per_second:,.0f} tokens/s x 4 bytes = {row.tokens_per_second * 4 / 1e6:.1f} MB/s,"
         f" {row.tokens_per_second * 4 / topology.hosts / 1e3:.0f} kB/s a host",
     ]
@@ -174,7 +185,7 @@ def changes(small: list[Row], large: list[Row], unchanged: list[Row]) -> list[st
                       for before, after in zip(small, large, strict=True))
     memory = ", ".join(f"{row.topology.name} {row.memory / 2**30:,.0f} GiB of {row.topology.chip.memory_gib:g}"
                        for row in unchanged)
-    size, hosts = saved(large[0]), large[0].topology.hosts
+    size = saved(large[0])
     return [
         "What changes:",
         f"- Time at the same MFU grows with the FLOPs: {times} times.",
@@ -184,7 +195,8 @@ def changes(small: list[Row], large: list[Row], unchanged: list[Row]) -> list[st
         " arithmetic does not see; hence more recomputation, and on H100 parameters split over eight nodes, whose"
         " weights then go through the network too.",
         f"- A checkpoint of {size / 2**30:,.0f} GiB is written beside the steps, and must be done before the next one:"
-        f" on {large[0].topology.name} after {size / hosts / DISK_BANDWIDTH:.0f} s.",
+        f" on {large[0].topology.name} after {save(large[0]):.1f} s. A restart reads it whole on the first host:"
+        f" {size / DISK_BANDWIDTH:.0f} s at 1 GB/s, or none with `checkpoint.verify=size`.",
         "- The batch of 2 M tokens is small for that size; a larger one lets more devices in.",
     ]
 

@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from ctllm_jax.cluster.saving import save_seconds
 from ctllm_jax.cluster.topology import Topology, parse_topology
 from ctllm_jax.config import statuses
 from ctllm_jax.config.errors import UserError
@@ -26,7 +27,8 @@ POD = "worker"
 SPOT_SECONDS = 15
 """What a pod has on a spot node after the notice; the node itself ends 30 s after it (GKE, Spot VMs)."""
 SAVE_BANDWIDTH = 0.2e9
-"""Bytes a second at which a host surely writes its part of a checkpoint; a bucket takes several times as much."""
+"""Bytes a second at which a host surely writes its part of a checkpoint, and reads it; a bucket takes several times as
+much."""
 LEAST_GRACE, UNKNOWN_GRACE = 120, 600
 """Seconds of the shortest grace period, and of one for a checkpoint whose size is not known."""
 # Node labels: cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus, .../docs/concepts/gpus.
@@ -184,10 +186,11 @@ def _grace(job: GKEJobConfig, topology: Topology, checkpoint_bytes: int | None) 
     if seconds is None and checkpoint_bytes is None:
         seconds = UNKNOWN_GRACE
     elif seconds is None:
-        save = checkpoint_bytes / topology.hosts / SAVE_BANDWIDTH
+        # A bucket that is mounted has no page cache to rely on: what was written is read from the bucket.
+        save = save_seconds(checkpoint_bytes, machines=topology.hosts, write=SAVE_BANDWIDTH, read=SAVE_BANDWIDTH)
         seconds = -(-int(max(LEAST_GRACE, 60 + 2 * save)) // 10) * 10
-        lines.append(f"            # A checkpoint is {checkpoint_bytes / 1e9:,.1f} GB: about {math.ceil(save)} s at "
-                     f"{SAVE_BANDWIDTH / 1e9:g} GB/s a host.")
+        lines.append(f"            # A checkpoint is {checkpoint_bytes / 1e9:,.1f} GB: about {math.ceil(save)} s to"
+                     f" write and check it at {SAVE_BANDWIDTH / 1e9:g} GB/s a host.")
     if job.spot and seconds > SPOT_SECONDS:
         lines += [f"            # A spot node leaves a pod about {SPOT_SECONDS} s, whatever stands here; the steps",
                   "            # since the last checkpoint are lost then (checkpoint.every)."]

@@ -14,10 +14,12 @@ What such a script gets wrong elsewhere, and how it is right here:
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from pathlib import PurePath
 
+from ctllm_jax.cluster.saving import save_seconds
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.job import TrainingCommand
 from ctllm_jax.config.job_slurm import SlurmJobConfig, seconds_of
@@ -25,6 +27,8 @@ from ctllm_jax.config.statuses import REQUEUE
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
 _UNKNOWN_SAVE, _MARGIN, _BYTES_A_SECOND = 480, 120, 0.5e9
+"""Seconds for saves of unknown size and for everything else, and what all nodes together surely write. The save that is
+under way when the notice comes is finished before the last one begins, so two are counted."""
 _WAIT = 120
 """Seconds that srun gives processes whose peer has ended: `distributed.heartbeat_seconds` is 100."""
 _END = r"""
@@ -64,7 +68,8 @@ def render(job: SlurmJobConfig, command: TrainingCommand, *, checkpoint_bytes: i
         raise UserError(f"processes={command.config.processes} is for one machine; srun starts those of a job:"
                         " job.nodes, job.gpus_per_node, job.task_per")
     notice = job.notice or _MARGIN + (_UNKNOWN_SAVE if checkpoint_bytes is None
-                                      else -int(-checkpoint_bytes // _BYTES_A_SECOND))
+                                      else 2 * math.ceil(save_seconds(checkpoint_bytes, machines=job.nodes,
+                                                                      write=_BYTES_A_SECOND, shared=True)))
     if notice >= seconds_of(job.time):
         raise UserError(f"job.time={job.time} is not longer than the {notice} s that one save may take (job.notice)")
     kept = "" if checkpoint_bytes is None else f" (a checkpoint is {checkpoint_bytes / 1e9:,.1f} GB)"

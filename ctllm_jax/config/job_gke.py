@@ -24,7 +24,7 @@ class GKEJobConfig(JobConfig):
     secret: str | None = key(None, "Kubernetes secret whose entries become environment variables, such as WANDB_API_KEY; null: none")
     user: int = key(1000, "user id in the container, as the image has it; 0 where a node gives its devices to root alone", ge=0)
     max_restarts: int = key(10, "restarts after a failure; those after a requeue (status 75) or a lost node do not count", ge=0)
-    grace_seconds: int | None = key(None, "between the notice and the end of a pod; null: twice the time of a save by the checkpoint's size, and a minute", ge=1)
+    grace_seconds: int | None = key(None, "between the notice and the end of a pod; null: the time of two saves by the checkpoint's size, written and read back, and a minute", ge=1)
 
     @model_validator(mode="after")
     def _check(self):

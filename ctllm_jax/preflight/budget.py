@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ctllm_jax.cluster.saving import save_seconds
 from ctllm_jax.cluster.topology import Topology
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.plan import PlanConfig
@@ -99,8 +100,9 @@ def cost_drivers(config: PlanConfig, topology: Topology, *, steps: int, seconds:
     rows.append(("tokens a parameter", f"{tokens / parameters:,.1f} (20 make the smallest loss for the FLOPs, "
                                        "arXiv 2203.15556; CT-LLM has 588)"))
     size = checkpoint_bytes(config)["resumable"]
-    stall = size / topology.hosts / DISK_BANDWIDTH
-    rows.append(("a checkpoint", f"{size / 2**30:,.1f} GiB, {stall:,.1f} s at 1 GB/s a host, beside the steps; every "
+    stall = save_seconds(size, machines=topology.hosts, write=DISK_BANDWIDTH)
+    rows.append(("a checkpoint", f"{size / 2**30:,.1f} GiB, {stall:,.1f} s at 1 GB/s a host and with checksums,"
+                                 " beside the steps; every "
                                  f"{config.checkpoint.every:,} steps"))
     rows.append(("data", f"{batch.tokens / (seconds / steps) / 1e6:,.2f} M tokens/s in all, "
                          f"{batch.tokens / (seconds / steps) / topology.hosts / 1e6:,.3f} M a host"))

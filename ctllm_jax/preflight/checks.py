@@ -199,13 +199,13 @@ def _check_run(subject: Subject, devices: list[Any], *, processes: int) -> list[
     """
     from ctllm_jax import sharding
     from ctllm_jax.cluster.chips import find_chip
-    from ctllm_jax.preflight.plan import memory_bytes
+    from ctllm_jax.preflight.plan import axis_sizes, memory_bytes
     from ctllm_jax.training.environment import choose_implementations
 
     config = subject.config
     count = len(devices) * processes
     try:
-        split = count
+        split = max(count // axis_sizes(config, devices=count)["tensor"], 1)
         if processes == 1:
             split = sharding.axis_size(sharding.make_mesh(config.mesh.model_dump()), sharding.BATCH_AXES)
         found = [Finding("ops", OK, ", ".join(f"{op}: {name}" for op, name in choose_implementations(config).items()))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,29 +52,33 @@ def checkpoints_kept(config: PretrainConfig, *, tokens: int | None = None) -> di
     return {"resumable": len(kept) + (len(saved) > len(kept)), "milestone": milestones}
 
 
+def axis_sizes(config: PretrainConfig, *, devices: int, slices: int = 1) -> dict[str, int]:
+    """Devices along each axis of the mesh; 1 where they are fewer than the config's mesh takes."""
+    mesh = config.mesh
+    sizes = {"replica": mesh.replica or slices, "data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    given = math.prod(max(size, 1) for size in sizes.values())
+    return {axis: max(devices // given, 1) if size == -1 else size for axis, size in sizes.items()}
+
+
 def memory_bytes(config: PretrainConfig, *, devices: int, rows: int, slices: int = 1) -> dict[str, int]:
     """Bytes on each device, estimated: `rows` rows computed at once, parameters split over mesh.fsdp and mesh.tensor.
 
-    Activations are counted by the remat rung, logits by loss_chunk; a compile for the device tells the real figure.
+    Activations are counted by the remat rung, logits by loss_chunk; a compile for the device tells the real figure. Of
+    the activations, heads and FFN are split over mesh.tensor, and the residual stream is whole on each of its devices.
     """
-    model, mesh = config.model, config.mesh
-    sizes = {"replica": mesh.replica or slices, "data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
-    given = 1
-    for size in sizes.values():
-        given *= max(size, 1)
-    sizes = {axis: devices // given if size == -1 else size for axis, size in sizes.items()}
-    split = max(sizes["fsdp"] * sizes["tensor"], 1)
+    model, sizes = config.model, axis_sizes(config, devices=devices, slices=slices)
+    split, tensor = sizes["fsdp"] * sizes["tensor"], sizes["tensor"]
     trained = 4 * count_trained(config) // split
     item = 2 if config.compute.dtype == "bfloat16" else 4
     # Under LoRA the weights stay in the dtype of the matmuls.
     frozen = {} if config.lora is None else {"frozen parameters": item * count_parameters(model) // split}
-    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    heads, ffn = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim // tensor, model.ffn_size // tensor
     width = {"block": model.hidden_size, "attention": model.hidden_size + heads,
-             "ffn": 4 * model.hidden_size + 2 * heads, "none": 5 * model.hidden_size + 2 * heads + 3 * model.ffn_size}
+             "ffn": 4 * model.hidden_size + 2 * heads, "none": 5 * model.hidden_size + 2 * heads + 3 * ffn}
     tokens = rows * config.batch.sequence_length
     kept = tokens * width[config.compute.remat] * model.num_layers * item
     working = tokens * (width["none"] * item)
-    logits = 2 * 4 * min(config.compute.loss_chunk, tokens) * model.padded_vocab_size // sizes["tensor"]
+    logits = 2 * 4 * min(config.compute.loss_chunk, tokens) * model.padded_vocab_size // tensor
     return {**frozen, "parameters": trained, "gradients": trained, "optimizer": 2 * trained,
             "activations": kept + working, "logits": logits}
 
@@ -112,7 +117,8 @@ def describe(config: PretrainConfig, *, directory: Path, epochs: Mapping[str, fl
         if passes > MANY_EPOCHS:
             warnings.append(f"source {source} is seen {passes:.1f} times: above {MANY_EPOCHS:g} epochs,"
                             " repeating helps little")
-    memory = memory_bytes(config, devices=devices, rows=batch.rows_per_device or max(batch.rows // devices, 1))
+    parts = max(devices // axis_sizes(config, devices=devices)["tensor"], 1)  # of the batch
+    memory = memory_bytes(config, devices=devices, rows=batch.rows_per_device or max(batch.rows // parts, 1))
     shown = ", ".join(f"{name} {_gib(size)}" for name, size in memory.items())
     rows.append((f"memory on each of {devices}", f"about {_gib(sum(memory.values()))} ({shown})"))
     chip = find_chip(device_kind) if device_kind else None

@@ -140,6 +140,29 @@ def test_memory_is_above_what_compilers_say_and_not_by_much(devices, rows, gib):
     assert gib < estimate < 2 * gib
 
 
+@pytest.mark.parametrize("remat", ["none", "ffn", "attention", "block"])
+def test_heads_and_ffn_are_split_over_the_tensor_axis_and_the_residual_stream_is_not(remat):
+    """By hand, for one row of S = 4,096 tokens in bf16 through 32 layers; the last layer's parts are there in full."""
+    shapes = {1: (2048, 2 * 2048 + 2 * 2048, 5504), 4: (2048, 2 * 512 + 2 * 512, 1376)}
+    for tensor, (stream, heads, ffn) in shapes.items():
+        config = make_config("mesh.data=1", "mesh.fsdp=2", f"mesh.tensor={tensor}", f"compute.remat={remat}",
+                             target="ct_llm_2b/pretrain")
+        whole = 5 * stream + 2 * heads + 3 * ffn
+        kept = {"none": whole, "ffn": 4 * stream + 2 * heads, "attention": stream + heads, "block": stream}[remat]
+        found = plan.memory_bytes(config, devices=2 * tensor, rows=1)
+        assert found["activations"] == 2 * 4096 * (32 * kept + whole)
+
+
+def test_devices_that_share_rows_compute_the_rows_of_all_of_them(tmp_path):
+    """Eight rows over 8 devices are one each; with mesh.tensor=4 four devices compute four rows together."""
+    alone, shared = (warnings_of(make_config(*mesh), tmp_path, devices=8)[0]["memory on each of 8"] for mesh in
+                     (("mesh.data=8",), ("mesh.data=2", "mesh.tensor=4")))
+    sizes = [sum(plan.memory_bytes(make_config(*mesh), devices=8, rows=rows).values()) for mesh, rows in
+             ((("mesh.data=8",), 1), (("mesh.data=2", "mesh.tensor=4"), 4))]
+    for size, text in zip(sizes, (alone, shared), strict=True):
+        assert f"about {size / 2**20:,.1f} MiB" in text
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_under_lora_only_adapters_have_gradients_and_moments(dtype):
     """What is frozen is in the matmuls' dtype but for norms: 160 numbers; adapters are split but for their rank."""
