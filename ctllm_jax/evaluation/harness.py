@@ -7,6 +7,7 @@ from an `AnswerStore`. Figures are those of lm-eval's own Hugging Face model on 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import re
 from collections import Counter
@@ -31,8 +32,8 @@ MAX_GEN_TOKS = 256
 _AT_ONCE = 4096
 """Requests that are tokenized together."""
 _OPEN, _CLOSE = "\ue010", "\ue011"
-"""Around ids in the text of a chat prompt: of Unicode's private use, so that a question cannot spell a marker."""
-_IDS = re.compile(f"{_OPEN}([0-9 ]+){_CLOSE}")
+"""Around the ids that a chat prompt begins with."""
+_HEAD = re.compile(f"{_OPEN}([0-9 ]*){_CLOSE}")
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _DRAWING = {"temperature": float, "top_p": float, "min_p": float, "repetition_penalty": float, "top_k": int}
 
@@ -64,6 +65,7 @@ class HarnessModel(TemplateLM):
         self.max_length = self.scorer.max_length
         self.store = store or AnswerStore(None, None)
         self._bar, self._seed, self._batch_tokens = bar, seed, batch_tokens
+        self._heads: set[bytes] = set()
         self.prefix_source, self._prefix_id = find_prefix(model)
 
     @property
@@ -93,7 +95,9 @@ class HarnessModel(TemplateLM):
             return f"{self.model.template.kind} {self.model.template.fingerprint()}"
 
     def apply_chat_template(self, chat_history: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A prompt as one text, its markers as ids between two private characters, which `tok_encode` reads back.
+        """A prompt as one text that begins with ids between two private characters, which `tok_encode` reads back.
+
+        What a question spells between such characters stays text: only the beginnings made here are ids.
 
         Raises:
           UserError: the model has learned no template.
@@ -112,35 +116,42 @@ class HarnessModel(TemplateLM):
             # What stands before an answer is given as ids to its end: lm-eval would count blanks there as the answer's.
             ids += self.model.template.encode_texts([last])[0] if isinstance(last, str) else last
             last = ""
-        return f"{_OPEN}{' '.join(map(str, ids))}{_CLOSE}{last}"
+        head = f"{_OPEN}{' '.join(map(str, ids))}{_CLOSE}"
+        self._heads.add(_digest(head))
+        return head + last
+
+    def _split(self, text: str) -> tuple[list[int] | None, str]:
+        """The ids that a chat prompt of ours begins with, and the text after them; (None, the text) of any other."""
+        match = _HEAD.match(text)
+        if match is None or _digest(match[0]) not in self._heads:
+            return None, text
+        return list(map(int, match[1].split())), text[match.end():]
 
     def readable(self, text: str) -> str:
         """A prompt as a reader wants it: markers by name."""
-        names = self.model.template.marker_names() if self.model.template else {}
-
-        def name(match: re.Match) -> str:
-            runs = itertools.groupby(map(int, match[1].split()), key=lambda token: token in names)
-            return "".join("".join(map(names.get, run)) if named else self.model.template.decode(run)
-                           for named, run in runs)
-
-        return _IDS.sub(name, text)
+        ids, rest = self._split(text)
+        if ids is None:
+            return text
+        names = self.model.template.marker_names()
+        runs = itertools.groupby(ids, key=lambda token: token in names)
+        return "".join("".join(map(names.get, run)) if named else self.model.template.decode(run)
+                       for named, run in runs) + rest
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text: behind the id that preceded documents in training, if one did; a chat prompt as it is."""
         return self.encode_all([string], add_prefix=add_special_tokens is not False)[0]
 
     def encode_all(self, texts: Sequence[str], *, add_prefix: bool) -> list[list[int]]:
-        """As `tok_encode`, of many texts."""
+        """As `tok_encode`, of many texts; without a prefix none is a chat prompt."""
         encoded: list[list[int]] = [[]] * len(texts)
-        plain = [place for place, text in enumerate(texts) if _OPEN not in text]
+        heads = {place: found for place, text in enumerate(texts) if add_prefix and (found := self._split(text))[0]
+                 is not None}
+        plain = [place for place in range(len(texts)) if place not in heads]
         prefix = [self.model.prefix_id] if add_prefix and self.model.prefix_id is not None else []
         for place, ids in zip(plain, self.model.tokenizer.encode_batch([texts[place] for place in plain]), strict=True):
             encoded[place] = prefix + ids
-        for place in set(range(len(texts))).difference(plain):
-            pieces = _IDS.split(texts[place])  # texts, and between them ids
-            inner = iter(self.model.template.encode_texts([text for text in pieces[::2] if text]))
-            encoded[place] = [token for index, piece in enumerate(pieces) if piece
-                              for token in (map(int, piece.split()) if index % 2 else next(inner))]
+        for place, (ids, rest) in heads.items():
+            encoded[place] = ids + (self.model.template.encode_texts([rest])[0] if rest else [])
         return encoded
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
@@ -299,6 +310,10 @@ class HarnessModel(TemplateLM):
                            seed=self._seed, row=row, **{"temperature": 0.0, **given})
         except ValueError as error:
             raise UserError(f"generation setting {error}") from None
+
+
+def _digest(head: str) -> bytes:
+    return hashlib.blake2b(head.encode(), digest_size=16).digest()
 
 
 def identify(model: Model, *, max_length: int | None, seed: int) -> dict[str, Any]:

@@ -242,6 +242,22 @@ def test_a_chat_prompt_is_what_was_trained(lm, theirs):
             == theirs.tok_encode(theirs.apply_chat_template(begun, add_generation_prompt=False)))
 
 
+def test_private_characters_of_a_question_stay_text(model, lm):
+    spelled = "\ue0101 2\ue011 问题"
+    bare = HarnessModel(model, max_length=LENGTH, batch_tokens=1024)
+    expected = model.tokenizer.encode(spelled)
+    assert bare.tok_encode(spelled) == expected and len(expected) > 10 and bare.readable(spelled) == spelled
+    # Also in the middle of a chat prompt, in an answer, and where the beginning of another prompt is spelled.
+    asked = [{"role": "user", "content": f"a{spelled}"}]
+    text = lm.apply_chat_template(asked)
+    assert lm.tok_encode(text) == lm.model.template.prompt_ids([Message(**each) for each in asked])
+    assert spelled in lm.readable(text)
+    assert lm.encode_pairs([(text, spelled)])[0] == (lm.tok_encode(text), lm.tok_encode(text + spelled)[
+        len(lm.tok_encode(text)):])
+    assert lm.tok_encode(text + spelled)[-len(expected):] == expected
+    assert lm.encode_all([text], add_prefix=False)[0] == model.tokenizer.encode(text)
+
+
 def test_tasks_behind_the_template_come_to_the_same(lm, theirs, questions):
     import lm_eval
 
