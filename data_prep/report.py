@@ -193,7 +193,8 @@ def _samples(config: PrepareConfig, ran: Ran) -> list[dict[str, Any]]:
                           other=pair["kept"]["text"][:SHOWN_CHARACTERS]) for pair in pairs]
     for source, done in _by_source(ran.stages["clean"]).items():
         found = [sample for _, commit in done for sample in commit.counters["samples"]]
-        shown += [_sample(sample, source, "decontamination", kept=False, value=sample["value"])
+        shown += [_sample(sample, source, "decontamination", kept=False, value=sample["value"],
+                          other=sample["passage"])
                   for sample in lowest(found, count)]
     return shown
 

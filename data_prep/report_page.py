@@ -343,9 +343,10 @@ def _decontamination(report: Report) -> str:
     if not found:
         return ""
     dropped = [sample for sample in _list(report, "samples") if sample.get("stage") == "decontamination"]
-    texts = f'<div class="docs">{"".join(map(document, dropped))}</div>' if dropped else ""
-    return section("Evaluation text", f"<p>{_number(found.get('documents'))} documents hold some of the "
-                   f"{_number(found.get('ngrams'))} n-grams of the evaluation sets, and are left out.</p>{texts}")
+    texts = "".join(f"<p>Evaluation text, as it is compared: <mark>{shown(sample.get('other') or '')}</mark></p>"
+                    f'<div class="docs">{document(sample)}</div>' for sample in dropped)
+    return section("Evaluation text", f"<p>{_number(found.get('documents'))} documents hold passages of the evaluation "
+                   f"sets ({_number(found.get('ngrams'))} n-grams), and are left out.</p>{texts}")
 
 
 def _languages(report: Report) -> str:

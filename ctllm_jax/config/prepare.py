@@ -95,8 +95,8 @@ class DecontaminateConfig(Section):
     """Documents that hold evaluation text."""
 
     files: list[str] = key([], "evaluation sets (JSONL, JSON, CSV, plain text, .zip of these) to keep out of the corpus")
-    ngram: int = key(13, "characters of an n-gram, white space and punctuation left out", ge=5)
-    max_matches: int = key(0, "distinct n-grams of the evaluation sets that a document may hold", ge=0)
+    ngram: int = key(13, "characters of an n-gram, white space and punctuation left out; longer passages count, and Latin letters a quarter", ge=5)
+    max_matches: int = key(0, "different passages of the evaluation sets that a document may hold", ge=0)
 
 
 class RayConfig(Section):

@@ -1,7 +1,14 @@
-"""Find evaluation text in documents: n-grams of characters that both hold.
+"""Find evaluation text in documents: passages of characters that both hold.
 
-Both sides are normalised alike: NFKC, lower case, without white space, punctuation and control characters (Unicode's
-categories Z, P, C). What is left of an evaluation set's strings is kept as a sorted array of 64-bit hashes.
+Both sides are normalised alike: NFKC, lower case, simplified characters, without white space, punctuation and control
+characters (Unicode's categories Z, P, C). What is left of an evaluation set's strings is kept as a sorted array of the
+64-bit hashes of its n-grams.
+
+A passage is a run of places of a document at each of which an n-gram of the evaluation sets begins. Its weight is its
+number of characters, of which those up to U+02FF (ASCII, Latin) count a quarter: about five letters make a word, and
+13 of them occur everywhere ("computerscience"). Evaluation text is a passage that is heavier than one n-gram of
+Chinese, or a whole string of the evaluation sets that has at least three quarters of that weight. N-grams of few
+different characters (0000000000000) are no evidence.
 """
 
 from __future__ import annotations
@@ -22,18 +29,31 @@ import numpy as np
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.folders import files_below
 from data_prep.dedup.minhash import CODE_POINTS, shingle_hashes
+from data_prep.rules.normalize import simplify
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".zip")
 LEFT_OUT = ("Z", "P", "C")
+LATIN = 0.25
+"""Weight of a character up to U+02FF."""
+WHOLE = 0.75
+"""Least weight of a string that counts where it occurs whole, as a share of the n-gram."""
+FEWEST_CHARACTERS = 0.4
+"""Least share of different characters in an n-gram."""
 
 
 class NgramSet:
-    """The distinct n-grams of evaluation text."""
+    """The distinct n-grams of evaluation strings, and which of them begin a short string."""
 
-    def __init__(self, hashes: np.ndarray, ngram: int):
-        """uint64 [count] hashes in any order, as often as they like; characters of an n-gram."""
-        self.hashes = np.unique(hashes)
+    def __init__(self, strings: Iterable[str], ngram: int):
+        """Normalized strings; characters of an n-gram."""
         self.ngram = ngram
+        parts, starts = [np.zeros(0, dtype=np.uint64)], {}
+        for text in strings:
+            parts.append(hashes := shingle_hashes(text, ngram))
+            if ngram <= len(text) <= ngram / LATIN and WHOLE * ngram <= weight_of(text) <= ngram:
+                starts[int(hashes[0])] = min(len(text), starts.get(int(hashes[0]), len(text)))
+        self.hashes = np.unique(np.concatenate(parts))
+        self._starts = starts
         # A table of their upper bits, eight times as many as there are: one look tells for most that they are not in.
         self._shift = np.uint64(64 - max(10, (8 * len(self.hashes)).bit_length()))
         self._table = np.zeros(1 << int(np.uint64(64) - self._shift), dtype=bool)
@@ -42,14 +62,32 @@ class NgramSet:
     def __len__(self) -> int:
         return len(self.hashes)
 
-    def matches(self, text: str) -> int:
-        """How many distinct n-grams of evaluation text a document holds."""
+    def passages(self, text: str) -> list[str]:
+        """The different passages of evaluation text in a document, as they are compared, in their order."""
         if not len(self):
-            return 0
-        hashes = shingle_hashes(normalize(text), self.ngram)
-        hashes = np.unique(hashes[self._table[hashes >> self._shift]])
-        places = np.minimum(np.searchsorted(self.hashes, hashes), len(self) - 1)
-        return int((self.hashes[places] == hashes).sum())
+            return []
+        text = normalize(text)
+        hashes = shingle_hashes(text, self.ngram)
+        places = np.flatnonzero(self._table[hashes >> self._shift])
+        found = np.minimum(np.searchsorted(self.hashes, hashes[places]), len(self) - 1)
+        places = [place for place in places[self.hashes[found] == hashes[places]].tolist()
+                  if len(set(text[place:place + self.ngram])) >= FEWEST_CHARACTERS * self.ngram]
+        passages: dict[str, None] = {}
+        begin = 0
+        for end in range(1, len(places) + 1):
+            if end < len(places) and places[end] == places[end - 1] + 1:
+                continue
+            first, stop = places[begin], places[end - 1] + self.ngram
+            if weight_of(text[first:stop]) > self.ngram or any(
+                    self._starts.get(int(hashes[place]), stop + 1) <= stop - place for place in places[begin:end]):
+                passages[text[first:stop]] = None
+            begin = end
+        return list(passages)
+
+
+def weight_of(text: str) -> float:
+    """How much a normalized text says, in Chinese characters."""
+    return len(text) - (1 - LATIN) * sum(character <= "\u02ff" for character in text)
 
 
 def load(files: Iterable[str | Path], *, ngram: int = 13) -> NgramSet:
@@ -58,24 +96,20 @@ def load(files: Iterable[str | Path], *, ngram: int = 13) -> NgramSet:
     `files` are JSONL, JSON, CSV, plain text, .zip archives of these, and folders, of which every such file is taken.
     UserError where one is missing, of another kind or malformed (with its line), or where no string is long enough.
     """
-    parts, values = [], 0
-    for name in files:
-        for label, data in _members(Path(name)):
-            for value in _strings(label, data):
-                values += 1
-                parts.append(shingle_hashes(normalize(value), ngram))
-    hashes = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
-    if values and not len(hashes):
-        raise UserError(f"decontaminate.files: none of their {values} strings has {ngram} characters; "
+    values = [normalize(value) for name in files for label, data in _members(Path(name))
+              for value in _strings(label, data)]
+    found = NgramSet(values, ngram)
+    if values and not len(found):
+        raise UserError(f"decontaminate.files: none of their {len(values)} strings has {ngram} characters; "
                         f"decontaminate.ngram={ngram} is too long for them")
-    return NgramSet(hashes, ngram)
+    return found
 
 
 def normalize(text: str) -> str:
-    """What is compared: NFKC, lower case, without white space, punctuation and control characters."""
+    """What is compared: NFKC, lower case, simplified, without white space, punctuation and control characters."""
     text = unicodedata.normalize("NFKC", text).lower()
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-    return points[_kept_points()[points]].tobytes().decode("utf-32-le", "surrogatepass")
+    return simplify(points[_kept_points()[points]].tobytes().decode("utf-32-le"))
 
 
 @functools.cache

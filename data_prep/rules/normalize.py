@@ -99,7 +99,8 @@ def _converter():
     try:
         import opencc
     except ImportError:
-        raise UserError("filter.simplify=true needs the package opencc: pip install 'ctllm-jax[prep]'") from None
+        raise UserError("filter.simplify=true and decontaminate.files need the package opencc: pip install "
+                        "'ctllm-jax[prep]'") from None
     return opencc.OpenCC("t2s")
 
 

@@ -12,7 +12,7 @@ from data_prep.stages.common import SHOWN_CHARACTERS, config_of, lowest, read_pa
 if TYPE_CHECKING:
     from data_prep.dedup.decontaminate import NgramSet
 
-VERSION = 1
+VERSION = 2
 COLUMNS = ("id", "url", "text", "source", "time")
 
 
@@ -45,10 +45,11 @@ def _clean(unit: Unit, options: dict[str, Any], output: Output) -> None:
     for record in zip(*(part[name] for name in COLUMNS), strict=True):
         values = dict(zip(COLUMNS, record, strict=True))
         in_bytes += len(values["text"].encode("utf-8"))
-        matches = known.matches(values["text"]) if known else 0
-        if matches > limit:
-            contaminated.append({"order": f"{matches:08d}", "id": values["id"], "url": values["url"], "value": matches,
-                                 "text": values["text"][:SHOWN_CHARACTERS]})
+        passages = known.passages(values["text"]) if known else []
+        if len(passages) > limit:
+            contaminated.append({"order": f"{len(passages):08d}", "id": values["id"], "url": values["url"],
+                                 "value": len(passages), "text": values["text"][:SHOWN_CHARACTERS],
+                                 "passage": max(passages, key=len)[:SHOWN_CHARACTERS]})
             continue
         if unit["similar_lines"]:
             values["text"], dropped, shorter = drop_similar_lines(values["text"], config.lines)
