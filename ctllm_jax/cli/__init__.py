@@ -87,6 +87,9 @@ class Context:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is one of `ctllm_jax.config.statuses`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that has no Chinese is shown escapes
+            stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return DONE

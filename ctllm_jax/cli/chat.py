@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ctllm_jax.config.chat import ChatConfig
+from ctllm_jax.config.control import holds_surrogate
 from ctllm_jax.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ class Dialogue:
     def run(self) -> None:
         """Read lines until there are none."""
         interactive = sys.stdin.isatty()
+        if hasattr(sys.stdin, "reconfigure"):
+            # A line that is no UTF-8 is left out; an error of the decoder would take the lines after it along.
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
         if interactive:
             self._console.print(f"[dim]{self._model.run_dir}, step {self._model.step:,}; /reset, /system TEXT, "
                                 "/exit[/]")
@@ -65,6 +69,9 @@ class Dialogue:
                 if interactive:
                     self._console.print()
                 return
+            if holds_surrogate(line):
+                self._console.print("[yellow]warning:[/] this line is not UTF-8, and is left out")
+                continue
             if not interactive and line.strip():
                 self._console.out(f"> {line}", style="bold", highlight=False)
             if not self.take(line.strip()):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
+
+HALF = "half of a surrogate pair (\\ud800 to \\udfff), which is no character"
 
 # C0 and C1 but tab and line feed, DEL, and lone surrogates, which no UTF-8 file can hold.
 _STEERING = "\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"
@@ -21,6 +25,15 @@ def find_control(text: str, *, prose: bool) -> str | None:
     """The first character that a config value may not hold; prose may hold tabs, line ends and marks of direction."""
     found = (_NOT_IN_PROSE if prose else _NOT_IN_A_LINE).search(text)
     return found and found.group()
+
+
+def holds_surrogate(value: Any) -> bool:
+    """Whether a text in JSON's values cannot be written in UTF-8: no tokenizer and no file takes it."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _picture(match: re.Match) -> str:

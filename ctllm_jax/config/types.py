@@ -139,7 +139,10 @@ def _number(text: str) -> str:
 
 def _read_text(text: str) -> str:
     if text == "-":
-        return sys.stdin.buffer.read().decode("utf-8")
+        try:
+            return sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input is not UTF-8: {error.reason} at byte {error.start + 1}") from None
     if text.startswith("@@"):
         return text[1:]
     if text.startswith("@"):

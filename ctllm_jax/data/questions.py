@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ctllm_jax.config.control import HALF, holds_surrogate
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.conversations import read_rows
 
@@ -63,6 +64,8 @@ def read_questions(path: Path | str) -> list[Question]:
     numbers: Counter[str] = Counter()
 
     def parse(record: dict, file: Path, row: int) -> Question:
+        if holds_surrogate(record):
+            raise ValueError(f"a text holds {HALF}")
         category = _category(record.get("category"), file)
         turns = _turns(record)
         numbers[category] += 1

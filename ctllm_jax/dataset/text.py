@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from ctllm_jax.config.control import HALF, holds_surrogate
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.folders import Links, files_below
 
@@ -211,6 +212,29 @@ def parse_json(data: bytes, encoding: str = "utf-8") -> object:
         raise ValueError(f"malformed JSON at character {error.pos}: {error.msg}") from None
     except RecursionError:
         raise ValueError("malformed JSON: nested too deeply") from None
+
+
+def json_lines(path: Path | str, *, key: str) -> Iterator[tuple[str, object]]:
+    """(FILE:LINE, value) of each line of a file that is not blank. For files that fit into memory.
+
+    Raises:
+      UserError: a file that cannot be read, named by its config key; a line that is no JSON, or holds half of a
+        surrogate pair.
+    """
+    try:
+        content = Path(path).read_bytes().removeprefix(BOM)
+    except OSError as error:
+        raise UserError(f"{key}={path} cannot be read: {error}") from None
+    # Only a line feed ends a row: JSON may hold U+2028 and its like as they are.
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            try:
+                value = parse_json(line)
+                if holds_surrogate(value):
+                    raise ValueError(f"a text holds {HALF}")
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: {error}") from None
+            yield f"{path}:{number}", value
 
 
 def decompressed(raw: BinaryIO, compression: str | None, file: str) -> BinaryIO:

@@ -19,6 +19,7 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.judge import AnswersConfig
 from ctllm_jax.data.chat import Message
 from ctllm_jax.data.questions import Question, canonical
+from ctllm_jax.dataset.text import json_lines
 from ctllm_jax.inference.endpoint import Endpoint, EndpointError, Request
 from ctllm_jax.inference.keyed_file import KeyedFile
 
@@ -248,23 +249,16 @@ def read_answers(path: Path | str, questions: Sequence[Question]) -> tuple[str |
     Raises:
       UserError: a row that cannot be read, with its line; a question without an answer; several who answered.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
     found: dict[str, list[str]] = {}
     names: set[str] = set()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for source, row in json_lines(path, key="answers"):
         try:
-            row = json.loads(line)
             name, texts = str(row["question_id"]), _texts(row)
-        except (ValueError, KeyError, TypeError, IndexError):
-            raise UserError(f"{path}:{number}: a row needs question_id, and answers (a list of texts), answer (a text) "
+        except (KeyError, TypeError, IndexError):
+            raise UserError(f"{source}: a row needs question_id, and answers (a list of texts), answer (a text) "
                             "or MT-Bench's choices") from None
         if name in found:
-            raise UserError(f"{path}:{number}: question_id {name} is there twice")
+            raise UserError(f"{source}: question_id {name} is there twice")
         found[name] = texts
         names |= {str(row[field]) for field in ("model_id", "answerer") if row.get(field)}
     if len(names) > 1:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.generate import GenerateConfig
 from ctllm_jax.data.chat import Message
+from ctllm_jax.dataset.text import json_lines
 from ctllm_jax.inference.model import Model, encode_prompts, fingerprint
 from ctllm_jax.inference.pair_file import PairFile
 from ctllm_jax.inference.request import Request, Token
@@ -44,17 +45,10 @@ def read_items(path: Path | str, model: Model, *, num_samples: int) -> list[Item
     Raises:
       UserError: a row that is neither, with its file and line, or messages for a model that has no template.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts={path} cannot be read: {error}") from None
     items: list[Item] = []
     copies: Counter[str] = Counter()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        source = f"{path}:{number}"
-        row, ids = _read(line, source, model)
+    for source, found in json_lines(path, key="prompts"):
+        row, ids = _read(found, source, model)
         content = json.dumps([row.get("prompt"), row.get("messages")], ensure_ascii=False)
         copies[content] += 1
         for sample in range(num_samples):
@@ -95,12 +89,8 @@ def complete_file(config: GenerateConfig, model: Model, items: Sequence[Item], *
     return len(wanted)
 
 
-def _read(line: str, source: str, model: Model) -> tuple[dict[str, Any], tuple[int, ...]]:
+def _read(row: Any, source: str, model: Model) -> tuple[dict[str, Any], tuple[int, ...]]:
     """A row, and the ids of its prompt."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{source}: malformed JSON: {error}") from None
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
         raise UserError(f"{source}: a row needs either prompt (text) or messages")
     if taken := [name for name in _WRITTEN if name in row]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ctllm_jax.config.control import HALF, holds_surrogate
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.generate import MOST_TOP_K, PENALTIES
 from ctllm_jax.data.chat import ChatTemplate, Message
@@ -316,14 +317,13 @@ def read_chat(served: Served, body: bytes) -> Answer:
 def _parse(schema: type[_Common], served: Served, body: bytes) -> Any:
     try:
         content = json.loads(body)
-        is_broken = _holds_surrogate(content)
+        is_broken = holds_surrogate(content)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(400, f"the body is not JSON: {error}") from None
     if is_broken:
         fields = content.items() if isinstance(content, dict) else ()
-        field = next((name for name, value in fields if _holds_surrogate(value)), "body")
-        raise ProtocolError(400, f"{field}: a text holds half of a surrogate pair (\\ud800 to \\udfff), which is no "
-                                 "character", param=field)
+        field = next((name for name, value in fields if holds_surrogate(value)), "body")
+        raise ProtocolError(400, f"{field}: a text holds {HALF}", param=field)
     try:
         asked = schema.model_validate(content)
     except ValidationError as error:
@@ -335,15 +335,6 @@ def _parse(schema: type[_Common], served: Served, body: bytes) -> Any:
         raise ProtocolError(404, f"no model {asked.model!r}: there is {served.name!r}", param="model",
                             code="model_not_found")
     return asked
-
-
-def _holds_surrogate(content: Any) -> bool:
-    """Whether JSON has a text that UTF-8 cannot hold: half of a surrogate pair, which no tokenizer takes."""
-    try:
-        json.dumps(content, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _requests(served: Served, asked: _Common, rows: Sequence[Sequence[int]], *, most: int, n: int,

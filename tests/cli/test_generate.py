@@ -78,6 +78,16 @@ def test_from_standard_input_and_from_a_file(text_run, tmp_path, monkeypatch):
     assert generate(text_run.directory, f"prompt=@{tmp_path / 'prompt.txt'}", *DRAWN).startswith("今天")
 
 
+def test_a_prompt_that_is_not_utf8_is_refused(text_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("今".encode() + b"\xff")))
+    (tmp_path / "prompt.txt").write_bytes(b"\xc3\x28")
+    for word, message in (("prompt=-", "standard input is not UTF-8: invalid start byte at byte 4"),
+                          (f"prompt=@{tmp_path / 'prompt.txt'}", "can't decode byte 0xc3"),
+                          ("prompt=a\udcff", "control character U+DCFF")):
+        printed = call("generate", text_run.directory, word, *DRAWN)
+        assert printed.status == 2 and message in printed.err and "Traceback" not in printed.err
+
+
 def test_no_prompt_begins_a_document(text_run):
     assert generate(text_run.directory, *DRAWN) == generate(text_run.directory, "prompt=", *DRAWN)
 
@@ -159,10 +169,13 @@ def test_a_text_ends_before_its_stop(text_run):
     ("{", ":2: malformed JSON"), ("[]", ":2: a row needs either prompt"), ("{}", ":2: a row needs either prompt"),
     ('{"prompt": 3}', ":2: prompt must be a text"), ('{"prompt": "x", "text": "y"}', ":2: the field text is written"),
     ('{"messages": []}', ":2: messages need a model that was taught"),
-    (json.dumps({"prompt": "the " * 100}), "leaves no room behind it")])
+    (json.dumps({"prompt": "the " * 100}), "leaves no room behind it"),
+    ('{"prompt": "a\\ud800"}', ":2: a text holds half of a surrogate pair"),
+    ('{"prompt": "a", "name": {"of": ["\\udfff"]}}', ":2: a text holds half of a surrogate pair"),
+    ('{"prompt": "\udcff"}', ":2: invalid UTF-8 at byte"), ("[" * 100_000, ":2: malformed JSON: nested too deeply")])
 def test_a_row_that_cannot_be_read_is_named(text_run, tmp_path, row, message):
     path = tmp_path / "bad.jsonl"
-    path.write_text('{"prompt": "the"}\n' + row + "\n")
+    path.write_bytes(('{"prompt": "the\u2028"}\n' + row + "\n").encode("utf-8", "surrogateescape"))
     printed = call("generate", text_run.directory, f"prompts={path}", f"output={tmp_path / 'out.jsonl'}")
     assert printed.status == 2 and message in printed.err and not (tmp_path / "out.jsonl").exists()
 

@@ -1,6 +1,7 @@
 """The command line itself: what can be asked, and what is said of a slip."""
 
 import importlib
+import os
 import subprocess
 import sys
 import time
@@ -107,6 +108,12 @@ def test_nothing_heavy_is_imported_to_answer_a_question():
     line, _ = probe("--help", *commands, "pretrain debug/pretrain --print-config", "pretrain debug/pretrain stepps=1",
                     "generate temprature=1", "pretrain nowhere")
     assert line == f"PROBE {[0] * (len(commands) + 2) + [2] * 3} []"
+
+
+def test_a_terminal_without_chinese_is_shown_escapes():
+    done = subprocess.run([sys.executable, "launch.py", "generate", "--help"], capture_output=True, timeout=120,
+                          cwd=REPOSITORY, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and b"\\u4eca\\u5929" in done.stdout and b"Traceback" not in done.stderr
 
 
 def test_the_environment_stays_as_it_was(monkeypatch):

@@ -120,6 +120,15 @@ def test_questions_from_a_pipe_are_answered(tuned, monkeypatch):
     assert "forgotten" in lines and "there are /reset, /system TEXT and /exit" in lines
 
 
+def test_a_line_that_is_not_utf8_is_left_out_and_the_next_is_answered(tuned, monkeypatch):
+    directory, _ = tuned
+    lines = b"/system \xff\n\xe4\xbb\n" + "今天天气1，\n".encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    printed = call("chat", directory, "temperature=0", "max_tokens=4")
+    assert printed.status == 0 and printed.out.count("this line is not UTF-8, and is left out") == 2, printed.err
+    assert "> 今天天气1，\n" in printed.out and "Traceback" not in printed.err
+
+
 @pytest.mark.parametrize(("overrides", "message"), [
     (["template=chatml"], "kind: 'plain' there, 'chatml' here"),
     (["template.kind=baichuan2"], "kind: 'plain' there, 'baichuan2' here"),

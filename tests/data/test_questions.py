@@ -88,7 +88,7 @@ def test_real_mt_bench_in_chinese():
     ({"query": "一", "category": 3}, "category must be"),
     ({"query": "一", "question_id": [1]}, "question_id must be"),
     ({"query": "一", "question_id": 7}, "question_id 7 is also that of"), ("{", "malformed JSON"),
-    ([1], "not an object"),
+    ([1], "not an object"), ({"query": "a\ud800"}, "half of a surrogate pair"),
 ], ids=str)
 def test_what_is_no_question_is_named_by_file_and_row(row, complaint, tmp_path):
     path = tmp_path / "set.jsonl"

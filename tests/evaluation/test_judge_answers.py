@@ -90,7 +90,7 @@ ROWS = {"ours": [{"question_id": "1", "answers": ["甲", "乙"], "answerer": "�
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -106,6 +106,7 @@ def test_answers_of_a_file(layout, tmp_path):
     ([{"question_id": 1, "answer": "甲"}], "one answer of"),
     ([{"answer": "甲"}], ":1: a row needs question_id"), ([{"question_id": 1, "answers": [3]}], ":1: a row needs"),
     ([{"question_id": 1, "choices": []}], ":1: a row needs"),
+    ([{"question_id": 1, "answer": "a\ud800"}], ":1: a text holds half of a surrogate pair"),
     (ROWS["ours"] + ROWS["ours"][:1], ":4: .* is there twice"),
     ([{**row, "model_id": str(number)} for number, row in enumerate(ROWS["ours"])], "answers of several"),
 ], ids=str)
