@@ -338,7 +338,7 @@ def _set_identity(rules: RuleSet) -> str:
     """Hash of what a rule set asks."""
     return fingerprint([[name, bounds.low, bounds.high, bounds.above, RULES[name].version]
                         for name, bounds in rules.bounds.items()],
-                       rules.link_removal, rules.line_rules, rules.languages)
+                       rules.link_removal, rules.line_rules, rules.languages, rules.published)
 
 
 def _advice(reason: str) -> str:

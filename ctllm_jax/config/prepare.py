@@ -9,7 +9,7 @@ from pydantic import model_validator
 from ctllm_jax.config.base import Section, key, section
 from ctllm_jax.config.folders import Links
 
-RULE_SETS = ("web", "book", "paper", "encyclopedia", "code", "english", "light", "none")
+RULE_SETS = ("web", "map_cc", "book", "paper", "encyclopedia", "code", "english", "light", "none")
 RESERVED_NAMES = ("stages", "clean")
 """Folders of an output directory that are no source's dataset."""
 
@@ -21,7 +21,7 @@ class SourceInput(Section):
 
     input: list[str] = key(..., "files or folders, local or of an object store: JSONL (.gz, .zst), Parquet, plain text, "
                                 "WET, WARC")
-    rules: Literal["auto", "web", "book", "paper", "encyclopedia", "code", "english", "light", "none"] = key(
+    rules: Literal["auto", "web", "map_cc", "book", "paper", "encyclopedia", "code", "english", "light", "none"] = key(
         "auto", "rule set; auto: web for WARC and WET, light for anything else")
     priority: int = key(0, "of copies, the one of the source with the lowest number stays; then the lowest id", ge=0)
     text_field: str | None = key(None, "field of a record that holds the text; null: detected, or prepare's")
@@ -111,7 +111,7 @@ class PrepareConfig(Section):
     input: list[str] = key([], "text of a single source; several sources with rule sets of their own go into `sources`")
     sources: dict[str, SourceInput] = key({}, "name -> source; each becomes a dataset directory OUTPUT/NAME")
     name: str = key("text", "name of the single source that `input` is", pattern=r"^[a-z][a-z0-9_]*$")
-    rules: Literal["auto", "web", "book", "paper", "encyclopedia", "code", "english", "light", "none"] = key(
+    rules: Literal["auto", "web", "map_cc", "book", "paper", "encyclopedia", "code", "english", "light", "none"] = key(
         "auto", "rule set of the single source that `input` is")
     output: str = key("", "directory to write: NAME/ (datasets), clean/ (text), report.html, stages/ (for resuming)")
     limit: int | None = key(None, "only the first records of each source: a trial", ge=1)

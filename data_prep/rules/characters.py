@@ -10,6 +10,9 @@ from data_prep.rules.registry import linear, logarithmic, rule
 from data_prep.rules.view import DIGIT, DOT, HASH, PUNCTUATION, View
 
 _BRACKETS = re.compile("【[^【】]*】")
+_WINDOW = 1000
+"""Characters of a window of `distinct_fraction`: its bound, 0.1, is one for texts of about this length."""
+_OFFSETS = np.arange(_WINDOW, dtype=np.int16)
 
 
 @rule("bracket_fraction", "U1", high=0.1, cost=5)
@@ -66,16 +69,37 @@ def digit_fraction(view: View) -> float:
     return int(np.count_nonzero(view.flags & DIGIT)) / others if others else 0.0
 
 
-@rule("punctuation_fraction", "S10", low=0, above=True, cost=50, edges=linear(0, 0.5))
+@rule("punctuation_fraction", "S10", low=0, above=True, cost=50, edges=linear(0, 0.5), version=2)
 def punctuation_fraction(view: View) -> float:
-    """Punctuation (Unicode P, ASCII symbols) / characters: prose has some, a list of names has none."""
-    return int(np.count_nonzero(view.flags & PUNCTUATION)) / view.length if view.length else 0.0
+    """Punctuation (Unicode P, ASCII symbols) and line breaks / characters: a heap of keywords has none.
+
+    A line break counts because verse and lists may have no other mark; published: it does not.
+    """
+    if not view.length:
+        return 0.0
+    breaks = 0 if view.published else max(0, len(view.measured_lines) - 1)
+    return (int(np.count_nonzero(view.flags & PUNCTUATION)) + breaks) / view.length
 
 
-@rule("distinct_fraction", "S11", low=0.1, above=True, cost=140)
+@rule("distinct_fraction", "S11", low=0.1, above=True, cost=140, version=2)
 def distinct_fraction(view: View) -> float:
-    """Distinct characters / characters. It falls with length: the sets for long texts leave it out."""
-    return len(view.repetition.counts) / view.length if view.length else 0.0
+    """Distinct characters / characters; of a text longer than 1,000 characters the mean over windows of 1,000.
+
+    The share of a whole text falls with its length, whatever is written in it. There are as many windows as cover the
+    text, evenly spaced; published: the share of the whole text.
+    """
+    if not view.length:
+        return 0.0
+    if view.published or view.length <= _WINDOW:
+        return len(view.repetition.counts) / view.length
+    codes, count, distinct = view.codes.astype(np.intp), -(-view.length // _WINDOW), 0
+    place = np.empty(int(codes.max()) + 1, np.int16)
+    for number in range(count):
+        start = number * (view.length - _WINDOW) // (count - 1)
+        window = codes[start:start + _WINDOW]
+        place[window] = _OFFSETS  # One offset stays for each character.
+        distinct += int(np.count_nonzero(place[window] == _OFFSETS))
+    return distinct / (count * _WINDOW)
 
 
 @rule("entropy", "S12", low=3, cost=145, edges=linear(0, 8))

@@ -82,16 +82,13 @@ def _repetition(view: View) -> tuple[Repetition, np.ndarray]:
 
 def _top_fraction(view: View, n: int) -> float:
     found, lengths = _repetition(view)
-    count = found.top_count(n)
-    if count < 2:
-        return 0.0
-    characters = np.convolve(lengths, np.ones(n, np.int64), "valid")[found.top_places(n)].max()
-    return int(count * characters) / int(lengths.sum())
+    covered = found.cover(n, np.concatenate([[0], np.cumsum(lengths)]), most_frequent=True)
+    return covered / int(lengths.sum()) if covered else 0.0
 
 
 def _covered_fraction(view: View, n: int) -> float:
     found, lengths = _repetition(view)
-    places = found.places_of(n)
+    places = found.later_places_of(n)
     if not len(places):
         return 0.0
     steps = np.zeros(len(lengths) + 1, np.int64)
@@ -103,13 +100,13 @@ def _covered_fraction(view: View, n: int) -> float:
 def _register(n: int, code: str, high: float) -> None:
     if n < 5:
         name, measure = f"english_top_{n}gram_fraction", lambda view: _top_fraction(view, n)
-        measure.__doc__ = (f"Occurrences · characters of the most frequent {n}-gram of words / characters of the "
-                           "words; of equally frequent ones the longest; 0 where none occurs twice.")
+        measure.__doc__ = (f"Share of the words' characters that the most frequent {n}-gram covers, each once; "
+                           "of equally frequent ones the most; 0 where none occurs twice.")
     else:
         name, measure = f"english_repeated_{n}gram_fraction", lambda view: _covered_fraction(view, n)
-        measure.__doc__ = (f"Share of the words' characters that lie in a {n}-gram of words that occurs more than "
-                           "once; each position counts once, and the first occurrence too.")
-    rule(name, code, high=high, cost=70 + n)(measure)
+        measure.__doc__ = (f"Share of the words' characters that lie in a {n}-gram of words that occurs earlier in the "
+                           "text too; each position counts once.")
+    rule(name, code, high=high, cost=70 + n, version=2)(measure)
 
 
 for _n, _high in ((2, 0.20), (3, 0.18), (4, 0.16), (5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10)):

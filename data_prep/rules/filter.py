@@ -78,11 +78,14 @@ class Filter:
                     return _outcome(view, view.text, failed, values, removed)
         text, dropped = drop_lines(view, self.rule_set.line_rules, self._bad_words)
         removed |= {f"lines_{name}": count for name, count in dropped.items()}
-        if not text.strip() or dropped and View(text).length < self.smallest:
+        if not text.strip() or dropped and self._length(text) < self.smallest:
             failed.append(EMPTY)
         if self.config.write_punctuation:
             text = normalize.normalize_punctuation(text)
         return _outcome(view, text, failed, values, removed)
+
+    def _length(self, text: str) -> int:
+        return View(text, published=self.rule_set.published).length
 
     def view(self, text: str, url: str | None) -> tuple[View, dict[str, int]]:
         """A document as the rules see it, and what was taken out before: surrogates, links."""
@@ -91,7 +94,7 @@ class Filter:
         text, links = remove_links(text) if self.rule_set.link_removal else (text, 0)
         removed = {name: count for name, count in (("surrogates", surrogates), ("links", links)) if count}
         return View(text, raw=raw, url=url, blacklist=self._blacklist, identify=self._identify,
-                    languages=self.rule_set.languages), removed
+                    languages=self.rule_set.languages, published=self.rule_set.published), removed
 
 
 def _outcome(view: View, text: str, failed: Sequence[str], values: dict[str, float],
@@ -117,6 +120,6 @@ def explain(text: str, url: str | None, filter: Filter) -> list[tuple[str, str, 
     for name in everything.rule_set.line_rules:
         rows.append((name, LINE_RULES[name].code, float(outcome.removed.get(f"lines_{name}", 0)), 0.0, math.inf, True,
                      f"Lines taken out. {LINE_RULES[name].doc}"))
-    rows.append((EMPTY, "", float(View(outcome.text).length), float(everything.smallest), math.inf,
+    rows.append((EMPTY, "", float(everything._length(outcome.text)), float(everything.smallest), math.inf,
                  EMPTY not in outcome.failed, "Characters that are left after the removal of links and lines."))
     return rows

@@ -25,28 +25,43 @@ class Repetition(NamedTuple):
     `counts`: how often each distinct id occurs, int64, in no order. `places`, ascending, and `longest`, both int64:
     where a repeated 3-gram starts, and the length, 3 … 10, of the longest repeated n-gram that starts there (10 stands
     for more too). `runs[n]`, n = 2, 3, 4: (starts, order), where order[starts[i]:starts[i + 1]] are the places of one
-    n-gram; without those 4-grams that cannot be repeated.
+    n-gram; without those 4-grams that cannot be repeated. `longest_later`: the length, 5 … 10, of the
+    longest n-gram that starts there and occurs earlier in the sequence too; less where there is none.
     """
 
     counts: np.ndarray
     places: np.ndarray
     longest: np.ndarray
     runs: dict[int, tuple[np.ndarray, np.ndarray]]
+    longest_later: np.ndarray
 
     def places_of(self, n: int) -> np.ndarray:
         """Where an n-gram (3 ≤ n ≤ 10) starts that occurs more than once, ascending, int64."""
         return self.places[self.longest >= n]
 
-    def top_count(self, n: int) -> int:
-        """How often the most frequent n-gram (2 ≤ n ≤ 4) occurs, overlaps counted; 1 or 0 where none is repeated."""
-        starts, _ = self.runs[n]
-        return int((starts[1:] - starts[:-1]).max()) if len(starts) > 1 else 0
+    def later_places_of(self, n: int) -> np.ndarray:
+        """Where an n-gram (5 ≤ n ≤ 10) starts that occurs earlier in the sequence too, ascending, int64."""
+        return self.places[self.longest_later >= n]
 
-    def top_places(self, n: int) -> np.ndarray:
-        """For each of the most frequent n-grams (2 ≤ n ≤ 4) one place where it starts."""
+    def cover(self, n: int, ends: np.ndarray, *, most_frequent: bool) -> int:
+        """What the occurrences of one n-gram (2 ≤ n ≤ 4) cover: the most that any repeated n-gram does; 0 without one.
+
+        A position counts once, however many occurrences cover it. `ends`: int64 [N + 1], what the positions before each
+        one count together. `most_frequent`: only of the n-grams that occur most often, overlaps counted.
+        """
         starts, order = self.runs[n]
-        lengths = starts[1:] - starts[:-1]
-        return order[starts[:-1][lengths == lengths.max()]]
+        sizes = starts[1:] - starts[:-1]
+        chosen = sizes > 1
+        if not chosen.any():
+            return 0
+        if most_frequent:
+            chosen = sizes == sizes.max()
+        places, sizes = order[np.repeat(chosen, sizes)], sizes[chosen]
+        number = np.repeat(np.arange(len(sizes)), sizes)
+        places = places[np.lexsort((places, number))]
+        stops = places + n
+        stops[:-1] = np.where(number[1:] == number[:-1], np.minimum(stops[:-1], places[1:]), stops[:-1])
+        return int(np.add.reduceat(ends[stops] - ends[places], np.cumsum(sizes) - sizes).max())
 
 
 def repetition(ids: np.ndarray) -> Repetition:
@@ -79,9 +94,25 @@ def repetition(ids: np.ndarray) -> Repetition:
     same[:, 0] &= numbers[1:] == numbers[:-1]
     common = np.full(len(both) + 1, 3)
     common[1:-1] += np.logical_and.accumulate(same, axis=1).sum(axis=1)[:max(0, len(both) - 1)]
-    longest[both[order]] = np.maximum(common[1:], common[:-1])
-    runs[4] = np.flatnonzero(common == 3), places[both[order]]
-    return Repetition(singles[1:] - singles[:-1], places, longest, runs)
+    near, sorted_places = np.maximum(common[1:], common[:-1]), places[both[order]]
+    longest[both[order]], later = near, np.zeros(len(places), np.int64)
+    inside = np.flatnonzero(near > 4)
+    later[both[order[inside]]] = _longest_later(sorted_places[inside], common[inside])
+    runs[4] = np.flatnonzero(common == 3), sorted_places
+    return Repetition(singles[1:] - singles[:-1], places, longest, runs, later)
+
+
+def _longest_later(places: np.ndarray, common: np.ndarray) -> np.ndarray:
+    """For each of the sorted places the longest n-gram there, 5 … 10, that starts at an earlier place too; 4: none.
+
+    `common`: how many ids a place has in common with the one before it in this order.
+    """
+    lengths = np.arange(5, LONGEST + 1)
+    starts = np.flatnonzero(common < lengths[:, None])
+    rows = np.tile(places, len(lengths))
+    first = np.minimum.reduceat(rows, starts) if len(rows) else rows
+    later = rows != np.repeat(first, np.diff(starts, append=len(rows)))
+    return 4 + later.reshape(len(lengths), -1).sum(axis=0)
 
 
 def _starts(ordered: np.ndarray) -> np.ndarray:
@@ -107,23 +138,35 @@ def covered(places: np.ndarray, n: int) -> int:
 
 
 def _top_fraction(view: View, n: int) -> float:
-    return max(0, view.repetition.top_count(n) - 1) * n / view.length if view.length else 0.0
+    found = view.repetition
+    starts, order = found.runs[n]
+    if len(starts) < 2:
+        return 0.0
+    sizes = starts[1:] - starts[:-1]
+    top = int(sizes.argmax())
+    most = covered(np.sort(order[starts[top]:starts[top + 1]]), n)
+    if most < sizes[top] * n:
+        # The most frequent n-gram overlaps itself, as in ====: another one may cover more.
+        most = found.cover(n, np.arange(view.length + 1), most_frequent=False)
+    return max(0, most - n) / view.length
 
 
 def _covered_fraction(view: View, n: int) -> float:
-    return covered(view.repetition.places_of(n), n) / view.length if view.length else 0.0
+    found = view.repetition
+    places = found.places_of(n) if view.published else found.later_places_of(n)
+    return covered(places, n) / view.length if view.length else 0.0
 
 
 def _register(n: int, code: str, high: float) -> None:
     if n < 5:
         name, measure = f"top_{n}gram_fraction", lambda view: _top_fraction(view, n)
-        measure.__doc__ = (f"(occurrences − 1) · {n} / characters, for the most frequent {n}-gram of characters; 0 in "
-                           f"a text of fewer than {n}. The first occurrence is no repetition.")
+        measure.__doc__ = (f"(occurrences − 1) · {n} / characters, for the most frequent {n}-gram of characters. Where "
+                           "occurrences overlap, a character counts once, and the one that covers most is taken.")
     else:
         name, measure = f"repeated_{n}gram_fraction", lambda view: _covered_fraction(view, n)
-        measure.__doc__ = (f"Share of the characters that lie in a {n}-gram that occurs more than once. Positions are "
-                           f"counted, each once, and the first occurrence too.")
-    rule(name, code, high=high, cost=150 + n, edges=linear(0.0, 0.5 if n < 5 else 1.0))(measure)
+        measure.__doc__ = (f"Share of the characters that lie in a {n}-gram that occurs earlier in the text too. "
+                           "Positions are counted, each once; published: the first occurrence too.")
+    rule(name, code, high=high, cost=150 + n, edges=linear(0.0, 0.5 if n < 5 else 1.0), version=2)(measure)
 
 
 for _n, _code, _high in ((2, "D1", 0.20), (3, "D2", 0.18), (4, "D3", 0.16), *((n, f"D{n - 1}", 0.60)

@@ -1,4 +1,4 @@
-"""Text to text: what is measured (NFKC, then U2: punctuation as ASCII), and traditional to simplified characters.
+"""Text to text: what is measured (NFKC, then U2: punctuation as ASCII), separators, traditional characters.
 
 U2 is one code point to one, so that positions and lines of the NFKC text and of the measured text are the same.
 """
@@ -31,6 +31,8 @@ After the table of CCNet (Wenzek et al. 2020), which the released corpus follows
 becomes exactly one character, so — is "-" without blanks around it and … stays; the digit １ is no quotation mark.
 """
 
+_RULE_LINE, _RULER, _LEADER = 3, 5, 13
+"""How many marks are a separator: as a line, as equal ones inside a line, as full stops there (two …… are twelve)."""
 _SIZE = sys.maxunicode + 1
 _NOT_ALONE = 0xFFFFFFFF
 _TABLED = 0x30000  # Planes 0 to 2 hold all text; anything beyond goes through unicodedata.
@@ -92,6 +94,57 @@ def measured_code_points(text: str) -> np.ndarray:
     if (codes == _NOT_ALONE).any():
         return code_points(normalize_punctuation(unicodedata.normalize("NFKC", text)))
     return codes
+
+
+@functools.cache
+def separators() -> frozenset[str]:
+    """The characters that separators are drawn with: symbols, dashes, and the marks * # . · • | : / \\ among others."""
+    found = {chr(code) for code in (*range(0x3400), *range(0xA000, 0xAC00), *range(0xFE00, 0x20000))
+             if unicodedata.category(chr(code)) in ("So", "Sm", "Sk", "Pd", "Pc")}
+    return frozenset(found.union("*#.·•‧∙・…:/\\※＊＃．") - {"\ufffd"})
+
+
+@functools.cache
+def _line_starts() -> frozenset[str]:
+    return separators() | {chr(code) for code in range(0x3100) if chr(code).isspace()}
+
+
+@functools.cache
+def _shortest_runs() -> np.ndarray:
+    """By code point: how many equal ones are a separator inside a line, int64 [0x110000]."""
+    table = np.full(_SIZE, np.iinfo(np.int64).max)
+    table[code_points("".join(separators()))] = _RULER
+    table[code_points(".…．")] = _LEADER
+    return table
+
+
+def without_separators(text: str, codes: np.ndarray | None = None) -> str:
+    """The text without lines of `separators` alone (three and more), and with a blank for each run of five equal ones.
+
+    The line break of such a line stays. Of full stops thirteen are a run. A text without separators is returned as is.
+    `codes`: the code points of the text, if they are known.
+    """
+    marks, first, lines = separators(), _line_starts(), text.split("\n")
+    # Hardly a line begins with a mark or a blank and ends with one.
+    found = [number for number, line in enumerate(lines) if line[:1] in first and line[-1] in first
+             and marks.issuperset(bare := "".join(line.split())) and len(bare) >= _RULE_LINE]
+    for number in found:
+        lines[number] = ""
+    cleaned = "\n".join(lines) if found else text
+    if found or codes is None:
+        codes = code_points(cleaned)
+    same = codes[1:] == codes[:-1]
+    if len(same) < _RULER - 1 or not (same[:-3] & same[1:-2] & same[2:-1] & same[3:]).any():
+        return cleaned
+    starts = np.flatnonzero(np.concatenate([[True], ~same]))
+    lengths = np.diff(starts, append=len(codes))
+    runs = lengths >= _shortest_runs()[codes[starts]]
+    if not runs.any():
+        return cleaned
+    codes = np.where(np.repeat(runs, lengths), np.uint32(ord(" ")), codes)
+    keep = ~np.repeat(runs, lengths)
+    keep[starts[runs]] = True
+    return from_code_points(codes[keep])
 
 
 @functools.cache

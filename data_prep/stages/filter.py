@@ -16,7 +16,7 @@ from data_prep.stages.common import SHOWN_CHARACTERS, config_of, lowest, read_pa
 if TYPE_CHECKING:
     from data_prep.rules.filter import Filter, Outcome
 
-VERSION = 1
+VERSION = 2
 COLUMNS = ("id", "url", "text", "source", "time", "file", "position")
 
 

@@ -44,12 +44,19 @@ def real_looking(seed):
 TEXTS = [real_looking(seed) for seed in range(150)] + [
     "", " ", "\n", "好", "。", "aa", "ab" * 30, "一二三四五六七八九十" * 2, "……", "...", "#" * 40,
     "【】", "【【a】", "】a【b", "\u0301", "1" * 12, "a\rb", "e\u0301" * 9, "\ufdd0一二三四五\ufdd1六七八" * 3,
-    "甲乙丙丁" * 9 + "\ufdd0\ufdd1\ufdd2", "\U0010ffff" * 8, "好" * 1500 + "。"]
+    "甲乙丙丁" * 9 + "\ufdd0\ufdd1\ufdd2", "\U0010ffff" * 8, "好" * 1500 + "。", "甲乙" + "=" * 80 + "甲乙。",
+    "甲\n" + "─" * 30 + "\n乙\n* * *\n-=-\n" + "·" * 4 + "丙" + "·" * 5, "abab" * 30 + "cdcdcd甲" * 4,
+    "甲ababababa乙" * 3, "目录" + "." * 12 + "1\n目录" + "." * 13 + "2",
+    "好\u200b的\ufe0f。\u2060\x00\ue000呢?", "我\ue000们\ufffd？\ufffd",
+    "你\ufffd？" * 3, "我们\ufffd？",
+    "a a a a a b b b a a a"]
 BY_VIEW = ("url_blacklist", "language", "language_score")
+DECODED = ("mojibake_fraction", "escape_fraction")
+"""Tested in test_damage.py, on text that is damaged there."""
 
 
 def test_every_rule_has_a_plain_version():
-    assert set(plain.RULES) == set(RULES) - set(BY_VIEW)
+    assert set(plain.RULES) == set(RULES) - {*BY_VIEW, *DECODED}
     assert plain.SEGMENTED == SEGMENTED
 
 
@@ -66,22 +73,37 @@ def test_rule_takes_more_than_one_value_here(name):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("的了。,. \n#1a【】…")),
-               max_size=80))
+@given(st.text(st.one_of(st.characters(exclude_categories=["Cs"]),
+                         st.sampled_from("的了。,. \n#1a【】…=-?\u200b\ufffd")), max_size=80))
 def test_all_rules_equal_their_plain_versions_on_any_text(text):
     view = View(text)
     for name, slow in plain.RULES.items():
         assert RULES[name].measure(view) == pytest.approx(slow(text), abs=1e-12), name
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(["甲", "乙", "甲乙", "甲甲甲", "乙甲乙", "甲乙丙丁戊", "a", "=", "a b a b ", "丙"]),
+                max_size=40).map("".join), st.booleans())
+def test_repetition_equals_its_plain_version_where_occurrences_overlap(text, published):
+    view = View(text, published=published)
+    for n in range(2, 11):
+        slow = (plain.top_fraction if n < 5 else
+                plain.repeated_fraction_as_published if published else plain.repeated_fraction)
+        value = RULES[f"{'top' if n < 5 else 'repeated'}_{n}gram_fraction"].measure(view)
+        assert 0 <= value <= 1
+        if not (published and n < 5):  # Its plain version takes separators away.
+            assert value == pytest.approx(slow(n, text), abs=1e-12), n
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_lines_go_as_in_the_plain_version(seed):
     text = real_looking(seed) + "\nUse JavaScript now, please.\n好。\n他说：“好的吧。”）\nLorem Ipsum dolor sit.\n"
     gone = plain.dropped_lines(text)
-    cleaned, removed = drop_lines(View(text), ("terminal_punctuation", "javascript", "three_words", "lorem_ipsum"))
+    names = ("terminal_punctuation", "javascript", "three_words", "lorem_ipsum")
+    cleaned, removed = drop_lines(View(text, published=True), names)
     kept = [line for number, line in enumerate(text.split("\n")) if line.strip() and number not in gone]
-    assert [line for line in cleaned.split("\n") if plain.measured(line).strip()] == \
-        [line for line in kept if plain.measured(line).strip()]
+    assert [line for line in cleaned.split("\n") if plain.measured(line, True).strip()] == \
+        [line for line in kept if plain.measured(line, True).strip()]
     assert removed == {name: list(gone.values()).count(name) for name in set(gone.values())}
 
 

@@ -115,8 +115,9 @@ def test_sets_are_those_of_the_schema_and_name_real_rules():
         assert all(rule_set.left_out.values()) and set(rule_set.line_rules) <= {line[5:] for line in lines}
 
 
-def test_web_has_the_bounds_of_the_table():
-    web = SETS["web"].bounds
+@pytest.mark.parametrize("name", ["web", "map_cc"])
+def test_web_has_the_bounds_of_the_table(name):
+    web = SETS[name].bounds
     assert (web["length"].low, web["length"].high) == (50, 10_000)
     assert not web["sentences"].keeps(1) and web["sentences"].keeps(2)
     assert not web["distinct_fraction"].keeps(0.1) and not web["punctuation_fraction"].keeps(0)

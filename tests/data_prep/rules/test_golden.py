@@ -28,9 +28,9 @@ def with_gram(gram, times, length):
 
 
 def repeated_share(size, share, length):
-    """A text of `length` characters of which the first `share` are pairs of the same `size` characters."""
-    pairs = round(length * share) // (2 * size)
-    text = "".join(VARIED[number * size:(number + 1) * size] * 2 + chr(0x3400 + number) for number in range(pairs))
+    """A text of `length` characters in which `size` characters come again, with others between, for a `share` of it."""
+    again = round(length * share) // size
+    text = "".join(VARIED[:size] + chr(0x3400 + number) for number in range(again + 1))
     return text + VARIED[500:500 + length - len(text)]
 
 
@@ -49,12 +49,21 @@ GOLDEN = [
     ("more_line_fraction", "一\n二\n三\n四。。。", 0.25, "一\n二Read More\n三。。。", 2 / 3),
     ("bullet_line_fraction", "• 一\n" * 9 + "二", 0.9, "• 一\n" * 9 + "– 二", 1.0),
     ("punctuation_fraction", VARIED[:99] + "。", 0.01, VARIED[:99], 0.0),
+    ("punctuation_fraction", VARIED[:50] + "\n" + VARIED[50:100], 0.01, VARIED[:50] + "\n", 0.0),
+    ("sentences", "今天\n明天", 2, "今天\n", 1),
+    ("bullet_line_fraction", "• 一二三四五\n" * 20, 0.0, "• 一二三四\n" * 20, 1.0),
+    ("replacement_fraction", VARIED[:99] + "\ufffd", 0.01, VARIED[:98] + "\ufffd\ufffd", 0.02),
+    ("replacement_fraction", "\ue000" + VARIED[:99] + "\ue000。", 0.0, VARIED[:50] + "\ue000" + VARIED[50:60], 1 / 60),
+    ("question_mark_fraction", VARIED[:85] + "？" * 15, 0.15, VARIED[:84] + "?" * 16, 0.16),
+    ("mojibake_fraction", VARIED[:400], 0.0, VARIED[:97] + "锟斤拷", 0.03),
+    ("escape_fraction", VARIED[:90] + "&nbsp;甲乙丙丁", 0.06, VARIED[:60] + r"\u4f60\u597d", 12 / 72),
     ("distinct_fraction", cycle(101, 1000), 0.101, cycle(100, 1000), 0.1),
+    ("distinct_fraction", cycle(101, 9000), 0.101, cycle(100, 9000), 0.1),
     ("entropy", cycle(21, 21 * 40), math.log(21), cycle(20, 20 * 40), math.log(20)),
     ("top_2gram_fraction", with_gram("甲乙", 11, 100), 0.20, with_gram("甲乙", 12, 100), 0.22),
     ("top_3gram_fraction", with_gram("甲乙丙", 7, 100), 0.18, with_gram("甲乙丙", 8, 100), 0.21),
     ("top_4gram_fraction", with_gram("甲乙丙丁", 2, 25), 0.16, with_gram("甲乙丙丁", 2, 24), 4 / 24),
-    *((f"repeated_{n}gram_fraction", repeated_share(n, 0.6, 20 * n), 0.6, repeated_share(n, 0.7, 20 * n), 0.7)
+    *((f"repeated_{n}gram_fraction", repeated_share(n, 0.6, 20 * n), 0.6, repeated_share(n, 0.65, 20 * n), 0.65)
       for n in range(5, 11)),
     ("duplicate_sentence_fraction", "一。二。三。一", 0.25, "一。二。一", 1 / 3),
     ("duplicate_sentence_character_fraction", "一二三四。五。五", 1 / 6, "一。二二。二二", 2 / 5),
@@ -86,8 +95,8 @@ ENGLISH_GOLDEN = [
     ("english_top_2gram_fraction", "a b c d e f g h i j k l m n o p a b q r", 0.2, "a b c d e f g h i a b", 4 / 11),
     ("english_top_3gram_fraction", " ".join("abcdefghijklmnopqrstuvwxyzABCDEFabc"), 6 / 35, "a b c d a b c", 6 / 7),
     ("english_top_4gram_fraction", " ".join(ENGLISH), 0.0, "a b c d e a b c d", 8 / 9),
-    ("english_repeated_5gram_fraction", " ".join(ENGLISH), 0.0, "a b c d e f a b c d e", 10 / 11),
-    ("english_repeated_10gram_fraction", "a b c d e f a b c d e", 0.0, " ".join(ENGLISH[:10] * 2), 1.0),
+    ("english_repeated_5gram_fraction", " ".join(ENGLISH), 0.0, "a b c d e f a b c d e", 5 / 11),
+    ("english_repeated_10gram_fraction", "a b c d e f a b c d e", 0.0, " ".join(ENGLISH[:10] * 2), 0.5),
 ]
 
 
@@ -114,6 +123,12 @@ def test_every_rule_has_a_golden_document():
     ("javascript", "Java 是一种语言。", "请开启 JavaScript 后刷新。"),
     ("three_words", "好的呀。", "好的。"),
     ("three_words", "Please contact us.", "Contact us."),
+    ("terminal_punctuation", "他走了。[1][2]", "他走了[1]"),
+    ("terminal_punctuation", "他走了。（图）", "他走了（图）"),
+    ("terminal_punctuation", "他走了。（责任编辑：张三）", "责任编辑：张三"),
+    ("terminal_punctuation", "他走了！😀👍🏽", "他走了😀"),
+    ("terminal_punctuation", "“他走了。’❞", "他走了’"),
+    ("terminal_punctuation", "他走了。\u200b\ufeff\u2060\xad\x00\ue000", "他走了\u200b"),
     ("three_words", "我用 C。", "12。"),
     ("lorem_ipsum", "Lorem and ipsum.", "Lorem ipsum dolor."),
 ])
