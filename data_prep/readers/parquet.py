@@ -14,7 +14,7 @@ from data_prep.records import Record
 
 _BATCH_ROWS = 256
 _FEWEST_ROWS = 8
-_BATCH_BYTES = 2**27
+_BATCH_BYTES = 2**28
 
 
 class Layout(NamedTuple):
@@ -29,6 +29,7 @@ class Layout(NamedTuple):
 def _pyarrow(file: str):
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{file} needs the package pyarrow: pip install 'ctllm-jax[prep]'") from None
@@ -100,11 +101,13 @@ def read_parquet(unit: InputUnit, largest: int, quarantine: Quarantine, tally: T
             known = ", ".join(map(repr, names[:8]))
             quarantine.put(file, row, f"no column {text_field!r}; its columns are {known}")
             return
+        dictionaries = pyarrow.parquet.ParquetFile(raw, metadata=table.metadata, read_dictionary=[text_field])
         stop = table.metadata.num_row_groups if unit["stop"] is None else unit["stop"]
         for group in range(unit["start"] or 0, stop):
             after = row + table.metadata.row_group(group).num_rows
             try:
-                for record in _read_group(pyarrow, table, group, row, unit, largest, quarantine, tally):
+                rows = _rows_at_once(pyarrow, dictionaries, group, text_field)
+                for record in _read_group(pyarrow, table, group, row, rows, unit, largest, quarantine, tally):
                     row = (record if isinstance(record, int) else record.position) + 1
                     if not isinstance(record, int):
                         yield record
@@ -115,21 +118,30 @@ def read_parquet(unit: InputUnit, largest: int, quarantine: Quarantine, tally: T
             row = after
 
 
-def _read_group(pyarrow, table, group: int, row: int, unit: InputUnit, largest: int, quarantine: Quarantine,
+def _rows_at_once(pyarrow, dictionaries, group: int, field: str) -> int:
+    """Rows of a batch of the row group, so that it has 256 MiB at most if each row repeats the longest value of the
+    column's dictionary: a file of some kilobytes may stand for terabytes."""
+    for batch in dictionaries.iter_batches(batch_size=1, row_groups=[group], columns=[field]):
+        if not pyarrow.types.is_dictionary(batch.column(0).type):
+            return _FEWEST_ROWS  # A field within another.
+        values = batch.column(0).dictionary
+        longest = pyarrow.compute.max(pyarrow.compute.binary_length(values)).as_py() if len(values) else 0
+        return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, longest or 0)))
+    return _BATCH_ROWS
+
+
+def _read_group(pyarrow, table, group: int, row: int, rows: int, unit: InputUnit, largest: int, quarantine: Quarantine,
                 tally: Tally) -> Iterator[Record | int]:
     """Records, and the numbers of rows that were put aside."""
     file, name, source, text_field = unit["file"], unit["name"], unit["source"], unit["text_field"]
     labels = [unit["id_field"], unit["url_field"], unit["time_field"]]
     columns = list(dict.fromkeys(field for field in (text_field, *labels) if field is not None))
-    # Each row of a batch may repeat the longest value of a dictionary, and that is as long as the group at most.
-    rows = _BATCH_BYTES // max(1, table.metadata.row_group(group).total_byte_size)
-    for batch in table.iter_batches(batch_size=min(_BATCH_ROWS, max(_FEWEST_ROWS, rows)), row_groups=[group],
-                                    columns=columns):
-        texts = _values(pyarrow, batch, text_field)
+    for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
+        texts = _values(pyarrow, batch, text_field, largest)
         ids, urls, times = (_labels(pyarrow, batch, field) for field in labels)
         for value, own, url, time in zip(texts, ids, urls, times, strict=True):
             try:
-                check_size(len(value) if isinstance(value, bytes) else 0, largest, "the value")
+                check_size(value if isinstance(value, _Length) else 0, largest, "the value")
                 text = checked_value(value.decode("utf-8") if isinstance(value, bytes) else value, text_field)
             except ValueError as error:
                 reason = "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
@@ -142,11 +154,18 @@ def _read_group(pyarrow, table, group: int, row: int, unit: InputUnit, largest: 
 
 
 def _labels(pyarrow, batch, field: str | None) -> list[str | None]:
-    return [None] * batch.num_rows if field is None else list(map(as_label, _values(pyarrow, batch, field)))
+    if field is None:
+        return [None] * batch.num_rows
+    return [None if isinstance(value, _Length) else as_label(value) for value in _values(pyarrow, batch, field)]
 
 
-def _values(pyarrow, batch, field: str) -> list:
-    """A column as Python values: text as undecoded bytes, so that one bad value costs one row; dates as text."""
+class _Length(int):
+    """Bytes of a text that is not held, since it is too long."""
+
+
+def _values(pyarrow, batch, field: str, largest: int = 2**16) -> list:
+    """A column as Python values: text as undecoded bytes, so that one bad value costs one row; dates as text. For text
+    of more than `largest` bytes there is its length alone."""
     types = pyarrow.types
     if field in batch.schema.names:
         column = batch.column(field)
@@ -159,8 +178,15 @@ def _values(pyarrow, batch, field: str) -> list:
             column = pyarrow.compute.struct_field(column, part)
     if types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if types.is_string(column.type) or types.is_large_string(column.type) or types.is_string_view(column.type):
-        column = column.cast(pyarrow.large_binary())
+    if types.is_string_view(column.type):
+        column = column.cast(pyarrow.large_string())
+    if (types.is_string(column.type) or types.is_large_string(column.type) or types.is_binary(column.type)
+            or types.is_large_binary(column.type)):
+        sizes = pyarrow.compute.binary_length(column).to_pylist()
+        held = [None if (size or 0) > largest else place for place, size in enumerate(sizes)]
+        values = column.take(pyarrow.array(held, pyarrow.int64())).cast(pyarrow.large_binary()).to_pylist()
+        return [_Length(size) if place is None else value
+                for place, size, value in zip(held, sizes, values, strict=True)]
     elif types.is_temporal(column.type):
         column = column.cast(pyarrow.string())
     return column.to_pylist()

@@ -105,3 +105,24 @@ def test_a_connection_that_breaks_is_no_damage(tmp_path, read, monkeypatch):
     monkeypatch.setattr(parquet, "open_file", Breaking)
     with pytest.raises(ConnectionResetError):
         list(read_unit(unit, PrepareConfig(input=["x"], output="x"), None))
+
+
+def test_a_value_that_is_too_long_costs_its_row(tmp_path, read):
+    long = "长" * (2**20 // 3 + 1)
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", long, "three"], "id": ["a", "b", long]}), path)
+    reading = read([path], max_record_mib=1)
+    assert [(record.text, record.id) for record in reading.records] == [("one", "a"), ("three", "a.parquet#3")]
+    assert [(bad.position, bad.reason) for bad in reading.bad] == [
+        (2, "the value has more than 1 MiB, the largest record that max_record_mib allows")]
+
+
+def test_few_rows_are_read_at_once_where_a_dictionary_has_long_values(tmp_path, read, monkeypatch):
+    monkeypatch.setattr(parquet, "_BATCH_BYTES", 4000)
+    seen, values = [], parquet._values
+    monkeypatch.setattr(parquet, "_values", lambda module, batch, *more: seen.append(batch.num_rows) or values(
+        module, batch, *more))
+    table = pyarrow.table({"text": ["x" * 900] * 10 + ["y"] * 10})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=10)
+    assert read([tmp_path]).texts == ["x" * 900] * 10 + ["y"] * 10
+    assert seen[-4:] == [4, 4, 2, 10]  # After what the sample of the plan has read.
