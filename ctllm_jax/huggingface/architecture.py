@@ -28,10 +28,15 @@ _DEFAULTS = {  # what the class of transformers takes where config.json is silen
 _TYPES = {
     **dict.fromkeys(("architectures", "layer_types"), list),
     **dict.fromkeys(("model_type", "hidden_act"), str),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), dict),
+    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias"), bool),
     **dict.fromkeys(("sliding_window", "max_window_layers", "num_key_value_heads", "head_dim"), int),
     **dict.fromkeys(("rope_theta", "rms_norm_eps", "initializer_range", "partial_rotary_factor"), (int, float)),
 }
 """What keys must hold where they are not null; the rest is checked by name, or by the schema of the model."""
+_UNKNOWN = ("quantization_config", "per_layer_config", "attention_chunk_size", "kv_sharing_modes",
+            "transformers_weights")
+"""Keys of any class of transformers that change what it computes, or which weights it reads."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -58,7 +63,8 @@ def read_model_config(directory: Path, *, vocab_size: int) -> ModelConfig:
     """
     path, given = directory / CONFIG, read_json(directory / CONFIG)
     mistyped = [f"{name}={json.dumps(given[name])}" for name, kinds in _TYPES.items()
-                if given.get(name) is not None and not isinstance(given[name], kinds)]
+                if given.get(name) is not None and (not isinstance(given[name], kinds)
+                                                    or isinstance(given[name], bool) and kinds is not bool)]
     if mistyped:
         raise UserError(f"{path} is malformed: {', '.join(mistyped)} is of another type than transformers writes")
     kind = _architecture(path, given)
@@ -69,16 +75,18 @@ def read_model_config(directory: Path, *, vocab_size: int) -> ModelConfig:
     missing = [name for name in needed if not _is_count(given.get(name))]
     if missing:
         raise UserError(f"{path} must give {', '.join(missing)} as whole numbers above 0")
-    known = _DEFAULTS[kind] | {name: value for name, value in given.items() if value is not None
-                               or name == "sliding_window"}
     rows, heads = given["vocab_size"], given["num_attention_heads"]
+    defaults = {"num_key_value_heads": heads} | _DEFAULTS[kind]
+    if "num_key_value_heads" in given:
+        defaults["num_key_value_heads"] = heads  # null is no default of the class: as many as heads
+    known = defaults | {name: value for name, value in given.items() if value is not None or name == "sliding_window"}
     try:
         return ModelConfig(
             vocab_size=vocab_size, vocab_multiple=_multiple(vocab_size, rows), hidden_size=given["hidden_size"],
             num_layers=given["num_hidden_layers"], num_heads=heads,
-            num_kv_heads=known.get("num_key_value_heads", heads),
+            num_kv_heads=known["num_key_value_heads"],
             head_dim=known.get("head_dim", given["hidden_size"] // heads), ffn_size=given["intermediate_size"],
-            tie_embeddings=known.get("tie_word_embeddings", False), rope_theta=_rope(given).get("rope_theta", 10_000.0),
+            tie_embeddings=known.get("tie_word_embeddings", False), rope_theta=_rope(given)["rope_theta"],
             norm_eps=known["rms_norm_eps"], qkv_bias=kind == "qwen2", sliding_window=_window(known, kind),
             init_std=known.get("initializer_range", 0.02) or 0.02, context_length=known["max_position_embeddings"])
     except ValidationError as error:
@@ -139,6 +147,9 @@ def _architecture(path: Path, given: dict[str, Any]) -> str:
     if len(names) != 1 or names[0] not in ARCHITECTURES:
         found = ", ".join(map(str, names)) or f"model_type {given.get('model_type')}"
         raise UserError(f"{path}: the architecture {found} is not known; there are {', '.join(ARCHITECTURES)}")
+    if given.get("model_type") not in (None, ARCHITECTURES[names[0]]):
+        raise UserError(f"{path}: architectures={names[0]} and model_type={given['model_type']} contradict each other:"
+                        f" {names[0]} is of model_type={ARCHITECTURES[names[0]]}, and transformers goes by model_type")
     return ARCHITECTURES[names[0]]
 
 
@@ -149,54 +160,61 @@ def _refused(given: dict[str, Any], kind: str) -> list[str]:
     def refuse(name: str, why: str) -> None:
         problems.append(f"{name}={json.dumps(given.get(name))}: {why}")
 
-    if given.get("quantization_config"):
-        refuse("quantization_config", "weights must be float32, bfloat16 or float16")
+    for name in _UNKNOWN:
+        if given.get(name):
+            refuse(name, "weights must be float32, bfloat16 or float16" if name == "quantization_config" else
+                   "transformers computes something else with it, which is not known here")
+    if not given.get("is_causal", True):
+        refuse("is_causal", "a token never sees later ones")
     if given.get("hidden_act", "silu") not in ("silu", "swish"):
         refuse("hidden_act", "the feed-forward is SwiGLU, with silu")
     if kind == "llama" and given.get("attention_bias"):
         refuse("attention_bias", "the attention's output has no bias (Qwen2's, on query, key and value, are known)")
     if kind == "llama" and given.get("mlp_bias"):
         refuse("mlp_bias", "the feed-forward has no bias")
-    name = "rope_parameters" if given.get("rope_parameters") else "rope_scaling"
-    scaling = given.get(name) or {}
-    if not isinstance(scaling, dict) or (scaling.get("rope_type") or scaling.get("type") or "default") != "default":
+    name, rope = "rope_scaling" if given.get("rope_scaling") else "rope_parameters", _rope(given)
+    if rope.get("rope_type", rope.get("type", "default")) != "default" or any(
+            isinstance(value, dict) for value in rope.values()):
         refuse(name, "positions are not scaled, and each layer has the same frequencies")
-    elif not isinstance(_rope(given).get("rope_theta", 1.0), (int, float)):
-        refuse(name, "rope_theta must be a number")
-    for source in (given, scaling if isinstance(scaling, dict) else {}):
+    elif not isinstance(rope["rope_theta"], (int, float)) or isinstance(rope["rope_theta"], bool):
+        refuse(name if given.get(name) else "rope_theta", "rope_theta must be a number")
+    for source in (given, rope):
         if source.get("partial_rotary_factor", 1.0) != 1.0:
             problems.append(f"partial_rotary_factor={source['partial_rotary_factor']}: the whole head is rotated")
-    if kind == "qwen2":
-        windows = _layer_windows(_DEFAULTS[kind] | given)
-        if windows is None:
-            names = "layer_types" if given.get("layer_types") else "max_window_layers"
-            refuse(names, "the sliding window is that of every layer, or of none")
-    elif kind == "mistral" and len(set(map(str, given.get("layer_types") or ()))) > 1:
-        refuse("layer_types", "the sliding window is that of every layer, or of none")
+    known = _DEFAULTS[kind] | given
+    windowed, kinds = _layer_windows(known, kind), known.get("layer_types")
+    if kind == "llama" and known["sliding_window"] is not None:
+        refuse("sliding_window", "a Llama has none, and transformers applies it to the cache alone")
+    if len(set(windowed)) > 1:
+        refuse("layer_types" if kinds is not None else "max_window_layers",
+               "the sliding window is that of every layer, or of none")
+    elif kinds is not None and kinds != [("full_attention", "sliding_attention")[each] for each in windowed]:
+        refuse("layer_types", f"it contradicts sliding_window={json.dumps(known['sliding_window'])} of"
+                              f" num_hidden_layers={len(windowed)} layers")
     return problems
 
 
 def _rope(given: dict[str, Any]) -> dict[str, Any]:
-    """The keys of RoPE, wherever this version of transformers put them."""
-    top = {"rope_theta": given["rope_theta"]} if given.get("rope_theta") is not None else {}
-    return top | {name: value for name, value in (given.get("rope_parameters") or {}).items() if value is not None}
+    """The keys of RoPE, wherever this version of transformers put them; its `rope_scaling` hides `rope_parameters`."""
+    return {"rope_theta": given.get("rope_theta", 10_000.0)} | (
+        given.get("rope_scaling") or given.get("rope_parameters") or {})
 
 
-def _layer_windows(known: dict[str, Any]) -> bool | None:
-    """Whether all layers of a Qwen2 have the window; None: only some."""
-    if not known.get("use_sliding_window") or known.get("sliding_window") is None:
-        return False
-    layers = known.get("num_hidden_layers") or 0
+def _layer_windows(known: dict[str, Any], kind: str) -> list[bool]:
+    """Whether each layer has the window."""
+    layers = range(known["num_hidden_layers"] if _is_count(known.get("num_hidden_layers")) else 0)
+    if kind == "llama" or known["sliding_window"] is None or kind == "qwen2" and not known.get("use_sliding_window"):
+        return [False for _ in layers]
+    if kind == "mistral":
+        return [True for _ in layers]
     kinds = known.get("layer_types")
-    windowed = ([kind == "sliding_attention" for kind in kinds] if kinds
-                else [layer >= known.get("max_window_layers", 28) for layer in range(layers)])
-    return windowed[0] if len(set(windowed)) == 1 else None
+    if kinds is not None:
+        return [each == "sliding_attention" for each in kinds]
+    return [layer >= known.get("max_window_layers", 28) for layer in layers]
 
 
 def _window(known: dict[str, Any], kind: str) -> int | None:
-    if kind == "llama" or kind == "qwen2" and not _layer_windows(known):
-        return None
-    return known["sliding_window"]
+    return known["sliding_window"] if any(_layer_windows(known, kind)) else None
 
 
 def _multiple(vocab_size: int, rows: int) -> int:
