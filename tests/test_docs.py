@@ -54,7 +54,8 @@ COMPLAINTS = {
         "pretrain quickstart/pretrain data=data/corpus model.vocab_size=8000 data.sources.b.path=data/other",
     "cannot be resumed: it was begun with other values than it is to go on with":
         "pretrain debug/pretrain run.dir=runs/mesh seed=7",
-    "are of another model": "pretrain debug/pretrain init=runs/corpus run.dir=runs/other",
+    "would compute something else here than in its own run":
+        "pretrain debug/pretrain init=runs/corpus run.dir=runs/other",
     "malformed JSON at character": "prepare input=bad.jsonl tokenizer=tokenizer.model output=data/bad",
     "has several fields that may be the text; say which": "prepare input=two.jsonl output=data/two",
     "nothing is left: the rules dropped all documents": "prepare input=story.txt rules=web output=data/nothing",

@@ -36,7 +36,7 @@ def run(context: Context) -> int:
     if model.template is None:
         raise UserError(f"{context.targets[0]} was not taught to answer: it has no chat template. `sft` teaches it; "
                         "`generate` writes on from a prompt; template=KIND gives it one that it has not learned")
-    Dialogue(model, context.config, context.console).run()
+    Dialogue(model, model.drawn_as(context.config), context.console).run()
     return 0
 
 
@@ -110,7 +110,7 @@ class Dialogue:
             prompt=tuple(prompt), max_tokens=min(config.max_tokens, room), seed=config.seed + self._answers,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
             repetition_penalty=config.repetition_penalty, stop=tuple(config.stop),
-            stop_ids=tuple(dict.fromkeys(self._model.stop_ids))))
+            stop_ids=self._model.stop_ids))
         said = ""
         try:
             while engine.busy:

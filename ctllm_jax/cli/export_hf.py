@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.huggingface import ExportConfig
+from ctllm_jax.storage import open_path
 
 if TYPE_CHECKING:
     from ctllm_jax.cli import Context
@@ -35,21 +36,27 @@ def run(context: Context) -> int:
     config, output = context.config, Path(context.config.output)
     from ctllm_jax.training.checkpoint import find_checkpoint
     from ctllm_jax.training.conversion import check_new, export_adapters, export_model
+    from ctllm_jax.training.joins import check_base_model
     from ctllm_jax.training.sft import open_text
 
     _, kept = find_checkpoint(context.targets[0])
     check_new(output)
     if config.adapters and kept.meta.get("lora") is None:
         raise UserError(f"adapters=true: {context.targets[0]} has no adapters, it is a whole model")
+    base_model = config.base_model or (kept.meta["init"]["path"] if config.adapters else None)
+    if config.base_model is not None:
+        check_base_model(kept, base_model, base=config.base, allow=config.allow_mismatch)
     if context.dry_run:
         what = "the adapters" if config.adapters else "the model"
         context.console.print(Text(f"would export {what} of {kept.run_dir} at step {kept.step} to {output}"))
         return 0
     if config.adapters:
-        base = config.base_model or kept.meta["init"]["path"]
-        count = export_adapters(kept, output, base_model=base)
+        count = export_adapters(kept, output, base_model=base_model)
         context.console.print(Text(f"{output}: the adapters of {kept.run_dir} at step {kept.step}, for the base model"
-                                   f" {base}; {count} tensors read back bit for bit"))
+                                   f" {base_model}; {count} tensors read back bit for bit"))
+        if (open_path(base_model) / "config.yaml").is_file():
+            context.console.print(Text(f"note: PEFT cannot read a run directory: export {base_model} with export-hf,"
+                                       " and give that folder as base_model"))
         return 0
     tokenizer, template = open_text(kept)
     with stage_bars(context.console) as progress:

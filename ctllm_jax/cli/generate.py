@@ -35,6 +35,7 @@ def run(context: Context) -> int:
     from ctllm_jax.inference.model import load_model
 
     model = load_model(context.targets[0], dtype=config.dtype)
+    context.config = config = model.drawn_as(config)
     if config.prompts is not None:
         return _write_file(context, model)
     room = model.decoder.config.context_length

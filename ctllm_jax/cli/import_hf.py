@@ -30,6 +30,7 @@ def run(context: Context) -> int:
 
     from ctllm_jax.cli.progress import stage_bars
     from ctllm_jax.huggingface.model import is_huggingface
+    from ctllm_jax.huggingface.tokenizer import read_drawing
 
     if len(context.targets) != 1:
         raise UserError("import-hf needs one DIR: a Hugging Face folder")
@@ -59,8 +60,12 @@ def run(context: Context) -> int:
     rows = read_model_config(output).padded_vocab_size
     begins = "" if meta["prefix_id"] is None else f", and begins with id {meta['prefix_id']}"
     ends = "nothing that is known" if meta["eod_id"] is None else f"id {meta['eod_id']}"
+    if len(meta["stop_ids"]) > 1:
+        ends += f", a text also with id {', '.join(map(str, meta['stop_ids'][1:]))}"
+    drawing = read_drawing(meta["generation"])
     for line in (f"{output}: {told} {rows:,} rows, read back bit for bit",
                  f"a document ends with {ends}{begins}; chat template: {'kept' if meta['template'] else 'none'}",
+                 *([f"sampling: {', '.join(f'{name}={value}' for name, value in drawing.items())}"] if drawing else []),
                  f"next: python launch.py {'chat' if meta['template'] else 'generate'} {shlex.quote(str(output))}"):
         context.console.print(Text(line))
     return 0

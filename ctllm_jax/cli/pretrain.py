@@ -58,15 +58,17 @@ def dry_run(config: PretrainConfig, console: Any) -> int:
     from ctllm_jax.evaluation.in_loop import open_loop_tasks
     from ctllm_jax.preflight import plan
     from ctllm_jax.training.console import print_rows
+    from ctllm_jax.training.joins import checked_start
 
     open_loop_tasks(config)
-    warnings, epochs, tokens = [], None, None
+    warnings, epochs, tokens, data = [], None, None, None
     try:
         data = open_training_data(config.data, sequence_length=config.batch.sequence_length, rows=config.batch.rows,
                                   seed=config.seed, vocab_size=config.model.vocab_size)
         epochs, tokens = data.epochs(config.steps), data.tokens_per_source(config.steps)
     except UserError as error:
         warnings.append(f"epochs per source are not known: {error}")
+    checked_start(config, data)
     import jax
 
     devices = jax.devices()
@@ -274,8 +276,6 @@ def make_evaluation(run: Run, *, beat: Any) -> Any:
 
 def make_benchmarks_hook(run: Run, tasks: dict[str, Any], writer: Any, shown: Any, *, beat: Any) -> Any:
     """Benchmarks of `open_loop_tasks`, at their interval and at the last step."""
-    import time
-
     from ctllm_jax.evaluation.in_loop import make_benchmarks
     from ctllm_jax.training.loop import Hook, every
 
@@ -309,6 +309,7 @@ def make_sampler(run: Run) -> Any:
     else:
         prompts = [template.prompt_ids([Message("user", prompt)]) for prompt in config.prompts]
         stop_ids = template.stop_ids
+    stop_ids = [*stop_ids, *run.checkpointer.meta.get("stop_ids", ())]
     decoder = make_decoder(run.config).clone(remat="none")
 
     def sample(params: Any, step: int) -> list[tuple[str, str]]:

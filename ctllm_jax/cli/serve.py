@@ -56,7 +56,7 @@ def run(context: Context) -> int:
     engine = model.engine(slots=config.slots, max_length=config.max_length, steps=config.steps)
     model = replace(model, params=None)  # The engine has its own.
     served = Served(config.name or Path(name).name, model.tokenizer, model.template, model.prefix_id, model.stop_id,
-                    tuple(dict.fromkeys(model.stop_ids)), engine.max_length, config.max_tokens)
+                    model.stop_ids, engine.max_length, config.max_tokens, drawing=model.drawing)
     worker = Worker(engine, max_queue=config.max_queue)
     server = Server(served, worker, config, api_key=key)
     listener = uvicorn.Server(uvicorn.Config(

@@ -34,7 +34,7 @@ class GenerateConfig(DrawingConfig):
     slots: int = key(16, "with prompts: texts that are written at once", ge=1)
     max_tokens: int = key(128, "most tokens to write", ge=1)
     num_samples: int = key(1, "texts to write behind each prompt, each with its own random numbers", ge=1)
-    temperature: float = key(0.8, "0: the likeliest token each time", ge=0, le=HIGHEST_TEMPERATURE)
+    temperature: float = key(0.8, "0: the likeliest token each time. A MODEL with sampling defaults of its own (generation_config.json) has them for the keys that are not given", ge=0, le=HIGHEST_TEMPERATURE)
     top_p: float = key(0.95, "draw from the likeliest tokens that together have this probability", gt=0, le=1)
     seed: int = key(0, "seed of the draws", ge=0, lt=2**32)
 

@@ -24,6 +24,7 @@ class ExportConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = key(None, "type of the weights; null: what they are kept in, which is float32 for what was trained here")
     padding: Literal["keep", "cut"] = key("keep", "rows of the embedding beyond the tokenizer's ids")
     shard_gb: float = key(5.0, "most gigabytes of a file; more are several files and their index", gt=0)
+    allow_mismatch: bool = key(False, "adapters=true: write a base_model that differs from the adapters' own, or that is not here to be compared, and print the differences; false: refuse it")
     base: str | None = key(None, "MODEL that a run's adapters belong to, where it lies elsewhere now; null: where it was")
     adapters: bool = key(False, "write a run's adapters alone, as PEFT reads them; false: the whole model, adapters merged")
     base_model: str | None = key(None, "adapters=true: Hugging Face name or folder of the base, as PEFT is to find it; null: where the base lies here")
@@ -32,7 +33,9 @@ class ExportConfig(Section):
     def _check(self):
         if self.base_model is not None and not self.adapters:
             raise ValueError("base_model is only read with adapters=true")
-        wrong = [name for name in ("dtype", "padding", "shard_gb", "base") if getattr(self, name) != type(self).model_fields[name].default]
+        if self.allow_mismatch and not self.adapters:
+            raise ValueError("allow_mismatch is only read with adapters=true")
+        wrong = [name for name in ("dtype", "padding", "shard_gb") if getattr(self, name) != type(self).model_fields[name].default]
         if self.adapters and wrong:
             raise ValueError(f"{wrong[0]} is not read with adapters=true: adapters are written as they are")
         return self

@@ -154,6 +154,7 @@ class PretrainConfig(Section):
     steps: int = key(..., "optimizer steps", ge=1, changeable=True)
     processes: int = key(1, "processes on this machine, each with a GPU or a part of the CPU devices; on a cluster its launcher starts them, and this stays 1", ge=1, changeable=True)
     init: str | None = key(None, "MODEL whose weights the run starts from: a run directory, RUN@STEP, or a Hugging Face folder; null: random", changeable=True)
+    allow_mismatch: bool = key(False, "start from an init whose architecture, tokenizer or template differs from what is trained here, and print the differences; false: refuse it", changeable=True)
     model: ModelConfig = key(..., "the architecture")
     compute: ComputeConfig = section(ComputeConfig, "how the model is computed")
     mesh: MeshConfig = section(MeshConfig, "devices along each axis")

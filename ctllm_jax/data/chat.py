@@ -14,19 +14,19 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.sft import TemplateConfig
-from ctllm_jax.data.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer
+from ctllm_jax.data.tokenizer import Tokenizer
+from ctllm_jax.data.vocabulary import Vocabulary
 
 ROLES = ("system", "user", "assistant")
 LOSS_ON = ("answers", "last_answer", "everything")
 _IM_START, _IM_END = "<|im_start|>", "<|im_end|>"
-_LOOKS_SPECIAL = re.compile(r"<.+>|\[/?[A-Z_]+\]", re.DOTALL)
-_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6  # types of a SentencePiece piece
 
 
 class Message(NamedTuple):
@@ -61,75 +61,6 @@ class Turn(NamedTuple):
     after: tuple[int | str, ...] = ()
 
 
-class Vocabulary:
-    """The pieces of a tokenizer by name, and the encoder of texts that gives no marker."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._content = tokenizer.path.read_bytes()
-        if hashlib.sha256(self._content).hexdigest() != tokenizer.sha256:
-            raise UserError(f"{tokenizer.path} changed while it was in use")
-        self.tokenizer = tokenizer
-        self._types: dict[int, int] = {}
-        self._added: dict[str, bool] = {}
-        if isinstance(tokenizer, SentencePieceTokenizer):
-            self.pieces = {index: piece.piece for index, piece in enumerate(self._proto().pieces)}
-            self._types = {index: piece.type for index, piece in enumerate(self._proto().pieces)}
-        else:
-            spec = json.loads(self._content)
-            vocab = spec["model"]["vocab"]
-            items = vocab.items() if isinstance(vocab, dict) else ((entry[0], n) for n, entry in enumerate(vocab))
-            self.pieces = {index: piece for piece, index in items}
-            self.pieces |= {token["id"]: token["content"] for token in spec.get("added_tokens", ())}
-            self._added = {token["content"]: token["special"] for token in spec.get("added_tokens", ())}
-        self.ids = {piece: index for index, piece in self.pieces.items()}
-
-    def special_tokens(self) -> dict[str, int]:
-        """Name -> id of the pieces that are no text."""
-        special = {piece: index for index, piece in self.pieces.items() if self._types.get(index) == _CONTROL}
-        special |= {piece: self.ids[piece] for piece, is_special in self._added.items() if is_special}
-        named = {index for index, kind in self._types.items() if kind == _USER_DEFINED} | {
-            self.ids[piece] for piece in self._added}
-        return special | {self.pieces[index]: index for index in named if _LOOKS_SPECIAL.fullmatch(self.pieces[index])}
-
-    def check_marker(self, marker: int, name: str) -> None:
-        """UserError where a text could hold this id, or would lose a piece to it."""
-        piece = self.pieces.get(marker)
-        if piece is None or self._types.get(marker) in (_CONTROL, _USER_DEFINED):
-            return
-        if self._types.get(marker) == _BYTE:
-            # These bytes are in no UTF-8 text.
-            if (byte := int(piece[3:5], 16)) in (0xC0, 0xC1) or byte >= 0xF5:
-                return
-        elif _LOOKS_SPECIAL.fullmatch(piece) and marker != self.tokenizer.unk_id:
-            return
-        raise UserError(f"{name}={marker} is the piece {piece!r} of {self.tokenizer.path}, which texts are made of: "
-                        "give the id of a reserved piece")
-
-    def text_encoder(self, markers: Iterable[int]) -> Tokenizer:
-        """The tokenizer, but the names of markers, and of whatever looks like one, are text to it.
-
-        SentencePiece's dummy prefix is left out: it would put a space where each text of a dialogue begins.
-        """
-        markers = set(markers)
-        if isinstance(self.tokenizer, SentencePieceTokenizer):
-            proto = self._proto()
-            proto.normalizer_spec.add_dummy_prefix = False
-            for index, piece in enumerate(proto.pieces):
-                named = piece.type == _USER_DEFINED and _LOOKS_SPECIAL.fullmatch(piece.piece)
-                if named or index in markers and piece.type in (_NORMAL, _USER_DEFINED):
-                    piece.type = _CONTROL  # SentencePiece never finds a control piece in a text.
-            return SentencePieceTokenizer(self.tokenizer.path, proto.SerializeToString())
-        spec = json.loads(self._content)
-        for token in spec.get("added_tokens", ()):
-            token["special"] |= token["id"] in markers or bool(_LOOKS_SPECIAL.fullmatch(token["content"]))
-        return JsonTokenizer(self.tokenizer.path, json.dumps(spec).encode())
-
-    def _proto(self):
-        from sentencepiece import sentencepiece_model_pb2
-
-        return sentencepiece_model_pb2.ModelProto.FromString(self._content)
-
-
 class ChatTemplate(ABC):
     """Messages to ids and loss weights, by construction. `open_template` makes one."""
 
@@ -143,6 +74,17 @@ class ChatTemplate(ABC):
         self._markers = frozenset(markers)
         self._encoder = vocabulary.text_encoder(self._markers)
 
+    @abstractmethod
+    def _spoken(self) -> dict[int, str]:
+        """Added tokens that an assistant's text may hold; in other texts, which anybody types, they stay text."""
+
+    @cached_property
+    def _answers(self) -> tuple[re.Pattern[str], Tokenizer]:
+        """What finds the name of an added token in an assistant's text, and the encoder that gives its id."""
+        spoken = self._spoken()
+        names = "|".join(map(re.escape, spoken.values()))
+        return re.compile(names or "(?!)"), self._vocabulary.text_encoder(self._markers, spoken)
+
     def render(self, messages: Sequence[Message], *, loss_on: str = "answers") -> Rendered:
         """A whole dialogue. UserError where roles are unknown or stand where the template has no place for them."""
         return self.render_many([messages], loss_on=loss_on)[0]
@@ -153,7 +95,8 @@ class ChatTemplate(ABC):
             raise UserError(f"loss_on={loss_on!r} must be one of {', '.join(LOSS_ON)}")
         completed = [self._completed(messages) for messages in dialogues]
         parts = [self._parts(messages, prompt=False) for messages in completed]
-        texts = iter(self._encode([part.text for each in parts for part in each if part.ids is None]))
+        texts = iter(self._encode_parts([(messages, part) for messages, each in zip(completed, parts, strict=True)
+                                         for part in each]))
         rendered = []
         for messages, each in zip(completed, parts, strict=True):
             last = max((index for index, message in enumerate(messages) if message.role == "assistant"), default=-1)
@@ -171,8 +114,9 @@ class ChatTemplate(ABC):
         """Ids that an answer to these messages goes on from: what stands before that answer in training, id for id."""
         if messages and messages[-1].role == "assistant":
             raise UserError("the last message of a prompt is the assistant's: end with what is to be answered")
-        parts = self._parts(self._completed(messages), prompt=True)
-        texts = iter(self._encode([part.text for part in parts if part.ids is None]))
+        completed = self._completed(messages)
+        parts = self._parts(completed, prompt=True)
+        texts = iter(self._encode_parts([(completed, part) for part in parts]))
         return [token for part in parts for token in (part.ids if part.ids is not None else next(texts))]
 
     def stretches(self, messages: Sequence[Message]) -> list[tuple[int, ...] | str]:
@@ -186,7 +130,9 @@ class ChatTemplate(ABC):
         if goes_on:
             last = max(index for index, part in enumerate(parts) if part.ids is None and part.is_answer)
             parts = parts[:last + 1]
-        return [part.text if part.ids is None else part.ids for part in parts if part.text or part.ids]
+        said = [self._says_tokens(completed, part) for part in parts]
+        return [part.ids if part.ids is not None else tuple(self._answers[1].encode(part.text)) if tokens else part.text
+                for part, tokens in zip(parts, said, strict=True) if part.text or part.ids]
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts as they stand within a dialogue. UserError where one would hold a marker."""
@@ -238,6 +184,20 @@ class ChatTemplate(ABC):
             raise UserError("messages is empty: a dialogue needs at least one")
         has_none = self.system is not None and messages[0].role != "system"
         return [Message("system", self.system), *messages] if has_none else list(messages)
+
+    def _encode_parts(self, parts: Sequence[tuple[Sequence[Message], Part]]) -> list[list[int]]:
+        """Ids of the texts among parts of dialogues."""
+        texts = [(messages, part) for messages, part in parts if part.ids is None]
+        encoded = self._encode([part.text for _, part in texts])
+        for index, (messages, part) in enumerate(texts):
+            if self._says_tokens(messages, part):
+                encoded[index] = self._answers[1].encode(part.text)
+        return encoded
+
+    def _says_tokens(self, messages: Sequence[Message], part: Part) -> bool:
+        """Whether a part is an assistant's text with the name of an added token in it."""
+        return (part.ids is None and part.message >= 0 and messages[part.message].role == "assistant"
+                and self._answers[0].search(part.text) is not None)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         encoded = self._encoder.encode_batch(texts) if texts else []
@@ -305,6 +265,11 @@ class TableTemplate(ChatTemplate):
         if prompt:
             parts.append(Part(self._table["assistant"][0], "", -1, False))
         return parts
+
+    def _spoken(self) -> dict[int, str]:
+        spoken = self._vocabulary.spoken_tokens({*self._markers, *self.stop_ids})
+        # The special ones are markers of other templates, as far as this one can know.
+        return {index: name for index, name in spoken.items() if not self._vocabulary.is_special(index)}
 
     def _identity(self) -> Any:
         return {"kind": self.kind, "begin": self._begin, "system": self.system, "table": self._table}

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.sft import TemplateConfig
-from ctllm_jax.data.chat import ChatTemplate, Message, Part, Vocabulary
+from ctllm_jax.data.chat import ChatTemplate, Message, Part
 from ctllm_jax.data.jinja_render import RenderError, is_available, render
+from ctllm_jax.data.vocabulary import Vocabulary, looks_special
 
 # Of the private use area of Unicode: a template that holds one is refused.
 _OPEN, _CLOSE, _BEGIN_ANSWER, _END_ANSWER = "\ue000\ue001\ue002\ue003"
@@ -54,7 +55,16 @@ class JinjaTemplate(ChatTemplate):
         self._source, settings = _read(self.path)
         if re.search(f"[{_OPEN}-{_END_ANSWER}]", self._source):
             raise UserError(f"{self.path} holds a private-use character between U+E000 and U+E003")
-        self._special = vocabulary.special_tokens() | added_tokens(settings)
+        added = added_tokens(settings)
+        for name, index in added.items():
+            if vocabulary.ids.get(name, index) != index:
+                raise UserError(f"{self.path} gives {name!r} the id {index}, and {vocabulary.tokenizer.path} gives it"
+                                f" {vocabulary.ids[name]}: they belong to different models")
+            if vocabulary.pieces.get(index, name) != name:
+                vocabulary.check_marker(index, f"{self.path}: {name}")
+        self._special = vocabulary.special_tokens() | {
+            name: index for name, index in added.items() if _is_special(settings, index) or looks_special(name)}
+        self._settings = settings
         self._names = {name: token_text(settings.get(name)) for name in NAMES
                        if settings.get(name) is not None}
         super().__init__(vocabulary, self._special.values())
@@ -83,6 +93,16 @@ class JinjaTemplate(ChatTemplate):
         """The dialogue, or the prompt for its next answer, as the one text that Hugging Face tokenizes."""
         return self._run([{"role": message.role, "content": message.content} for message in self._completed(messages)],
                          prompt=prompt)
+
+    def _spoken(self) -> dict[int, str]:
+        skeleton = [item.special for item in self._skeleton(("user", "assistant"), prompt=False)
+                    if isinstance(item, _Literal) and item.special is not None]
+        structural = {index for index in skeleton
+                      if self._vocabulary.is_special(index) or _is_special(self._settings, index)}
+        structural |= {*self.stop_ids, *(self._special[name] for name in self._names.values() if name in self._special)}
+        added = {index: name for name, index in self._special.items() if index not in self._vocabulary.pieces}
+        return self._vocabulary.spoken_tokens(structural) | {
+            index: name for index, name in added.items() if index not in structural}
 
     def _identity(self) -> Any:
         return {"kind": self.kind, "source": self._source, "system": self.system, "special": self._special,
@@ -185,7 +205,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     settings = {name: named[name] for name in NAMES if name in named} | {
         name: value for name, value in settings.items() if value is not None or name not in named}
     known = settings.get("added_tokens_decoder") or {}
-    added = {str(index): {"content": name, "special": True}
+    special = [*(settings.get(name) for name in NAMES), *(named | settings).get("additional_special_tokens", ())]
+    special = [token_text(token) for token in special if token]
+    added = {str(index): {"content": name, "special": name in special}
              for name, index in _read_json(folder / "added_tokens.json").items()}
     return settings | {"added_tokens_decoder": added | known} if added or known else settings
 
@@ -229,6 +251,9 @@ def token_text(given: str | dict) -> str:
 
 
 def added_tokens(settings: dict) -> dict[str, int]:
-    """Name -> id of the special tokens that settings add to a tokenizer."""
-    added = settings.get("added_tokens_decoder") or {}
-    return {token["content"]: int(index) for index, token in added.items() if token.get("special")}
+    """Name -> id of the tokens that settings add to a tokenizer, of either kind."""
+    return {token["content"]: int(index) for index, token in (settings.get("added_tokens_decoder") or {}).items()}
+
+
+def _is_special(settings: dict, index: int) -> bool:
+    return bool((settings.get("added_tokens_decoder") or {}).get(str(index), {}).get("special"))

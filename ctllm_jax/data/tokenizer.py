@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -91,6 +92,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (None if role < 0 else role for role in roles)
         spec = sentencepiece_model_pb2.ModelProto.FromString(content)
         adds_nothing = not spec.normalizer_spec.add_dummy_prefix and not spec.normalizer_spec.remove_extra_whitespaces
+        self._decoder, self._added = processor, {}
         # Ids of the UTF-8 bytes of the character that stands for a space: encoded as itself it would come back as one.
         self._space_ids: list[int] | None = None
         if spec.trainer_spec.byte_fallback and adds_nothing:
@@ -109,7 +111,18 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these ids."""
-        return self._processor.decode([int(token) for token in ids if 0 <= token < self.vocab_size])
+        known = self._decoder.vocab_size()
+        return self._decoder.decode([int(token) for token in ids if 0 <= token < known])
+
+    def name_added(self, added: dict[int, str]) -> None:
+        """Give ids after the model's own pieces the texts that they stand for; no text is encoded to them."""
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+        self._added = {index: name for index, name in added.items() if index >= self.vocab_size}
+        if self._added:
+            spec = sentencepiece_model_pb2.ModelProto.FromString(self.path.read_bytes())
+            add_pieces(spec, self._added)
+            self._decoder = SentencePieceProcessor(model_proto=spec.SerializeToString())
 
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes of each id, int32 [vocab_size]."""
@@ -127,6 +140,8 @@ class SentencePieceTokenizer(Tokenizer):
     def id_bytes(self, token: int) -> bytes:
         """See `Tokenizer`."""
         processor = self._processor
+        if token in self._added:
+            return self._added[token].encode()
         if not 0 <= token < self.vocab_size or processor.is_control(token) or processor.is_unknown(token):
             return b""
         piece = processor.id_to_piece(token)
@@ -134,7 +149,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def id_name(self, token: int) -> str:
         """See `Tokenizer`."""
-        return self._processor.id_to_piece(token) if 0 <= token < self.vocab_size else f"<id {token}>"
+        known = 0 <= token < self.vocab_size
+        return self._processor.id_to_piece(token) if known else self._added.get(token, f"<id {token}>")
 
 
 class JsonTokenizer(Tokenizer):
@@ -196,6 +212,15 @@ class JsonTokenizer(Tokenizer):
     def id_name(self, token: int) -> str:
         """See `Tokenizer`."""
         return self._backend.id_to_token(token) or f"<id {token}>"
+
+
+def add_pieces(spec: Any, added: Mapping[int, str]) -> None:
+    """Append to the proto of a SentencePiece model what settings add to it, as symbols of the user's own.
+
+    Ids between them stay unused.
+    """
+    for index in range(len(spec.pieces), max(added, default=-1) + 1):
+        spec.pieces.add(piece=added.get(index, f"<unused {index}>"), type=4 if index in added else 5)
 
 
 def find_tokenizer(directory: Path) -> Path | None:

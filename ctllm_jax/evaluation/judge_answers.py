@@ -138,7 +138,7 @@ class ModelAnswerer(Answerer):
         requests = (Drawn(prompt=tuple(ids), max_tokens=min(config.max_tokens, self._context - len(ids)),
                           temperature=ask.temperature, top_k=config.top_k,
                           top_p=1.0 if config.top_p is None else config.top_p,
-                          stop_ids=tuple(dict.fromkeys(model.stop_ids)), seed=config.seed, row=ask.row_id)
+                          stop_ids=model.stop_ids, seed=config.seed, row=ask.row_id)
                     for ask, ids in zip(asks, prompts, strict=True) if not isinstance(ids, Answer))
         fits = [ids for ids in prompts if not isinstance(ids, Answer)]
         written = self._open_engine(max(map(len, fits))).run(requests) if fits else iter(())

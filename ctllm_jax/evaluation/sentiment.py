@@ -72,7 +72,7 @@ def write_answers(model: Model, prompts: Sequence[str], *, max_tokens: int, seed
     for start in range(0, len(ids), ROWS):
         together = ids[start:start + ROWS]
         new = generate(model.decoder, model.params, together, max_tokens=max_tokens, seed=seed + start,
-                       temperature=temperature, top_p=top_p, stop_ids=model.template.stop_ids)
+                       temperature=temperature, top_p=top_p, stop_ids=model.stop_ids)
         answers += [Answer(decode_completion(model.tokenizer, prompt, tokens).strip(), len(tokens) < max_tokens)
                     for prompt, tokens in zip(together, new, strict=True)]
     return answers

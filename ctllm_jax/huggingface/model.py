@@ -44,7 +44,8 @@ def read_meta(directory: Path) -> dict[str, Any]:
     if origin.problem:
         logger.warning("the chat template of %s is not used: %s", directory, origin.problem)
     config = hashlib.sha256((directory / CONFIG).read_bytes()).hexdigest()
-    return {"step": 0, "tokens": 0, "steps": 0, "init": None, "eod_id": origin.eod_id, "prefix_id": origin.prefix_id,
+    return {"step": 0, "tokens": 0, "steps": 0, "init": None, "eod_id": origin.eod_id,
+            "prefix_id": origin.prefix_id, "stop_ids": origin.stop_ids, "generation": origin.generation,
             "template": origin.template, "template_problem": origin.problem,
             "fingerprint": {"huggingface": {"config_sha256": config, "weights_sha256": reader.identity()}}}
 

@@ -10,11 +10,15 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.generate import GenerateConfig
 from ctllm_jax.config.sft import TemplateConfig
-from ctllm_jax.data.chat import ChatTemplate, Message, Vocabulary, open_template
+from ctllm_jax.data.chat import ChatTemplate, Message, open_template
 from ctllm_jax.data.jinja_chat import NAMES, TEMPLATE, added_tokens, read_settings, read_template, token_text
 from ctllm_jax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from ctllm_jax.data.vocabulary import Vocabulary
 from ctllm_jax.huggingface.architecture import CONFIG, GENERATION, read_json
 from ctllm_jax.huggingface.sentencepiece_json import to_tokenizer_json
 from ctllm_jax.storage import copy_file, is_remote, local_copy
@@ -32,6 +36,9 @@ PROBES = (
     "end with space ",
 )
 """Texts that an exported tokenizer must give our ids for."""
+_NOT_KEPT = ("eos_token_id", "transformers_version", "_from_model_config")
+_ADDED = ("single_word", "lstrip", "rstrip", "normalized")
+_DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _LEADING = (" leading space", "  two", "\n newline first", "\t")
 _DIALOGUES = (
     (Message("user", "你好，请介绍一下北京。"), Message("assistant", "北京是中国的首都。"),
@@ -47,6 +54,8 @@ class Origin(NamedTuple):
       tokenizer: the tokenizer.
       size: ids that it and its added tokens can give.
       eod_id: id that ends a document; None: none is known.
+      stop_ids: all ids that end a text, `eod_id` first.
+      generation: generation_config.json without `eos_token_id`.
       prefix_id: BOS, where the tokenizer puts it before a text.
       template: what a checkpoint says of its template; None: it has none, or it cannot be used.
       problem: why the template cannot be used.
@@ -55,6 +64,8 @@ class Origin(NamedTuple):
     tokenizer: Tokenizer
     size: int
     eod_id: int | None
+    stop_ids: list[int]
+    generation: dict[str, Any]
     prefix_id: int | None
     template: dict[str, Any] | None
     problem: str | None
@@ -64,7 +75,8 @@ def read_tokenizer(directory: Path, *, rows: int) -> Origin:
     """The tokenizer of a Hugging Face folder with `rows` rows of embedding.
 
     Raises:
-      UserError: no tokenizer, two that disagree, or one with more ids than the embedding has rows.
+      UserError: no tokenizer, two that disagree, one with more ids than the embedding has rows, or ids that end a text
+        and are none.
     """
     file = find_tokenizer(directory)
     if file is None:
@@ -76,8 +88,11 @@ def read_tokenizer(directory: Path, *, rows: int) -> Origin:
     if size > rows:
         raise UserError(f"{file} gives ids up to {size - 1}, and {directory / CONFIG} has vocab_size={rows}: it is the"
                         " tokenizer of another model")
-    ends = read_json(directory / CONFIG).get("eos_token_id", read_json(directory / GENERATION).get("eos_token_id"))
-    eod_id = next(iter(ends), None) if isinstance(ends, list) else ends
+    generation = read_json(directory / GENERATION)
+    stop_ids = list(dict.fromkeys([*_read_ends(directory / CONFIG), *_read_ends(directory / GENERATION)]
+                                  or ([] if tokenizer.eos_id is None else [tokenizer.eos_id])))
+    kept = {name: value for name, value in generation.items() if name not in _NOT_KEPT and value is not None}
+    read_drawing(kept, path=directory / GENERATION)
     template, problem = None, None
     if read_template(directory)[0] is not None:
         config = TemplateConfig(kind="jinja", path=str(directory))
@@ -86,8 +101,38 @@ def read_tokenizer(directory: Path, *, rows: int) -> Origin:
                         "fingerprint": open_template(config, tokenizer).fingerprint()}
         except UserError as error:
             problem = str(error)
-    return Origin(tokenizer, size, tokenizer.eos_id if eod_id is None else eod_id,
+    return Origin(tokenizer, size, next(iter(stop_ids), None), stop_ids, kept,
                   _prefix_id(directory, tokenizer, settings), template, problem)
+
+
+def read_drawing(generation: dict[str, Any], *, path: Path | None = None) -> dict[str, Any]:
+    """How a generation_config.json wants tokens to be drawn, under our names: `temperature`, `top_k`, `stop`, ….
+
+    `do_sample` of false is a temperature of 0. UserError, naming the file `path`, where a value cannot be used.
+    """
+    stop = generation.get("stop_strings") or []
+    found = {name: generation[name] for name in _DRAWING if generation.get(name) is not None}
+    if generation.get("do_sample") is False:
+        found["temperature"] = 0.0
+    if found.get("top_k") == 0:
+        found["top_k"] = None
+    if stop:
+        found["stop"] = [stop] if isinstance(stop, str) else stop
+    try:
+        GenerateConfig.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(f"{path or GENERATION}: {first['loc'][0]}={first['input']!r}: {first['msg']}") from None
+    return found
+
+
+def _read_ends(path: Path) -> list[int]:
+    given = read_json(path).get("eos_token_id")
+    ends = given if isinstance(given, list) else [] if given is None else [given]
+    if wrong := [end for end in ends if not isinstance(end, int) or isinstance(end, bool) or end < 0]:
+        raise UserError(f"{path}: eos_token_id={json.dumps(given)} must be an id or a list of ids, and {wrong[0]!r} is"
+                        " none")
+    return ends
 
 
 def keep_settings(run_dir: Path, *, tokenizer: Path, template: str | None) -> None:
@@ -123,9 +168,20 @@ def kept_template(run_dir: Path, known: dict[str, Any] | None) -> TemplateConfig
     return config
 
 
+def spoken_additions(directory: Path) -> dict[int, str]:
+    """Tokens, and no special ones, that the settings of a Hugging Face folder or of a run directory add: id -> text."""
+    kept = directory / SETTINGS
+    settings = read_settings(kept if (kept / "tokenizer_config.json").is_file() else directory)
+    added = settings.get("added_tokens_decoder") or {}
+    return {int(index): token["content"] for index, token in added.items() if not token.get("special")}
+
+
 def write_tokenizer(directory: Path, tokenizer: Tokenizer, template: ChatTemplate | None, *, settings: dict[str, Any],
-                    context_length: int, eod_id: int | None, prefix_id: int | None) -> dict[str, Any]:
+                    context_length: int, meta: dict[str, Any]) -> dict[str, Any]:
     """Write tokenizer.json, tokenizer_config.json, the chat template, and a SentencePiece model as it is.
+
+    Args:
+      meta: of the checkpoint: the ids that begin and end a text, and what generation_config.json held.
 
     Returns:
       `bos_token_id`, `eos_token_id` and `pad_token_id` of config.json, those that there are.
@@ -133,17 +189,18 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, template: ChatTemplat
     Raises:
       UserError: a tokenizer or a template that these files cannot express.
     """
-    vocabulary = Vocabulary(tokenizer)
+    vocabulary, eod_id, prefix_id = Vocabulary(tokenizer), meta.get("eod_id"), meta.get("prefix_id")
     if tokenizer.path.suffix == ".model":
         copy_file(tokenizer.path, directory / "tokenizer.model")
         spec = to_tokenizer_json(tokenizer.path, prefix_id=prefix_id, talks=template is not None)
     else:
         spec = json.loads(tokenizer.path.read_bytes()) | {"truncation": None, "padding": None}
     names = dict(vocabulary.pieces) | {index: name for name, index in added_tokens(settings).items()}
-    special = {index: name for name, index in added_tokens(settings).items()}
-    if template is not None:
-        special |= {index: names[index] for index in template.markers if index in names}
-    add_special(spec, special)
+    added = {int(index): token for index, token in (settings.get("added_tokens_decoder") or {}).items()}
+    if template is not None and template.kind != "jinja":  # a jinja template came with tokens that have their kinds
+        added |= {index: {**added.get(index, {}), "content": names[index], "special": True}
+                  for index in template.markers if index in names}
+    add_tokens(spec, added)
     (directory / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
     stops = [] if template is None else list(template.stop_ids)
     end = next((index for index in (*stops, eod_id, tokenizer.eos_id) if index is not None), None)
@@ -164,22 +221,25 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, template: ChatTemplat
     _write_json(directory / "tokenizer_config.json", written)
     by_name = {name: index for index, name in names.items()}
     known = {f"{name}_id": by_name[found[name]] for name in NAMES[:3] if found.get(name) in by_name}
-    if eod_id is not None:
-        known["eos_token_id"] = eod_id
-    ends = list(dict.fromkeys(index for index in (*stops, eod_id) if index is not None))
-    _write_json(directory / GENERATION, known | ({"eos_token_id": ends} if len(ends) > 1 else {}))
+    ends = list(dict.fromkeys(index for index in (eod_id, *meta.get("stop_ids", ())) if index is not None))
+    if ends:
+        known["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    ends = list(dict.fromkeys([*stops, *ends]))
+    _write_json(directory / GENERATION, meta.get("generation", {}) | known | (
+        {"eos_token_id": ends} if len(ends) > 1 else {}))
     return known
 
 
 def check_tokenizer(directory: Path, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[str]:
-    """The gate: the files in `directory` give our ids for PROBES, and the template ours for dialogues.
+    """The gate: the files in `directory` give our ids for PROBES and decode them to our text, their added tokens are of
+    the kind and the settings that ours are, and the template gives our ids for dialogues.
 
     Returns:
       What differs without being wrong, a line each: a template whose text Hugging Face tokenizes together with a
       message's.
 
     Raises:
-      UserError: other ids for a text; shows it and both.
+      UserError: other ids for a text, or another text for ids; shows both. An added token of another kind.
     """
     from tokenizers import Tokenizer as Backend
 
@@ -191,6 +251,10 @@ def check_tokenizer(directory: Path, tokenizer: Tokenizer, template: ChatTemplat
         if ours != theirs:
             raise UserError(f"the exported tokenizer gives other ids than {tokenizer.path} for {probe!r}: {theirs} in"
                             f" place of {ours}")
+        if tokenizer.decode(ours) != written.decode(ours):
+            raise UserError(f"the exported tokenizer decodes the ids of {probe!r} to {written.decode(ours)!r}")
+    made_special = template.markers if template is not None and template.kind != "jinja" else frozenset()
+    _check_added(directory, tokenizer, written, others=made_special)
     if template is None:
         return []
     read = open_template(TemplateConfig(kind="jinja", path=str(directory)),
@@ -210,13 +274,35 @@ def check_tokenizer(directory: Path, tokenizer: Tokenizer, template: ChatTemplat
     return []
 
 
-def add_special(spec: dict[str, Any], tokens: dict[int, str]) -> None:
-    """Make ids of a tokenizer.json special tokens of these names, in place."""
+def add_tokens(spec: dict[str, Any], tokens: dict[int, dict[str, Any]]) -> None:
+    """Add tokens to those of a tokenizer.json, in place; of one that is there already only its kind may change, from
+    text to special."""
     known = {token["id"]: token for token in spec.setdefault("added_tokens", [])}
-    for index, name in tokens.items():
-        known.setdefault(index, {"id": index, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-                                 "normalized": False, "special": True})["special"] = True
+    for index, token in tokens.items():
+        special = bool(token.get("special"))
+        made = {"id": index, "content": token["content"]} | {
+            name: token.get(name, name == "normalized" and not special) for name in _ADDED} | {"special": special}
+        known.setdefault(index, made)["special"] |= special
     spec["added_tokens"] = [known[index] for index in sorted(known)]
+
+
+def _check_added(directory: Path, tokenizer: Tokenizer, written: Any, *, others: frozenset[int]) -> None:
+    """The added tokens are what they were, and decoded text shows the same ones; `others` were made special."""
+    source = {} if tokenizer.path.suffix == ".model" else {
+        token["id"]: token for token in read_json(tokenizer.path).get("added_tokens", ())}
+    for token in read_json(directory / "tokenizer.json")["added_tokens"]:
+        index = token["id"]
+        if index in others or index == tokenizer.unk_id:
+            continue
+        given = source.get(index, token)
+        changed = [f"{name}: {given.get(name)} before, {token.get(name)} now"
+                   for name in ("content", "special", *_ADDED) if given.get(name) != token.get(name)]
+        ids = [*tokenizer.encode("天"), index, *tokenizer.encode("the")]
+        if index < tokenizer.vocab_size and not changed and tokenizer.decode(ids) != written.decode(ids):
+            changed = [f"{tokenizer.decode(ids)!r} before, {written.decode(ids)!r} now, as decoded text"]
+        if changed:
+            raise UserError(f"the exported tokenizer changes the added token {token['content']!r}:"
+                            f" {'; '.join(changed)}")
 
 
 def _check_same(tokenizer: Tokenizer, other: Tokenizer) -> None:

@@ -169,7 +169,7 @@ class ModelAnswers(Answers):
         config, model = self._config, self._model
         requests = (Request(prompt=tuple(ids), max_tokens=self._room(ids), temperature=config.temperature,
                             top_k=config.top_k, top_p=1.0 if config.top_p is None else config.top_p,
-                            stop_ids=tuple(dict.fromkeys(model.stop_ids)), seed=self._seed, row=task.row_id)
+                            stop_ids=model.stop_ids, seed=self._seed, row=task.row_id)
                     for task in tasks for ids in [self._prompts[task.key]])
         for _, text, finish in self._engine.run(requests, ahead=max(ahead, self.at_once)):
             is_cut = finish == "length"

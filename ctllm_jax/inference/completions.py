@@ -73,7 +73,7 @@ def complete_file(config: GenerateConfig, model: Model, items: Sequence[Item], *
     rooms = [min(config.max_tokens, max(1, context - len(item.ids))) for item in wanted]
     requests = [Request(prompt=item.ids, max_tokens=room, temperature=config.temperature, top_k=config.top_k,
                         top_p=config.top_p, min_p=config.min_p, repetition_penalty=config.repetition_penalty,
-                        stop=tuple(config.stop), stop_ids=tuple(dict.fromkeys(model.stop_ids)), seed=config.seed,
+                        stop=tuple(config.stop), stop_ids=model.stop_ids, seed=config.seed,
                         row=int(item.key[:8], 16), told=config.logprobs or 0)
                 for item, room in zip(wanted, rooms, strict=True)]
     engine = model.engine(slots=min(config.slots, len(wanted)),

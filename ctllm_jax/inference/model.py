@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +17,21 @@ from jax.sharding import Mesh
 
 from ctllm_jax import sharding
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.generate import DrawingConfig
 from ctllm_jax.config.model import MeshConfig
 from ctllm_jax.config.sft import TemplateConfig
 from ctllm_jax.data.chat import ChatTemplate, Message, open_template
 from ctllm_jax.data.tokenizer import Tokenizer
+from ctllm_jax.huggingface.tokenizer import read_drawing
 from ctllm_jax.inference.engine import Engine
-from ctllm_jax.inference.request import Request
+from ctllm_jax.inference.request import MOST_STOP_IDS, Request
 from ctllm_jax.inference.schedule import rounded
 from ctllm_jax.model.decoder import Decoder, init_params
 from ctllm_jax.model.parameters import decoder_parameters
 from ctllm_jax.training.checkpoint import find_checkpoint, load_params, load_whole, read_model_config
 from ctllm_jax.training.sft import check_template, open_text
+
+Drawing = TypeVar("Drawing", bound=DrawingConfig)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Model:
       stop_id: id that ends a document.
       template: how it was taught to talk; None for a model that was not.
       mesh: what `params` are split over; None: one device.
+      more_stop_ids: further ids that end a text: an imported model may have several.
+      drawing: how the model's own generation_config.json wants tokens to be drawn.
     """
 
     decoder: Decoder
@@ -50,11 +56,19 @@ class Model:
     step: int
     template: ChatTemplate | None = None
     mesh: Mesh | None = None
+    more_stop_ids: Sequence[int] = ()
+    drawing: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def stop_ids(self) -> list[int]:
+    def stop_ids(self) -> tuple[int, ...]:
         """Ids that end what the model writes."""
-        return [*(self.template.stop_ids if self.template else ()), *([] if self.stop_id is None else [self.stop_id])]
+        ends = [] if self.stop_id is None else [self.stop_id]
+        return tuple(dict.fromkeys([*(self.template.stop_ids if self.template else ()), *ends, *self.more_stop_ids]))
+
+    def drawn_as(self, config: Drawing) -> Drawing:
+        """A config of `generate` or `chat`, with the model's own way of drawing for the keys that were not given."""
+        return config.model_copy(update={name: value for name, value in self.drawing.items()
+                                         if name not in config.model_fields_set})
 
     def engine(self, **options: Any) -> Engine:
         """An engine of this model; options as of `Engine`."""
@@ -64,7 +78,7 @@ class Model:
         """What the model writes behind each prompt; `drawing`: further fields of `Request`, the same for all."""
         ids = encode_prompts(self.tokenizer, prompts, prefix_id=self.prefix_id, stop_id=self.stop_id)
         requests = [Request(prompt=tuple(prompt), max_tokens=max_tokens, seed=seed, row=row,
-                            stop_ids=tuple(dict.fromkeys(self.stop_ids)), **drawing) for row, prompt in enumerate(ids)]
+                            stop_ids=self.stop_ids, **drawing) for row, prompt in enumerate(ids)]
         engine = self.engine(**rounded(len(ids), max(map(len, ids)) + max_tokens))
         return [text for _, text, _ in engine.run(requests)]
 
@@ -124,14 +138,22 @@ def load_model(model: str, *, dtype: str = "float32", mesh: MeshConfig | None = 
     tokenizer, template = open_text(kept)
     decoder = Decoder(config, dtype=jnp.dtype(dtype))
     rest = (tokenizer, kept.meta.get("prefix_id"), kept.meta.get("eod_id"), run_dir, kept.step, template)
+    more = {"more_stop_ids": kept.meta.get("stop_ids", ()), "drawing": read_drawing(kept.meta.get("generation", {}))}
     if mesh is None:
-        return Model(decoder, load_whole(kept), *rest)
+        return _checked(Model(decoder, load_whole(kept), *rest, **more))
     devices = sharding.make_mesh(mesh.model_dump())
     shapes = jax.eval_shape(partial(init_params, config), jax.random.key(0))
     placed = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes,
                           sharding.param_shardings(decoder_parameters(config), devices))
     decoder = decoder.clone(swiglu=sharding.swiglu_on(None, implementation="auto", recompute=False))
-    return Model(decoder, load_params(kept, placed), *rest, mesh=devices)
+    return _checked(Model(decoder, load_params(kept, placed), *rest, mesh=devices, **more))
+
+
+def _checked(model: Model) -> Model:
+    if len(model.stop_ids) > MOST_STOP_IDS:
+        raise UserError(f"{model.run_dir}: {len(model.stop_ids)} ids end a text, and at most {MOST_STOP_IDS} are looked"
+                        f" for: {', '.join(map(str, model.stop_ids))}")
+    return model
 
 
 def fingerprint(model: Model) -> str:

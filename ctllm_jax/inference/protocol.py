@@ -139,6 +139,7 @@ class Served:
     stop_ids: tuple[int, ...]
     max_length: int
     max_tokens: int | None = None
+    drawing: dict[str, Any] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -345,10 +346,12 @@ def _requests(served: Served, asked: _Common, rows: Sequence[Sequence[int]], *, 
     if served.max_tokens is not None and most > served.max_tokens:
         raise ProtocolError(400, f"max_tokens={most}: at most {served.max_tokens} here", param="max_tokens")
     seed = int.from_bytes(os.urandom(8), "little") if asked.seed is None else asked.seed
-    return [Request(prompt=tuple(ids), max_tokens=most, seed=seed, row=row, stop=asked.stops(),
-                    temperature=1.0 if asked.temperature is None else asked.temperature, top_p=asked.top_p or 1.0,
-                    top_k=None if (asked.top_k or 0) < 1 else asked.top_k, min_p=asked.min_p or 0.0,
-                    repetition_penalty=asked.repetition_penalty or 1.0, stop_ids=served.stop_ids, **more)
+    # What a request leaves open is drawn as the model's own generation_config.json wants it, as vLLM does.
+    given = {name: getattr(asked, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    drawing = {"temperature": 1.0} | served.drawing | {name: each for name, each in given.items() if each is not None}
+    drawing["top_k"] = None if (drawing.get("top_k") or 0) < 1 else drawing["top_k"]
+    drawing["stop"] = tuple(drawing.get("stop", ())) if asked.stop is None else asked.stops()
+    return [Request(prompt=tuple(ids), max_tokens=most, seed=seed, row=row, stop_ids=served.stop_ids, **drawing, **more)
             for ids in rows for row in range(n)]
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ctllm_jax.config.generate import HIGHEST_TEMPERATURE, MOST_TOP_K, PENALTIES
 
-MOST_STOP_IDS = 8
+MOST_STOP_IDS = 16
 MOST_TOLD = 20
 """As many log-probabilities beside the drawn token's as OpenAI's interface has."""
 FAILED = "error"

@@ -132,7 +132,7 @@ def export_model(kept: Kept, output: Path, *, tokenizer: Tokenizer, template: Ch
     settings = read_settings(kept.run_dir if kept.kind == HUGGINGFACE else kept.run_dir / SETTINGS)
     with _made_whole(output) as made:
         ids = write_tokenizer(made, tokenizer, template, settings=settings, context_length=config.context_length,
-                              eod_id=kept.meta.get("eod_id"), prefix_id=kept.meta.get("prefix_id"))
+                              meta=kept.meta)
         notes = check_tokenizer(made, tokenizer, template)
         described = architecture.describe_architecture(config, rows=rows, dtype=str(dtypes["embedding"]), ids=ids)
         (made / architecture.CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")

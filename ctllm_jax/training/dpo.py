@@ -19,6 +19,7 @@ from ctllm_jax.losses.preference import KINDS, Answers, pair_logps, preference_l
 from ctllm_jax.model.decoder import Decoder
 from ctllm_jax.model.lora import lora_parameters
 from ctllm_jax.training.checkpoint import find_checkpoint, read_model_config
+from ctllm_jax.training.joins import check_origin
 from ctllm_jax.training.pretrain import Objective
 from ctllm_jax.training.reference import answer_logps
 from ctllm_jax.training.sft import check_template, completed, tokenizer_of
@@ -43,13 +44,12 @@ def open_preferences(config: DPOConfig, *, keep_pairs: bool = False) -> Preferen
         contradict each other.
     """
     check_loss(config.loss)
-    source, kept = find_checkpoint(config.init)
-    model = read_model_config(source)
-    if config.model is not None and config.model != model:
-        raise UserError(f"model differs from that of init={config.init}: leave it out")
+    source, _ = find_checkpoint(config.init)
+    model = config.model or read_model_config(source)
     if config.lora is not None:
         lora_parameters(model, config.lora)  # before the data, which may take minutes
     tokenizer = load_tokenizer(config.data.tokenizer or tokenizer_of(source, config.init))
+    kept = check_origin(config, model, tokenizer=tokenizer.path)
     known = kept.meta.get("template")
     if config.data.template is None and not known:
         problem = kept.meta.get("template_problem")
@@ -58,7 +58,8 @@ def open_preferences(config: DPOConfig, *, keep_pairs: bool = False) -> Preferen
         raise UserError(f"init={config.init} {why}: tune it first (launch.py sft), or give data.template")
     template_config = config.data.template or kept_template(source, known)
     template = open_template(template_config, tokenizer)
-    check_template(known, template_config, template, name=f"init={config.init}", field="data.template")
+    check_template(known, template_config, template, name=f"init={config.init}", field="data.template",
+                   allow=config.allow_mismatch)
     data = PreferenceData(config.data, template=template, tokenizer=tokenizer,
                           sequence_length=config.batch.sequence_length, context_length=model.context_length,
                           rows=config.batch.rows, seed=config.seed, vocab_size=model.vocab_size,

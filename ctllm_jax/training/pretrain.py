@@ -39,6 +39,7 @@ from ctllm_jax.training.environment import choose_implementations, describe_envi
 from ctllm_jax.training.extension import describe_jump
 from ctllm_jax.training.fingerprint import compare_fingerprints, describe_data, make_fingerprint
 from ctllm_jax.training.goodput import Ledger
+from ctllm_jax.training.joins import checked_start
 from ctllm_jax.training.loop import Hook, run_loop
 from ctllm_jax.training.lora import abstract_base, with_adapters
 from ctllm_jax.training.optimizer import make_optimizer, make_schedule
@@ -306,9 +307,10 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
                     " blocks away; compute.scan_layers=true keeps it", config.compute.remat)
     if data is None:
         data = open_same(
-            lambda: open_training_data(config.data, sequence_length=config.batch.sequence_length,
-                                       rows=config.batch.rows, seed=config.seed, vocab_size=config.model.vocab_size,
-                                       damage=DamageLog(directory / DAMAGED, budget=config.data.damaged_budget)),
+            lambda: checked_start(config, open_training_data(
+                config.data, sequence_length=config.batch.sequence_length, rows=config.batch.rows, seed=config.seed,
+                vocab_size=config.model.vocab_size,
+                damage=DamageLog(directory / DAMAGED, budget=config.data.damaged_budget))),
             describe_data, what="data")
     plan = plan_step(config, mesh, token_bytes=data.token_bytes, objective=objective)
     if not is_remote(directory):
@@ -344,6 +346,9 @@ def prepare_run(config: PretrainConfig, *, directory: Path, stage: Callable[[str
             base = open_same(lambda: checkpoints.find_checkpoint(config.init)[1], checkpoints.identify_model,
                              what="weights to start from")
             checkpointer.meta["init"] = checkpoints.describe_origin(base, run_dir=directory)
+    # The ids that end a text, and how it is drawn, belong to the weights.
+    inherited = known or ({} if base is None else base.meta)
+    checkpointer.meta |= {name: inherited[name] for name in ("stop_ids", "generation") if name in inherited}
     frozen = None
     if base is not None:
         stage(f"taking the weights of {base.run_dir} at step {base.step}")

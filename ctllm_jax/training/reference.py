@@ -137,7 +137,9 @@ def _is_run(directory: Path) -> bool:
 
 def identify(config: DPOConfig, data: PreferenceData, checkpoint: Kept) -> dict[str, Any]:
     """What the log-probabilities depend on, as JSON. The reference is named by its step and what its run was."""
-    return {"reference": identify_model(checkpoint), **data.identity, "dtype": config.compute.dtype}
+    # With allow_mismatch the architecture need not be that of the checkpoint.
+    other = {"model": config.model.model_dump(mode="json")} if config.allow_mismatch else {}
+    return {"reference": identify_model(checkpoint), **data.identity, "dtype": config.compute.dtype, **other}
 
 
 def read_reference(path: Path, identity: dict[str, Any]) -> tuple[np.ndarray, float]:

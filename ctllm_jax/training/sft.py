@@ -12,10 +12,11 @@ from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.config.sft import SFTConfig, TemplateConfig
 from ctllm_jax.data.chat import ChatTemplate, open_template
 from ctllm_jax.data.sft import SFTData
-from ctllm_jax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from ctllm_jax.huggingface.tokenizer import kept_template
+from ctllm_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, find_tokenizer, load_tokenizer
+from ctllm_jax.huggingface.tokenizer import kept_template, spoken_additions
 from ctllm_jax.model.lora import lora_parameters
 from ctllm_jax.training.checkpoint import Kept, find_checkpoint, read_model_config
+from ctllm_jax.training.joins import check_origin, refuse
 
 Config = TypeVar("Config", bound=PretrainConfig)
 
@@ -36,13 +37,12 @@ def open_tuning(config: SFTConfig, *, keep_dialogues: bool = False) -> Tuning:
     Raises:
       UserError: no such MODEL, one of another template or architecture, or dialogues that do not fit.
     """
-    source, kept = find_checkpoint(config.init)
-    model = read_model_config(source)
-    if config.model is not None and config.model != model:
-        raise UserError(f"model differs from that of init={config.init}: leave it out")
+    source, _ = find_checkpoint(config.init)
+    model = config.model or read_model_config(source)
     if config.lora is not None:
         lora_parameters(model, config.lora)  # before the data, which may take minutes
     tokenizer = load_tokenizer(config.data.tokenizer or tokenizer_of(source, config.init))
+    kept = check_origin(config, model, tokenizer=tokenizer.path)
     known = kept.meta.get("template")
     if config.data.template is None:
         if kept.meta.get("template_problem"):
@@ -53,28 +53,30 @@ def open_tuning(config: SFTConfig, *, keep_dialogues: bool = False) -> Tuning:
     data = SFTData(config.data, tokenizer=tokenizer, sequence_length=config.batch.sequence_length,
                    rows=config.batch.rows, seed=config.seed, vocab_size=model.vocab_size,
                    keep_dialogues=keep_dialogues)
-    check_template(known, config.data.template, data.template, name=f"init={config.init}", field="data.template")
+    check_template(known, config.data.template, data.template, name=f"init={config.init}", field="data.template",
+                   allow=config.allow_mismatch)
     whole = completed(config, model=model.model_dump(), steps=config.steps or data.steps)
     template = {"config": config.data.template.model_dump(mode="json"), "fingerprint": data.template.fingerprint()}
     return Tuning(whole, data, {"template": template})
 
 
 def check_template(known: dict[str, Any] | None, config: TemplateConfig, template: ChatTemplate, *, name: str,
-                   field: str) -> None:
+                   field: str, allow: bool = False) -> None:
     """UserError, with each difference, where a checkpoint was tuned with another template than is asked for.
 
     Args:
       known: `template` of the checkpoint's `meta`; None where it has learned none.
       config, template: what is asked for.
       name, field: the MODEL and the config's key, as the message calls them.
+      allow: warn instead.
     """
     if not known or known["fingerprint"] == template.fingerprint():
         return
     asked = config.model_dump(mode="json")
     differing = [f"{key}: {value!r} there, {asked.get(key)!r} here" for key, value in known["config"].items()
                  if asked.get(key) != value] or ["the tokenizer, or the template's file, is another"]
-    raise UserError("\n  ".join([f"{name} was tuned with another template than {field}={config.kind}, and a model keeps"
-                                 " the one it has learned:", *differing]))
+    refuse(differing, what=f"{name} was tuned with another template than {field}={config.kind}, and a model keeps the"
+                           " one it has learned", allow=allow)
 
 
 def completed(config: Config, **found: Any) -> Config:
@@ -97,6 +99,12 @@ def open_text(checkpoint: Kept) -> tuple[Tokenizer, ChatTemplate | None]:
     if found is None:
         raise UserError(f"{run_dir} has no tokenizer: it was trained on synthetic tokens, and has no text to write")
     tokenizer, known = load_tokenizer(found), checkpoint.meta.get("template")
+    trained_with = checkpoint.meta["fingerprint"].get("data", {}).get("tokenizer_sha256", tokenizer.sha256)
+    if tokenizer.sha256 != trained_with:
+        raise UserError(f"{found} is not the tokenizer that {run_dir} was trained with: its sha256 begins with"
+                        f" {tokenizer.sha256[:12]} instead of {trained_with[:12]}; put the original file back")
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        tokenizer.name_added(spoken_additions(run_dir))
     template = known and open_template(kept_template(run_dir, known), tokenizer)
     if known and template.fingerprint() != known["fingerprint"]:
         raise UserError(f"{run_dir}: its template is not the one that it was tuned with: its tokenizer or its template "

@@ -8,12 +8,14 @@ import jax
 import numpy as np
 import pytest
 
+from ctllm_jax.huggingface.shards import read_tensors, write_tensors
 from ctllm_jax.inference.model import load_model
 from ctllm_jax.report.run import read_run
 from ctllm_jax.training.checkpoint import list_checkpoints
 from tests.cli.conftest import call
 from tests.cli.test_dpo import write_pairs
 from tests.cli.test_sft import write_dialogues
+from tests.huggingface.folders import edit
 from tests.runs import assert_same_bits, read_arrays
 
 RANK, SCALE = 4, 2.0
@@ -110,11 +112,36 @@ def test_the_whole_model_is_exported_merged(tuned, tmp_path):
 
 
 @pytest.mark.parity
+def test_adapters_are_exported_for_their_own_base_alone(tuned, text_run, tmp_path):
+    directory, _ = tuned
+    base = tmp_path / "base"
+    assert call("export-hf", text_run.directory, f"output={base}", "dtype=bfloat16").status == 0
+    words = ["export-hf", directory, "adapters=true"]
+    own = call(*words, f"output={tmp_path / 'own'}", f"base_model={base}")
+    assert own.status == 0 and f"for the base model {base}" in own.out, own.err
+    as_run = call(*words, f"output={tmp_path / 'run'}")
+    assert as_run.status == 0 and "note: PEFT cannot read a run directory" in as_run.out
+    edit(base / "config.json", rope_theta=5e5)
+    function = call(*words, f"output={tmp_path / 'a'}", f"base_model={base}")
+    edit(base / "config.json", rope_theta=1e4)
+    tensors = read_tensors(base / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 2
+    write_tensors(base / "model.safetensors", tensors)
+    weights = call(*words, f"output={tmp_path / 'b'}", f"base_model={base}", "--dry-run")
+    absent = call(*words, f"output={tmp_path / 'c'}", "base_model=some/base")
+    for refused, message in ((function, "model.rope_theta: 500000.0 there, 10000.0 here"),
+                             (weights, "weights: blocks/up differs"), (absent, "some/base is neither")):
+        assert refused.status == 2 and message in refused.err and "allow_mismatch=true" in refused.err, refused.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "own", "run"]
+
+
+@pytest.mark.parity
 def test_an_export_is_what_the_disk_says(tuned, tmp_path):
     from safetensors.numpy import load_file
 
     directory, _ = tuned
-    printed = call("export-hf", directory, f"output={tmp_path / 'peft'}", "adapters=true", "base_model=some/base")
+    printed = call("export-hf", directory, f"output={tmp_path / 'peft'}", "adapters=true", "base_model=some/base",
+                   "allow_mismatch=true")
     assert printed.status == 0 and "for the base model some/base; 28 tensors" in printed.out, printed.err
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     arrays = read_arrays(directory, load_model(str(directory)).step)

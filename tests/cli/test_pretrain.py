@@ -8,11 +8,19 @@ import time
 
 import pytest
 
+from ctllm_jax.config.data import BuildConfig
+from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import config_root, load
 from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.data.tokenizer import load_tokenizer
+from ctllm_jax.dataset.build import build_from_files
 from ctllm_jax.report.run import read_run
+from ctllm_jax.training.checkpoint import find_checkpoint
+from ctllm_jax.training.sft import open_text
 from tests.cli.conftest import call, text_overrides
+from tests.cli.test_sft import write_other_tokenizer
 from tests.runs import assert_same_bits, read_arrays, start
+from tests.small_text import RECORD
 
 CONFIGS = sorted(str(path.relative_to(config_root()).with_suffix("")) for path in config_root().rglob("*.yaml")
                  if path.parent.name not in ("data", "eval") and not path.stem.startswith(("sft", "dpo")))
@@ -161,6 +169,47 @@ def test_two_sources_of_two_tokenizers(corpus, tmp_path):
     printed = call("pretrain", "debug/pretrain", f"run.dir={tmp_path / 'run'}", *text_overrides(corpus),
                    f"data.sources.en={other.folder / 'en'}")
     assert printed.status == 2 and str(other.folder / "en/tokenizer.model") in printed.err
+
+
+@pytest.fixture(scope="module")
+def other_data(corpus, tmp_path_factory):
+    """The Chinese part of the corpus, prepared with a tokenizer of as many ids for other text."""
+    folder = tmp_path_factory.mktemp("other")
+    write_other_tokenizer(folder / "other.model")
+    config = BuildConfig(input=[str(corpus.folder / "zh.jsonl")], output=str(folder / "zh"), name="zh",
+                         tokenizer=str(folder / "other.model"), record_tokens=RECORD, validation_fraction=0.1)
+    build_from_files(config, load_tokenizer(folder / "other.model"))
+    return folder / "zh"
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["model.rope_theta=2e4"], "model.rope_theta: 10000.0 there, 20000.0 here"),
+    (["model.norm_eps=1e-6", "model.sliding_window=8", "--dry-run"], "model.sliding_window: None there, 8 here"),
+    (["data.sources.zh={other}", "data.sources.en={other}"], "ids differ between"),
+    (["data.sources.zh={other}", "data.sources.en={other}", "--dry-run"], "ids differ between")])
+def test_weights_are_not_taken_for_another_function(text_run, corpus, other_data, tmp_path, caplog, overrides, message):
+    overrides = [word.replace("{other}", str(other_data)) for word in overrides]
+    words = ["pretrain", "debug/pretrain", *text_overrides(corpus), f"init={text_run.directory}",
+             f"run.dir={tmp_path / 'run'}", *overrides]
+    refused = call(*words)
+    assert refused.status == 2 and message in refused.err and "allow_mismatch=true" in refused.err, refused.err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    if "--dry-run" in words:
+        allowed = call(*words, "allow_mismatch=true")
+        assert allowed.status == 0 and message in caplog.text, allowed.err
+
+
+def test_a_run_whose_files_were_changed_is_refused(text_run, other_data, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(text_run.directory, run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("rope_theta: 10000.0", "rope_theta: 50000.0"))
+    with pytest.raises(UserError, match="model.rope_theta: 10000.0 in the checkpoint, 50000.0 in config.yaml"):
+        find_checkpoint(str(run))
+    (run / "config.yaml").write_text(text)
+    shutil.copyfile(other_data / "tokenizer.model", run / "tokenizer.model")
+    with pytest.raises(UserError, match="is not the tokenizer that .* was trained with"):
+        open_text(find_checkpoint(str(run))[1])
 
 
 def wait_for(condition, process, *, seconds=180):

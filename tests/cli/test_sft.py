@@ -8,7 +8,9 @@ import pytest
 
 from ctllm_jax.report.run import read_run
 from ctllm_jax.training.checkpoint import list_checkpoints
+from data_prep.train_tokenizer import fit
 from tests.cli.conftest import call
+from tests.small_text import VOCABULARY
 
 ANSWERS = ["今天天气不错。", "我们去公园散步。", "去公园。", "不错。"]
 
@@ -19,6 +21,12 @@ def write_dialogues(path, count=40):
                           {"role": "assistant", "content": ANSWERS[index % 4]}]} for index in range(count)]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path
+
+
+def write_other_tokenizer(path):
+    """A tokenizer of as many ids as the corpus's, for other text."""
+    lines = [f"{index} " + "".join(chr(0x4e00 + (7 * index + place) % 40) for place in range(9)) for index in range(90)]
+    path.write_bytes(fit(lines, vocab_size=VOCABULARY, character_coverage=1.0))
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +99,14 @@ def test_another_template_is_refused(tuned, command, tmp_path):
     (["batch.sequence_length=1024", "batch.tokens=1024"], "above model.context_length"),
     (["data.ratio=zh:en=2:1"], "which no source has"),
     (["data.template=baichuan"], "baichuan2"),
+    (["data.tokenizer={other}"], "ids differ between"),
+    (["data.tokenizer={other}", "--dry-run"], "ids differ between"),
+    (["model={vocab_size: 330, hidden_size: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, ffn_size: 96,"
+      " head_dim: 8, norm_eps: 1.0e-6}"], "model.norm_eps: 1e-05 there, 1e-06 here"),
 ])
 def test_what_does_not_fit_is_said_in_a_line(command, overrides, message, tmp_path):
+    write_other_tokenizer(tmp_path / "other.model")
+    overrides = [word.replace("{other}", str(tmp_path / "other.model")) for word in overrides]
     printed = call(*command, f"run.dir={tmp_path / 'run'}", *overrides)
     assert printed.status == 2 and message in printed.err and "Traceback" not in printed.err
 

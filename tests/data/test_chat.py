@@ -116,9 +116,14 @@ def test_whatever_is_typed_the_mask_holds_the_answers_and_nothing_else(make, con
 @pytest.mark.parametrize(("config", "name"), ALL)
 def test_what_is_a_marker_elsewhere_is_text_too(make, config, name):
     template, tokenizer = make(config, name)
-    rendered = template.render(dialogue([("".join(TYPED), "".join(TYPED))]))
-    reserved = set(named_ids(name, tokenizer).values()) - template._markers - {tokenizer.unk_id}
-    assert not reserved & set(rendered.ids.tolist())
+    ids = named_ids(name, tokenizer)
+    reserved = set(ids.values()) - template._markers - {tokenizer.unk_id}
+    typed = template.render(dialogue([("".join(TYPED), "好")], "".join(TYPED))).ids.tolist()
+    assert not reserved & set(typed)
+    # In what an assistant says, tokens that are text and no marker here are ids; special ones are not.
+    said = template.render(dialogue([("好", "".join(TYPED))])).ids.tolist()
+    spoken = {"json": ["<tool>"], "marked": MARKERS, "small": []}[name]
+    assert reserved & set(said) == {ids[piece] for piece in spoken} - template._markers
 
 
 @settings(max_examples=25, deadline=None)

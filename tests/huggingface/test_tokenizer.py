@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.sft import TemplateConfig
-from ctllm_jax.data.chat import Message, Vocabulary, open_template
+from ctllm_jax.data.chat import Message, open_template
 from ctllm_jax.data.tokenizer import load_tokenizer
+from ctllm_jax.data.vocabulary import Vocabulary
 from ctllm_jax.huggingface import tokenizer as files
 from tests.small_text import write_texts
 
 pytestmark = pytest.mark.parity
 TEXTS = st.text(alphabet=st.sampled_from("今天气不错，。the mod 42\n\t  é😀龘<s>Ａ"), max_size=40)
+JINJA = ("{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}"
+         "{{ '</s>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}")
 MESSAGES = [Message("user", "今天天气3，the model?"), Message("assistant", "去公园\n散步。"),
             Message("user", "好 naïve 😀")]
 
@@ -49,8 +52,8 @@ def trained(request, tmp_path_factory, texts):
 
 
 def write(folder, tokenizer, template=None, *, eod_id=2, prefix_id=None):
-    ids = files.write_tokenizer(folder, tokenizer, template, settings={}, context_length=512, eod_id=eod_id,
-                                prefix_id=prefix_id)
+    ids = files.write_tokenizer(folder, tokenizer, template, settings={}, context_length=512,
+                                meta={"eod_id": eod_id, "prefix_id": prefix_id})
     return ids, files.check_tokenizer(folder, tokenizer, template)
 
 
@@ -76,7 +79,8 @@ def check_ids(folder, ours, *, shortened=False):
     @settings(deadline=None, max_examples=150)
     @given(TEXTS)
     def check(text):
-        if "<s>" not in text and not (shortened and text.startswith(" ")):  # Hugging Face: <s> is the special token
+        # Hugging Face: <s> is the special token, and no prefix is put before a symbol of the user's own.
+        if "<s>" not in text and not (shortened and text.startswith((" ", "天气"))):
             assert theirs(text).input_ids == ours.encode(text)
             assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text))
 
@@ -111,6 +115,20 @@ def test_bos_is_put_before_a_text_where_it_was(trained, tmp_path):
     (tmp_path / "config.json").write_text('{"vocab_size": 500, "eos_token_id": [7, 9]}')
     read = files.read_tokenizer(tmp_path, rows=500)
     assert (read.prefix_id, read.eod_id, read.size, read.template) == (1, 7, 400, None)
+
+
+@pytest.mark.parametrize(("file", "content", "message"), [
+    ("config.json", {"eos_token_id": "</s>"}, "eos_token_id=\"</s>\" must be an id or a list of ids"),
+    ("generation_config.json", {"eos_token_id": [2, None]}, "must be an id or a list of ids, and None is none"),
+    ("generation_config.json", {"temperature": "hot"}, "generation_config.json: temperature='hot'"),
+    ("generation_config.json", {"top_p": 1.5}, "generation_config.json: top_p=1.5")])
+def test_ids_and_settings_that_are_none_are_refused(trained, tmp_path, file, content, message):
+    (tmp_path / "tokenizer.model").write_bytes(trained.path.read_bytes())
+    (tmp_path / "config.json").write_text('{"vocab_size": 500}')
+    (tmp_path / file).write_text(json.dumps({"vocab_size": 500} | content))
+    with pytest.raises(UserError) as refused:
+        files.read_tokenizer(tmp_path, rows=500)
+    assert message in str(refused.value)
 
 
 def test_a_marker_without_a_name_of_its_own_becomes_special(trained, tmp_path):
@@ -157,10 +175,61 @@ def test_added_tokens_come_along(trained, tmp_path):
     from ctllm_jax.data.jinja_chat import read_settings
 
     files.write_tokenizer(target, read.tokenizer, None, settings=read_settings(source), context_length=512,
-                          eod_id=400, prefix_id=None)
+                          meta={"eod_id": 400})
     theirs = AutoTokenizer.from_pretrained(target)
     assert theirs("今天<|EOD|><|PAD|>").input_ids == [*trained.encode("今天"), 400, 402]
     assert theirs.eos_token == "<|EOD|>" and len(theirs) == 403
+
+
+KINDS = {"<think>": False, "</think>": False, "<tool_call>": False, "<|mask|>": True}
+
+
+@pytest.mark.parametrize("layout", ["json", "model"])
+def test_added_tokens_stay_of_their_kind(trained, tmp_path, layout):
+    """Text that holds a token which is not special keeps it: imported, with the model's own template, and exported."""
+    from transformers import AutoTokenizer
+
+    from ctllm_jax.data.jinja_chat import read_settings
+
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.mkdir(), target.mkdir()
+    size = trained.vocab_size
+    added = {str(size + place): {"content": name, "special": special, "lstrip": False, "rstrip": name == "</think>",
+                                 "normalized": False, "single_word": False}
+             for place, (name, special) in enumerate(KINDS.items())}
+    if layout == "json":
+        write(source, trained)
+        spec = json.loads((source / "tokenizer.json").read_text())
+        files.add_tokens(spec, {int(index): token for index, token in added.items()})
+        (source / "tokenizer.json").write_text(json.dumps(spec))
+        (source / "tokenizer.model").unlink()
+    else:
+        (source / "tokenizer.model").write_bytes(trained.path.read_bytes())
+    (source / "tokenizer_config.json").write_text(json.dumps({
+        "added_tokens_decoder": added, "eos_token": "</s>", "chat_template": JINJA}))
+    (source / "config.json").write_text('{"vocab_size": 512}')
+    read = files.read_tokenizer(source, rows=512)
+    template = open_template(TemplateConfig(kind="jinja", path=str(source)), read.tokenizer)
+    settings = read_settings(source)
+    files.write_tokenizer(target, read.tokenizer, template, settings=settings, context_length=512, meta={"eod_id": 2})
+    files.check_tokenizer(target, read.tokenizer, template)
+    theirs = AutoTokenizer.from_pretrained(target)
+    kinds = {token.content: (token.special, token.rstrip) for token in theirs.added_tokens_decoder.values()}
+    assert {name: kinds[name] for name in KINDS} == {name: (kind, name == "</think>") for name, kind in KINDS.items()}
+    if layout == "model":
+        read.tokenizer.name_added(files.spoken_additions(source))
+    ids = template.render([Message("user", "天<think>"), Message("assistant", "<think>the</think><|mask|>好")]).ids
+    assert [size in ids, size + 1 in ids, size + 2 in ids, size + 3 in ids] == [True, True, False, True]
+    said = ids[ids.tolist().index(size):]
+    assert theirs.decode(said, skip_special_tokens=True).strip() == read.tokenizer.decode(said.tolist()).strip()
+    assert "<think>" in read.tokenizer.decode(said.tolist()) and "mask" not in read.tokenizer.decode(said.tolist())
+
+    spec = json.loads((target / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        token["special"] = True
+    (target / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="the exported tokenizer changes the added token|decodes the ids of"):
+        files.check_tokenizer(target, read.tokenizer, template)
 
 
 @pytest.mark.parametrize(("options", "message"), [
