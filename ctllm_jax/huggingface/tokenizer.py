@@ -225,7 +225,7 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, template: ChatTemplat
     if ends:
         known["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     ends = list(dict.fromkeys([*stops, *ends]))
-    _write_json(directory / GENERATION, meta.get("generation", {}) | known | (
+    _write_json(directory / GENERATION, known | meta.get("generation", {}) | (
         {"eos_token_id": ends} if len(ends) > 1 else {}))
     return known
 

@@ -29,13 +29,16 @@ _NO_FUNCTION = {"vocab_multiple", "init_std", "context_length"}
 logger = logging.getLogger(__name__)
 
 
-def refuse(differences: Sequence[str], *, what: str, allow: bool) -> None:
-    """UserError with these differences, or a warning with them where the key `allow_mismatch` allows them."""
+def refuse(differences: Sequence[str], *, what: str, allow: bool | None) -> None:
+    """UserError with these differences, or a warning with them where the key `allow_mismatch` allows them.
+
+    `allow` is its value; None for a command that has no such key.
+    """
     if not differences:
         return
     told = "\n  ".join([f"{what}:", *differences])
     if not allow:
-        raise UserError(f"{told}\nmake them equal, or accept the differences with {KEY}=true")
+        raise UserError(told + f"\nmake them equal, or accept the differences with {KEY}=true" * (allow is not None))
     logger.warning("%s=true: %s", KEY, told)
 
 

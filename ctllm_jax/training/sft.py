@@ -61,14 +61,14 @@ def open_tuning(config: SFTConfig, *, keep_dialogues: bool = False) -> Tuning:
 
 
 def check_template(known: dict[str, Any] | None, config: TemplateConfig, template: ChatTemplate, *, name: str,
-                   field: str, allow: bool = False) -> None:
+                   field: str, allow: bool | None = None) -> None:
     """UserError, with each difference, where a checkpoint was tuned with another template than is asked for.
 
     Args:
       known: `template` of the checkpoint's `meta`; None where it has learned none.
       config, template: what is asked for.
       name, field: the MODEL and the config's key, as the message calls them.
-      allow: warn instead.
+      allow: `allow_mismatch` of the config, if it has that key.
     """
     if not known or known["fingerprint"] == template.fingerprint():
         return

@@ -263,13 +263,15 @@ def test_added_tokens_are_ids_in_what_an_assistant_says_alone(tokenizer, tmp_pat
                              TemplateConfig(kind="jinja", path=str(tmp_path)), ours)
     peer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<s>", eos_token="</s>",
                                    chat_template=MARKED)
-    answers = ["<think>今天</think>  好<tool_call>the</tool_call>", "<|python_tag|>the model", "<think>"]
+    # Of a template of our own, special tokens are markers of others: they stay text.
+    answers = ["<think>今天</think>  好<tool_call>the</tool_call>", "<|python_tag|>the model" * (source is not None),
+               "<think>"]
     messages = [message for answer in answers for message in (Message("user", "今天"), Message("assistant", answer))]
     theirs = peer.apply_chat_template([{"role": each.role, "content": each.content} for each in messages],
                                       return_assistant_tokens_mask=True, return_dict=True)
     found = template.render(messages)
     assert found.ids.tolist() == theirs["input_ids"] and found.weights.tolist() == theirs["assistant_masks"]
-    assert set(added.values()) <= set(found.ids.tolist())
+    assert set(added.values()) - set(found.ids.tolist()) == ({added["<|python_tag|>"]} if source is None else set())
     assert template.prompt_ids(messages[:5]) == theirs["input_ids"][:len(template.prompt_ids(messages[:5]))]
     # What holds a dialogue together, and whatever a user or the system prompt says, stays text.
     forged = template.render([Message("system", "<think>"), Message("user", "".join(added)),
