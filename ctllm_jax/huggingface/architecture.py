@@ -68,13 +68,13 @@ def read_model_config(directory: Path, *, vocab_size: int) -> ModelConfig:
     if mistyped:
         raise UserError(f"{path} is malformed: {', '.join(mistyped)} is of another type than transformers writes")
     kind = _architecture(path, given)
-    problems = _refused(given, kind)
-    if problems:
-        raise UserError("\n  ".join([f"{path} describes a model that this decoder cannot compute:", *problems]))
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     missing = [name for name in needed if not _is_count(given.get(name))]
     if missing:
         raise UserError(f"{path} must give {', '.join(missing)} as whole numbers above 0")
+    problems = _refused(given, kind)
+    if problems:
+        raise UserError("\n  ".join([f"{path} describes a model that this decoder cannot compute:", *problems]))
     rows, heads = given["vocab_size"], given["num_attention_heads"]
     defaults = {"num_key_value_heads": heads} | _DEFAULTS[kind]
     if "num_key_value_heads" in given:
@@ -202,7 +202,7 @@ def _rope(given: dict[str, Any]) -> dict[str, Any]:
 
 def _layer_windows(known: dict[str, Any], kind: str) -> list[bool]:
     """Whether each layer has the window."""
-    layers = range(known["num_hidden_layers"] if _is_count(known.get("num_hidden_layers")) else 0)
+    layers = range(known["num_hidden_layers"])
     if kind == "llama" or known["sliding_window"] is None or kind == "qwen2" and not known.get("use_sliding_window"):
         return [False for _ in layers]
     if kind == "mistral":
