@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.huggingface.architecture import read_model_config
+from ctllm_jax.huggingface.architecture import embedding_rows, read_model_config
 from ctllm_jax.huggingface.weights import Weights
 from ctllm_jax.model.decoder import Decoder, head_weights, init_params
 from tests.huggingface.folders import make_model
@@ -94,7 +94,7 @@ def ours(folder, config):
     """Our logits, or the refusal. A config that reads as an earlier one has its logits."""
     (folder / "config.json").write_text(json.dumps(config))
     try:
-        read = read_model_config(folder, vocab_size=ROWS)
+        read = read_model_config(folder, vocab_size=min(ROWS, embedding_rows(folder)))
         weights = Weights(folder, read)
     except UserError as refusal:
         return refusal
