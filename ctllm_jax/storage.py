@@ -23,8 +23,9 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,8 @@ SCHEME = "gs://"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 _WILD = re.compile(r"[*?\[\]#]")
 _BLOCK = 8 << 20
+_AT_ONCE = 32
+"""Requests that wait for their answers at the same time."""
 _ANSWER = 60.0
 """Seconds after which a conditional write counts as failed; it may still be done."""
 
@@ -60,6 +63,12 @@ class Entry(NamedTuple):
 
     size: int
     md5: str | None
+
+
+def in_parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """The function of each item, in their order: for what waits for a store or a file server, and computes little."""
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="requests") as threads:
+        return list(threads.map(function, items))
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -135,6 +144,20 @@ def list_names(folder: Path) -> list[str]:
                            _file_system().ls(str(folder), detail=False)})
         except FileNotFoundError:
             return []
+
+
+def read_small(paths: Sequence[Path]) -> dict[Path, bytes]:
+    """What several small objects of a store hold, without those that are not there; requested at the same time."""
+    if not paths:
+        return {}
+    names = {str(path).removeprefix(SCHEME): path for path in paths}
+    found = {}
+    for name, content in _file_system().cat(list(names), on_error="return").items():
+        with told(names[name]), suppress(FileNotFoundError):
+            if isinstance(content, Exception):
+                raise content
+            found[names[name]] = content
+    return found
 
 
 def remove_tree(folder: Path) -> None:
@@ -305,7 +328,8 @@ class Uploader:
                     self._failing_since = now
                     log.warning("%s; it is tried again", error)
                 if now - self._failing_since > self._patience:
-                    self._error = error
+                    self._error = error if isinstance(error, OSError) else StoreError(
+                        f"{type(error).__name__}: {error}", lasting=False)
                     return
 
     def _write_all(self) -> None:
@@ -349,6 +373,8 @@ def _explain(error: BaseException) -> tuple[str, bool] | None:
         code = getattr(error, "code", None) or getattr(error, "status", None)
         lasting = str(code) in ("400", "401", "403", "404") or "credentials" in text
         return f"{_advice(str(code))}{text or type(error).__name__}", lasting
+    if isinstance(error, RuntimeError) and text.endswith("is closed"):  # aiohttp's session, or the loop that it is in
+        return f"the connection to the store was closed in this process ({text})", False
     if isinstance(error, OSError) and text.startswith("Forbidden:"):  # gcsfs: an OSError without a number
         return _advice("403") + text, True
     # TensorStore: "PERMISSION_DENIED: Error reading gs://…", as a ValueError or a KeyError.

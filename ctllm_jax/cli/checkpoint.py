@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctllm_jax.config.base import Section, key
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.statuses import DONE, FAILED
-from ctllm_jax.storage import open_path
+from ctllm_jax.storage import in_parallel, is_remote, open_path
 
 if TYPE_CHECKING:
     from ctllm_jax.cli import Context
@@ -81,12 +82,13 @@ def show(context: Context) -> int:
             context.console.print(f"{target}: no checkpoint yet")
         else:
             table = Table("model", "kind", "tokens", "size", "written", "files", title=target, title_justify="left")
-            for checkpoint in kept:
-                written = datetime.fromtimestamp(written_at(checkpoint.path)).isoformat(" ", "seconds")
+            looked_at = in_parallel(lambda each: (written_at(each.path), each.size, _state(each)), kept)
+            for checkpoint, (seconds, size, state) in zip(kept, looked_at, strict=True):
+                written = datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
                 kind = checkpoint.kind + (", adapters" if checkpoint.meta.get("lora") else "")
                 name = target if checkpoint.kind == HUGGINGFACE else f"{target}@{checkpoint.step}"
                 table.add_row(name, kind, f"{checkpoint.meta.get('tokens', 0):,}",
-                              f"{checkpoint.size / 2**20:,.1f} MiB", written, escape(_state(checkpoint)))
+                              f"{size / 2**20:,.1f} MiB", written, escape(state))
             context.console.print(table, soft_wrap=True)
         for name, problems in quarantined(open_path(target)).items():
             context.console.print(f"in quarantine: {name} ({escape(say_damage(problems))})")
@@ -114,19 +116,23 @@ def verify(context: Context) -> int:
     """Read every file of every step, and say which are bad."""
     from rich.markup import escape
 
-    from ctllm_jax.training.checkpoint_files import find_damage, list_steps
+    from ctllm_jax.training.checkpoint_files import find_damage, measure_size
 
     bad = 0
     for target in context.targets:
         folders = list(_folders(target))
         if not folders:
             context.console.print(f"{escape(target)}: no checkpoint yet")
-        for folder in folders:
-            size = dict(list_steps(folder.parent.parent, folder.parent.name)).get(folder, 0)
-            try:
-                problems = find_damage(folder)
-            except FileNotFoundError:
-                continue  # the run goes on, and did not keep it
+
+        def look(folder: Path) -> tuple[int, list[str] | None] | None:
+            with suppress(FileNotFoundError):  # the run goes on, and did not keep it
+                return measure_size(folder), find_damage(folder)
+
+        # A store is asked about all of them at the same time; on a disk one step after the other is read.
+        for folder, found in zip(folders, (in_parallel if is_remote(target) else map)(look, folders), strict=True):
+            if found is None:
+                continue
+            size, problems = found
             said = f"whole ({size / 2**20:,.1f} MiB, every checksum)"
             if problems is None:
                 from ctllm_jax.training.checkpoint_arrays import find_structural_damage
@@ -152,7 +158,7 @@ def _folders(target: str) -> Iterator[Path]:
     run_dir = open_path(name if one else target)
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
-    folders = [path for kind in (CHECKPOINTS, MILESTONES) for path, _ in list_steps(run_dir, kind)]
+    folders = [path for kind in (CHECKPOINTS, MILESTONES) for path in list_steps(run_dir, kind)]
     folders.sort(key=lambda path: (int(path.name), path.parent.name))
     found = [path for path in folders if not one or path.name == str(int(wanted))]
     if one and not found:
@@ -224,6 +230,7 @@ def prune(context: Context) -> int:
             kept = list_checkpoints(open_path(target))
             gone = [checkpoint for kind in ["resumable", *["milestone"] * config.milestones] for checkpoint in
                     choose_pruned([each for each in kept if each.kind == kind], keep=config.keep, every=config.every)]
+            in_parallel(lambda each: each.size, gone)  # before they are gone
             for checkpoint in gone if delete else ():
                 discard(checkpoint.path)
         if not gone:

@@ -174,7 +174,7 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
                     journal.end("failed")
                 raise
             finally:
-                requests.end_trace(journal.step)
+                requests.close(journal.step)
             journal.end("done" if reached == config.steps else requests.reason, step=reached)
     if first:
         print_goodput(directory, console)

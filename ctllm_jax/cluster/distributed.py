@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -341,3 +341,18 @@ def tell_all(number: int) -> int:
     from jax.experimental import multihost_utils
 
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def tell_all_of(numbers: Sequence[int]) -> list[int]:
+    """The numbers that the first process gives, on every process; as `tell_all`."""
+    import jax
+
+    if jax.process_count() == 1:
+        return list(numbers)
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    told = np.zeros(tell_all(len(numbers)), np.int32)
+    if jax.process_index() == 0:
+        told[:] = numbers
+    return multihost_utils.broadcast_one_to_all(told).tolist() if len(told) else []

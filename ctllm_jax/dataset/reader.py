@@ -14,7 +14,7 @@ from ctllm_jax.dataset.damage import DamagedShard, DamageLog
 from ctllm_jax.dataset.manifest import Manifest, Shard, read_manifest
 from ctllm_jax.dataset.records import Record, decode, load_codec
 from ctllm_jax.dataset.shard_cache import ShardCache
-from ctllm_jax.storage import is_remote, list_objects, local_copy, open_path
+from ctllm_jax.storage import in_parallel, is_remote, list_objects, local_copy, open_path
 
 _NAMED = 10
 """Shards named in one message."""
@@ -146,6 +146,13 @@ class ShardReader:
             return self._reader
 
 
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
 class SplitReader:
     """The streams of one split."""
 
@@ -158,14 +165,17 @@ class SplitReader:
                        for shard in manifest.splits[split].shards]
 
     def check_sizes(self) -> None:
-        """DamagedShard where shards are missing, or not as long as the manifest says: cheap, done at every start."""
-        listed = list_objects(self.directory) if is_remote(self.directory) else None
+        """DamagedShard where shards are missing, or not as long as the manifest says: cheap, done at every start.
+
+        A store lists them; on a disk, which may be this machine's own, all are looked at at the same time.
+        """
+        if is_remote(self.directory):
+            listed = {name: entry.size for name, entry in list_objects(self.directory).items()}
+            sizes = [listed.get(reader.path.name) for reader in self.shards]
+        else:
+            sizes = in_parallel(_size, [reader.path for reader in self.shards])
         problems = []
-        for reader in self.shards:
-            if listed is not None:
-                size = listed[reader.path.name].size if reader.path.name in listed else None
-            else:
-                size = reader.path.stat().st_size if reader.path.exists() else None
+        for reader, size in zip(self.shards, sizes, strict=True):
             if size is None:
                 problems.append(f"{reader.path} is missing")
             elif size != reader.shard.size:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,16 @@ from ctllm_jax.config.types import fill_absent
 from ctllm_jax.huggingface import model as huggingface
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.model.lora import merge
-from ctllm_jax.storage import absolute, is_remote, open_path
-from ctllm_jax.training.checkpoint_files import CHECKPOINTS, MANIFEST, MILESTONES, find_damage, list_steps, say_damage
+from ctllm_jax.storage import absolute, in_parallel, is_remote, open_path, read_small
+from ctllm_jax.training.checkpoint_files import (
+    CHECKPOINTS,
+    MANIFEST,
+    MILESTONES,
+    find_damage,
+    list_steps,
+    measure_size,
+    say_damage,
+)
 from ctllm_jax.training.fingerprint import flatten
 
 HUGGINGFACE = "huggingface"
@@ -46,7 +55,11 @@ class Kept:
     kind: str
     path: Path
     meta: dict[str, Any]
-    size: int
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of its files, each of which is looked at for it."""
+        return huggingface.weight_bytes(self.path) if self.kind == HUGGINGFACE else measure_size(self.path)
 
     @property
     def run_dir(self) -> Path:
@@ -63,20 +76,42 @@ def list_checkpoints(run_dir: Path) -> list[Kept]:
       UserError: no run directory there, or a Hugging Face folder that cannot be read.
     """
     if huggingface.is_huggingface(run_dir):
-        return [Kept(0, HUGGINGFACE, run_dir, huggingface.read_meta(run_dir), huggingface.weight_bytes(run_dir))]
+        return [Kept(0, HUGGINGFACE, run_dir, huggingface.read_meta(run_dir))]
+    return _read_metas(_list_folders(run_dir))
+
+
+def _list_folders(run_dir: Path) -> list[tuple[int, str, Path]]:
+    """(step, kind, path) of every finished step of a run, sorted."""
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
+    kinds = ((CHECKPOINTS, "resumable"), (MILESTONES, "milestone"))
+    return sorted((int(path.name), kind, path) for folder, kind in kinds for path in list_steps(run_dir, folder))
+
+
+def _read_metas(folders: Sequence[tuple[int, str, Path]]) -> list[Kept]:
+    """What each step says of itself, read at the same time; a folder that is no step is left out."""
+    files = [path / "meta" / "metadata" for _, _, path in folders]
+    if files and is_remote(files[0]):
+        found = read_small(files)
+        texts = [found.get(file, b"") for file in files]
+    else:
+        texts = in_parallel(_read_if_step, files)
     kept = []
-    for folder, kind in ((CHECKPOINTS, "resumable"), (MILESTONES, "milestone")):
-        for path, size in list_steps(run_dir, folder):
-            meta_file = path / "meta" / "metadata"
-            if meta_file.is_file() or (path / MANIFEST).is_file():
-                try:
-                    meta = json.loads(meta_file.read_text(encoding="utf-8"))
-                except (OSError, ValueError):
-                    meta = {}  # damaged: who is about to use it is told
-                kept.append(Kept(int(path.name), kind, path, meta, size))
-    return sorted(kept, key=lambda checkpoint: (checkpoint.step, checkpoint.kind))
+    for (step, kind, path), text in zip(folders, texts, strict=True):
+        if text is not None:
+            try:
+                meta = json.loads(text)
+            except ValueError:
+                meta = {}  # damaged: who is about to use it is told
+            kept.append(Kept(step, kind, path, meta))
+    return kept
+
+
+def _read_if_step(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b"" if file.is_file() or (file.parent.parent / MANIFEST).is_file() else None
 
 
 def find_checkpoint(model: str) -> tuple[Path, Kept]:
@@ -94,14 +129,19 @@ def find_checkpoint(model: str) -> tuple[Path, Kept]:
     elif not run_dir.is_dir():
         raise UserError(f"no model {model}: {run_dir} is no directory (a MODEL is a run directory, RUN@STEP,"
                         " or a Hugging Face folder)")
-    kept = list_checkpoints(run_dir)
-    steps = sorted({checkpoint.step for checkpoint in kept})
-    if not kept:
-        raise UserError(f"no model {model}: {run_dir} has no checkpoint yet")
-    step = int(wanted) if at and wanted.isdigit() else steps[-1]
-    matching = [checkpoint for checkpoint in kept if checkpoint.step == step]
+    wanted = int(wanted) if at and wanted.isdigit() else None
+    if huggingface.is_huggingface(run_dir):
+        matching = list_checkpoints(run_dir) if not wanted else []
+    else:
+        folders, matching = _list_folders(run_dir), []
+        for step in sorted({step for step, _, _ in folders} if wanted is None else {wanted}, reverse=True):
+            # Of the others nothing is read.
+            matching = matching or _read_metas([folder for folder in folders if folder[0] == step])
     if not matching:
-        raise UserError(f"no model {model}: {run_dir} has no step {step}; it has {', '.join(map(str, steps))}")
+        steps = sorted({checkpoint.step for checkpoint in list_checkpoints(run_dir)})
+        if not steps:
+            raise UserError(f"no model {model}: {run_dir} has no checkpoint yet")
+        raise UserError(f"no model {model}: {run_dir} has no step {wanted}; it has {', '.join(map(str, steps))}")
     if not matching[-1].meta:
         refuse_damage(matching[-1])
         raise UserError(f"{matching[-1].path}/meta/metadata is damaged: it does not say what this is a checkpoint of")

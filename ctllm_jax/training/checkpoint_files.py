@@ -238,17 +238,24 @@ def remove_half_written(run_dir: Path) -> None:
         time.sleep(0.05)
 
 
-def list_steps(run_dir: Path, kind: str) -> list[tuple[Path, int]]:
-    """The finished steps of a run in `checkpoints` or `milestones`, and the bytes of each."""
+def list_steps(run_dir: Path, kind: str) -> list[Path]:
+    """The finished steps of a run in `checkpoints` or `milestones`, oldest first."""
     if storage.is_remote(run_dir):
-        return [(run_dir / kind / str(step), size) for step, size in objects.list_steps(run_dir / kind).items()]
-    # A finished step is renamed into place.
-    found = [path for path in (run_dir / kind).glob("[0-9]*") if path.name.isdigit() and path.is_dir()]
-    steps = []
-    for path in found:
-        with suppress(FileNotFoundError):  # a run that goes on has just removed it
-            steps.append((path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())))
-    return steps
+        return [run_dir / kind / str(step) for step in objects.list_steps(run_dir / kind)]
+    with suppress(FileNotFoundError), os.scandir(run_dir / kind) as entries:
+        # A finished step is renamed into place.
+        names = [entry.name for entry in entries if re.fullmatch("[0-9]+", entry.name) and entry.is_dir()]
+        return [run_dir / kind / name for name in sorted(names, key=int)]
+    return []
+
+
+def measure_size(step: Path) -> int:
+    """The bytes of all files of a step; 0 where a run that is going has just removed it."""
+    if storage.is_remote(step):
+        return sum(entry.size for entry in storage.list_objects(step).values())
+    with suppress(FileNotFoundError):
+        return sum(file.stat().st_size for file in step.rglob("*") if file.is_file())
+    return 0
 
 
 def written_at(step: Path) -> float:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import errno
+import logging
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +20,35 @@ from ctllm_jax.training.checkpoint_leak import leave_out
 
 
 class Manager:
-    """Orbax's manager of one folder of steps, whose steps get their manifest before they get their name."""
+    """Orbax's manager of one folder of steps, whose steps get their manifest before they get their name.
 
-    def __init__(self, directory: Path, preservation: Any):
+    `steps` are those that are there. Left to look for them, it would make eighteen requests for each, in every process.
+    """
+
+    def __init__(self, directory: Path, preservation: Any, *, steps: Sequence[int] = ()):
         leave_out()
+        logging.getLogger("absl").addFilter(_is_news)
         self.directory, self._step = storage.absolute(directory), None
         remote = storage.is_remote(directory)
-        self._barrier = ocp.multihost.get_barrier_sync_fn()
+        self._barrier, self._names = ocp.multihost.get_barrier_sync_fn(), _Names(steps)
         self._orbax = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
             # Retention in place leaves half-deleted steps that look whole when killed; renamed to the trash, none does.
             # On an object store nothing is renamed: what goes away there, `checkpoint_objects` decides.
             todelete_subdir=None if remote else files.TRASH, preservation_policy=None if remote else preservation,
             create=True, cleanup_tmp_directories=not remote,
-            enable_async_checkpointing=True, temporary_path_class=_RemoteStep if remote else _Step,
+            enable_async_checkpointing=True, lightweight_initialize=True, step_name_format=self._names,
+            temporary_path_class=_RemoteStep if remote else _Step,
             # Folders made by a thread that fails leave others waiting for them, and the process ends 20 minutes late.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False,
                                            barrier_sync_fn=None if remote else self._meet)))
-        self.all_steps, self.reload = self._orbax.all_steps, self._orbax.reload
+        self.all_steps = self._orbax.all_steps
         self.wait, self.close = self._orbax.wait_until_finished, self._orbax.close
+
+    def know(self, steps: Sequence[int]) -> None:
+        """Take these for the finished steps in the folder: a manager does not look for itself."""
+        if list(steps) != list(self.all_steps()):
+            self._names.steps = steps
+            self._orbax.reload()
 
     def save(self, step: int, items: ocp.args.Composite) -> None:
         """Begin to save a step."""
@@ -51,6 +65,39 @@ class Manager:
             for unnamed in self.directory.glob(f"{self._step}.orbax-checkpoint-tmp*"):
                 files.write_sums(unnamed, process=jax.process_index())
         self._barrier(key=key, timeout_ms=timeout_ms)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a log line is not Orbax's about an error that it also raises: it writes some hundred lines of stacks from
+    each of its threads, around the one line of ours."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+class _Found(ocp.path.step.Metadata):
+    """A step without its time, which nothing here asks for, and which is a file's content."""
+
+    commit_timestamp = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+
+
+class _Names(ocp.path.step.NameFormat):
+    """Steps are named by their numbers, and are those that the manager was told of."""
+
+    def __init__(self, steps: Sequence[int]):
+        self.steps = steps
+
+    def build_name(self, step: int) -> str:
+        """The name of a step's folder."""
+        return str(step)
+
+    def find_all(self, base_path: Path) -> Iterator[_Found]:
+        """All steps."""
+        return (_Found(step, base_path / str(step)) for step in self.steps)
+
+    def find_step(self, base_path: Path, step: int) -> _Found:
+        """One of them; ValueError where it was removed."""
+        if not (base_path / str(step)).exists():
+            raise ValueError(f"{base_path / str(step)} is not there")
+        return _Found(step, base_path / str(step))
 
 
 class _Sealed:

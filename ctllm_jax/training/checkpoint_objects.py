@@ -20,17 +20,14 @@ COMMITTED = "commit_success.txt"
 """Orbax writes this one last, and nothing reads it on a disk that renames."""
 
 
-def list_steps(directory: Path, *, finished: bool = True) -> dict[int, int]:
-    """The steps in a folder of steps, and the bytes of each; or with `finished=False` what is left of others."""
-    sizes: dict[int, int] = {}
-    committed = set()
-    for name, entry in storage.list_objects(directory).items():
-        step, slash, rest = name.partition("/")
-        if slash and step.isdigit():
-            sizes[int(step)] = sizes.get(int(step), 0) + entry.size
-            if rest == COMMITTED:
-                committed.add(int(step))
-    return {step: size for step, size in sorted(sizes.items()) if (step in committed) == finished}
+def list_steps(directory: Path, *, finished: bool = True) -> list[int]:
+    """The steps in a folder of steps, sorted; or with `finished=False` what is left of others.
+
+    One list of names, and one request for each step, all at the same time.
+    """
+    steps = sorted(int(name) for name in storage.list_names(directory) if name.isdigit())
+    committed = storage.read_small([directory / str(step) / COMMITTED for step in steps])
+    return [step for step in steps if (directory / str(step) / COMMITTED in committed) == finished]
 
 
 def discard(folder: Path) -> None:
@@ -51,12 +48,13 @@ def quarantine(folder: Path, place: Path) -> None:
     storage.move_tree(folder, place)
 
 
-def retain(directory: Path, *, keep_last: int, keep_every: int | None) -> None:
-    """Remove the steps that are neither among the newest `keep_last` nor multiples of `keep_every`."""
-    steps = list(list_steps(directory))
-    for step in steps[:-keep_last]:
+def retain(directory: Path, steps: set[int], *, keep_last: int, keep_every: int | None) -> None:
+    """Remove those of `steps` that are neither among the newest `keep_last` nor multiples of `keep_every`, from the set
+    too, so that no later save looks for them."""
+    for step in sorted(steps)[:-keep_last]:
         if not keep_every or step % keep_every:
             discard(directory / str(step))
+            steps.discard(step)
 
 
 def quietly(task: Callable[[], None], *, what: str) -> None:

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ctllm_jax import storage
-from ctllm_jax.cluster.distributed import tell_all
+from ctllm_jax.cluster.distributed import tell_all, tell_all_of
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import CheckpointConfig
 from ctllm_jax.config.statuses import REQUEUE
@@ -66,7 +66,6 @@ class Checkpointer:
         self.tokens_at = tokens_at or (lambda step: step * self.tokens_per_step)
         self._remote = storage.is_remote(run_dir)
         self._background = ThreadPoolExecutor(1, thread_name_prefix="retention") if self._remote else None
-        logging.getLogger("absl").addFilter(_is_news)
         keep = [policies.LatestN(config.keep_last)]
         if config.keep_every:
             keep.append(policies.EveryNSteps(config.keep_every))
@@ -79,9 +78,12 @@ class Checkpointer:
                 shutil.rmtree(path, ignore_errors=True)
             files.empty_trash(run_dir / CHECKPOINTS)
         with self._disk_errors_told():
-            self._steps = Manager(run_dir / CHECKPOINTS, policies.AnyPreservationPolicy(keep))
-            self._milestones = Manager(run_dir / MILESTONES, None) if config.milestones else None
+            self._steps = Manager(run_dir / CHECKPOINTS, policies.AnyPreservationPolicy(keep),
+                                  steps=self._look(CHECKPOINTS))
+            self._milestones = (Manager(run_dir / MILESTONES, None, steps=self._look(MILESTONES))
+                                if config.milestones else None)
         self._managers = [manager for manager in (self._steps, self._milestones) if manager is not None]
+        self._kept = set(self._steps.all_steps())
         self._begun = self._closed = False
         self._failures = 0
         self._error: NotWritten | None = None
@@ -153,10 +155,10 @@ class Checkpointer:
         Raises:
           UserError: there are steps, or were, and none of them is whole.
         """
-        answer, problem = _NONE, None
+        answer, problem, left = _NONE, None, []
         if jax.process_index() == 0:
             try:
-                answer = self._find_whole()
+                answer, left = self._find_whole()
             except (UserError, OSError) as error:
                 answer, problem = _FAILED, error
         answer = tell_all(answer)
@@ -166,8 +168,8 @@ class Checkpointer:
             raise problem
         if answer == _FAILED:
             raise UserError(f"no checkpoint of {self.run_dir} to go on from; the first process says why")
-        for manager in self._managers:
-            manager.reload()
+        self._kept = set(tell_all_of(left))
+        self._steps.know(sorted(self._kept))
         return None if answer == _NONE else answer
 
     def read_meta(self, step: int) -> dict[str, Any]:
@@ -231,8 +233,8 @@ class Checkpointer:
             self._empty_trash()
             if errors:
                 if jax.process_count() == 1:
-                    for manager in self._managers:
-                        manager.reload()  # Orbax lists the failed step from its beginning on
+                    for manager in self._managers:  # Orbax lists the failed step from its beginning on
+                        manager.know(self._look(manager.directory.name))
                 raise errors[0]
         if begun:
             self._failures, self._error = 0, None
@@ -248,9 +250,23 @@ class Checkpointer:
             self._tell(f"{error} (failed save {self._failures} of {allowed} in a row that checkpoint.tolerate_failures"
                        " allows: the run goes on)")
 
-    def _find_whole(self) -> int:
+    def _look(self, kind: str) -> list[int]:
+        """The steps that there are. The first process looks, whatever number of processes there is."""
+        found: list[int] = []
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                found = [int(path.name) for path in files.list_steps(self.run_dir, kind)]
+            except OSError as error:
+                problem = error
+        if tell_all(int(problem is not None)):
+            raise problem or UserError(f"{self.run_dir / kind} cannot be listed; the first process says why")
+        return tell_all_of(found)
+
+    def _find_whole(self) -> tuple[int, list[int]]:
+        """The newest step that is whole, and all that are there when the damaged ones before it are in quarantine."""
         if self.config.verify == "off":
-            return max(self._steps.all_steps(), default=_NONE)
+            return max(self._steps.all_steps(), default=_NONE), self._steps.all_steps()
         damaged: dict[int, list[str]] = {}
         for step in sorted(self._steps.all_steps(), reverse=True):
             folder = self._steps.directory / str(step)
@@ -266,7 +282,7 @@ class Checkpointer:
                     place = files.quarantine(self._steps.directory / str(number), found)
                     self.warn(f"the checkpoint of step {number} is damaged, and is in {place} now:"
                                f" {files.say_damage(found)}; going on from step {step}")
-                return step
+                return step, [number for number in self._steps.all_steps() if number not in damaged]
             damaged[step] = problems
         if damaged:
             raise UserError(self._say_none_whole(damaged))
@@ -275,7 +291,7 @@ class Checkpointer:
                             f"{files.QUARANTINE}, each with the reason beside it; a step that you move back to"
                             f" {self._steps.directory} is looked at again; to begin again, remove the quarantine or"
                             " give another run.dir (init=RUN@STEP takes the weights of a milestone)")
-        return _NONE
+        return _NONE, []
 
     def _say_none_whole(self, damaged: dict[int, list[str]]) -> str:
         """Every step is damaged: the last copies stay where they are, and a person decides."""
@@ -301,9 +317,14 @@ class Checkpointer:
         if self._background is None:
             files.empty_trash(self._steps.directory)
         else:
-            self._background.submit(objects.quietly, lambda: objects.retain(
-                self._steps.directory, keep_last=self.config.keep_last, keep_every=self.config.keep_every),
-                what="removing old checkpoints")
+            newest = self._steps.all_steps()[-1:]
+
+            def retain() -> None:
+                self._kept.update(newest)
+                objects.retain(self._steps.directory, self._kept, keep_last=self.config.keep_last,
+                               keep_every=self.config.keep_every)
+
+            self._background.submit(objects.quietly, retain, what="removing old checkpoints")
 
     def _check_room(self, step: int, saves: list[ocp.args.Composite]) -> None:
         """Better before than in the middle of writing; the other processes write to the same disk."""
@@ -355,12 +376,6 @@ def _disk_reason(error: BaseException) -> str | None:
     text."""
     number = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(number[1])) if number else getattr(error, "strerror", None)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a log line is not Orbax's about an error that it also raises: it writes some hundred lines of stacks from
-    each of its threads, around the one line of ours."""
-    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def write_weights(run_dir: Path, params: Any, *, meta: dict[str, Any]) -> None:

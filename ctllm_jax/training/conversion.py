@@ -94,7 +94,7 @@ def import_model(directory: Path, output: Path, *, template: bool = True, vocab_
 
     with _made_whole(output) as made:
         write_streamed(made, _nest({path: lazy(path) for path in table}), meta=meta)
-        kept = Kept(0, "milestone", made / MILESTONES / "0", meta, 0)
+        kept = Kept(0, "milestone", made / MILESTONES / "0", meta)
         for path in table:
             read_back(path)
             if _digest(read_parameter(kept, path)) != _digest(read(path)):

@@ -194,8 +194,8 @@ class Lock:
                 self._mine["beat"] += 1
                 os.pwrite(self._file, self._text(), 0)
                 os.fsync(self._file)
-            except OSError as error:
-                log.warning("the heartbeat of %s failed (%s)", self.path, error.strerror)
+            except Exception as error:  # of whatever kind: without heartbeats another would take over
+                log.warning("the heartbeat of %s failed (%s)", self.path, error)
 
     def _text(self) -> bytes:
         return json.dumps(self._mine).encode().ljust(_LINE - 1) + b"\n"

@@ -15,8 +15,7 @@ import numpy as np
 from ctllm_jax.cluster.distributed import tell_all
 from ctllm_jax.config.reliability import BadStepsConfig
 from ctllm_jax.config.statuses import DIVERGED
-from ctllm_jax.training.checkpoint import list_checkpoints
-from ctllm_jax.training.checkpoint_files import discard
+from ctllm_jax.training.checkpoint_files import CHECKPOINTS, MILESTONES, discard, list_steps
 from ctllm_jax.training.checkpointer import Checkpointer
 from ctllm_jax.training.state import Spikes, State, init_spikes
 
@@ -97,14 +96,14 @@ class Recovery:
                            f" another run.dir with init={run_dir}")
         checkpointer.close()
         # What a disk shows may differ between hosts for a moment: the first process decides.
-        if not tell_all(int(jax.process_index() == 0 and any(
-                kept.kind == "resumable" and kept.step <= before for kept in list_checkpoints(run_dir)))):
+        first = jax.process_index() == 0
+        kept = [path for kind in (CHECKPOINTS, MILESTONES) for path in list_steps(run_dir, kind)] if first else []
+        if not tell_all(int(any(path.parent.name == CHECKPOINTS and int(path.name) <= before for path in kept))):
             raise Diverged(f"diverged: {where}, and there is no checkpoint from before them to go back to; look at the"
                            " data of these steps, or take a smaller optimizer.lr or a longer optimizer.warmup_steps")
-        if jax.process_index() == 0:
-            for kept in list_checkpoints(run_dir):
-                if kept.step > before:
-                    discard(kept.path)
+        for path in kept:
+            if int(path.name) > before:
+                discard(path)
         tell_all(0)  # the others wait until it is gone
         checkpointer = Checkpointer(run_dir, checkpointer.config, tokens_per_step=checkpointer.tokens_per_step,
                                     meta=checkpointer.meta, tokens_at=checkpointer.tokens_at)

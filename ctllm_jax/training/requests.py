@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ctllm_jax.storage import is_remote, list_names, upload_tree
+from ctllm_jax.storage import is_remote, list_names, told, upload_tree
 from ctllm_jax.training.loop import Hook
 from ctllm_jax.training.signals import REASONS, Signals
 
@@ -59,6 +59,7 @@ class Requests:
         self._trace_until: int | None = None
         self._tracing = False
         self._stuck: set[str] = set()
+        self._failing = False
         self._seen = _Watch(directory) if is_remote(directory) and self._first else None
         self._traces: Path | None = None
 
@@ -98,9 +99,22 @@ class Requests:
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
+            place = self._directory / TRACES
             if self._traces is not None:
-                upload_tree(self._traces, self._directory / TRACES)
-            self._tell(step, f"the trace is in {self._directory / TRACES} (tensorboard, xprof or ui.perfetto.dev)")
+                try:
+                    upload_tree(self._traces, place)
+                except OSError as error:
+                    log.warning("the trace cannot be copied to %s (%s)", place, error)
+                    place = self._traces
+            self._tell(step, f"the trace is in {place} (tensorboard, xprof or ui.perfetto.dev)")
+
+    def close(self, step: int) -> None:
+        """End what was begun: a trace, and the thread that looks for files."""
+        try:
+            self.end_trace(step)
+        finally:
+            if self._seen is not None:
+                self._seen.close()
 
     def _obey(self, step: int, reason: int, save: bool) -> None:
         if save:
@@ -133,13 +147,23 @@ class Requests:
     def _is_there(self, name: str) -> bool:
         if not self._first or name in self._stuck:
             return False
-        return (self._directory / name).exists() if self._seen is None else name in self._seen.names
+        if self._seen is not None:
+            return name in self._seen.names
+        try:
+            found, self._failing = (self._directory / name).exists(), False
+            return found
+        except OSError as error:  # a file server that is away for a moment
+            if not self._failing:
+                log.warning("%s cannot be looked for (%s); this is tried again", self._directory / name, error.strerror)
+            self._failing = True
+            return False
 
     def _remove(self, name: str) -> None:
         if not self._is_there(name):
             return
         try:
-            (self._directory / name).unlink()
+            with told(self._directory):
+                (self._directory / name).unlink(missing_ok=True)
             if self._seen is not None:
                 self._seen.names.discard(name)
         except OSError as error:
@@ -156,20 +180,35 @@ class Requests:
 
 
 class _Watch:
-    """What lies in a directory of an object store, as a thread saw it last."""
+    """What lies in a directory of an object store, as a thread saw it last.
+
+    No error ends the thread, or a STOP that comes later would never be seen. The first of errors in a row is told.
+    """
 
     def __init__(self, directory: Path):
         self.names: set[str] = set()
-        self._directory = directory
-        threading.Thread(target=self._look, daemon=True, name="requests").start()
+        self._directory, self._ended = directory, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True, name="requests")
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread, before Python takes from it what it asks with."""
+        self._ended.set()
+        self._thread.join()
 
     def _look(self) -> None:
+        failing = False
         while True:
             try:
                 self.names = {STOP, SAVE, PROFILE}.intersection(list_names(self._directory))
-            except OSError as error:
-                log.warning("%s; it is looked at again", error)
-            time.sleep(_REMOTE_SECONDS)
+                failing = False
+            except Exception as error:
+                if not failing:
+                    log.warning("%s, %s and %s cannot be looked for in %s (%s: %s); this is tried again every %g s",
+                                STOP, SAVE, PROFILE, self._directory, type(error).__name__, error, _REMOTE_SECONDS)
+                failing = True
+            if self._ended.wait(_REMOTE_SECONDS):
+                return
 
 
 class Agreement:

@@ -3,6 +3,8 @@
 import pickle
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +69,28 @@ def test_the_splits_that_exist_are_named(directory):
 def test_a_folder_without_manifest_is_no_dataset(tmp_path):
     with pytest.raises(UserError, match=r"is not a dataset directory: it has no manifest.json"):
         Dataset(tmp_path)
+
+
+def test_every_shard_is_looked_at_once_and_none_waits_for_another(directory, monkeypatch):
+    paths = [shard.path for shard in Dataset(directory).split("train").shards]
+    looked, together, stat = [], threading.Barrier(len(paths)), Path.stat
+
+    def counting(path, **options):
+        if path in paths:
+            looked.append(path)
+            together.wait(timeout=60)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", counting)
+    Dataset(directory).split("train")
+    assert len(paths) > 1 and sorted(looked) == sorted(paths)
+
+
+def test_a_store_is_asked_once_for_all_shards(directory, store):
+    dataset = Dataset(store.upload(directory, "listed"))
+    store.requests.clear()
+    reader = dataset.split("train")
+    assert len(reader.shards) > 1 and len(store.requests) <= 2 and all("/listed/" in path for _, path in store.requests)
 
 
 def test_only_the_damaged_record_is_lost(directory):

@@ -71,7 +71,7 @@ def init(params, monkeypatch):
     """A checkpoint of these weights, as `find_checkpoint` and `load_params` would read it; they can be replaced."""
     known = {"params": params, "meta": {"fingerprint": {"config": {"seed": 1}}}}
     monkeypatch.setattr(reference, "find_checkpoint",
-                        lambda model: (None, Kept(7, "resumable", None, known["meta"], 0)))
+                        lambda model: (None, Kept(7, "resumable", None, known["meta"])))
     monkeypatch.setattr(reference, "load_params", lambda kept, abstract: jax.tree.map(
         lambda x, like: jax.device_put(x, like.sharding), known["params"], abstract))
     return known

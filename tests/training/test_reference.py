@@ -46,7 +46,7 @@ def load_data(tmp_path_factory):
 def checkpoint():
     """What stands in for that of `init`: its meta can be replaced."""
     params = init_params(make_config().model, jax.random.key(0))
-    known = Kept(7, "resumable", None, {"fingerprint": {"config": {"seed": 1}}}, 0)
+    known = Kept(7, "resumable", None, {"fingerprint": {"config": {"seed": 1}}})
     found = {"kept": known}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "find_checkpoint", lambda model: (None, found["kept"]))
@@ -79,7 +79,7 @@ def test_what_makes_a_reference_stale_is_named(load_data, checkpoint, kept, chan
     data = load_data(**{name: changes[name] for name in changes.keys() & {"tokenizer", "plain_user", "pairs",
                                                                           "sequence_length"}})
     before = checkpoint["kept"]
-    changed = Kept(changes.get("step", before.step), before.kind, None, changes.get("meta", before.meta), 0)
+    changed = Kept(changes.get("step", before.step), before.kind, None, changes.get("meta", before.meta))
     config = make_config(f"compute.dtype={changes.get('dtype', 'float32')}",
                          f"data.reference={kept / 'reference.npz'}")
     content = (kept / "reference.npz").read_bytes()

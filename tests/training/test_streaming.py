@@ -51,7 +51,7 @@ def test_streamed_is_what_is_saved_at_once(tmp_path):
     metas = [(tmp_path / name / "milestones/7/meta/metadata").read_text() for name in ("whole", "streamed")]
     assert json.loads(metas[0]) == json.loads(metas[1])
     for name in ("whole", "streamed"):
-        kept = Kept(7, "milestone", tmp_path / name / "milestones" / "7", {}, 0)
+        kept = Kept(7, "milestone", tmp_path / name / "milestones" / "7", {})
         found = dict(stream_parameters(kept))
         assert parameter_dtypes(kept) == {path: array.dtype for path, array in found.items()}
         assert sorted(found) == ["blocks/norm", "blocks/query", "embedding"]
