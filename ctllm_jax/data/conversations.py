@@ -16,7 +16,7 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.folders import files_below
 from ctllm_jax.data.chat import Message
 from ctllm_jax.data.layouts import DIALOGUES, Dropped, check_fields, dialogue_of, kind_of, unread_fields
-from ctllm_jax.dataset.text import BOM, Quarantine, broken_stream_errors, decompressed, parse_json
+from ctllm_jax.dataset.text import BOM, Quarantine, read_json_lines
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"),
@@ -266,20 +266,8 @@ def _records(file: Path, bad: Quarantine) -> Iterator[tuple[int, Any]]:
             except json.JSONDecodeError as error:
                 raise UserError(f"{file}:{error.lineno}: malformed JSON array: {error.msg}") from None
             return
-    with open(file, "rb") as raw, decompressed(raw, {".gz": "gz", ".zst": "zst"}.get(file.suffix), str(file)) as stream:
-        line = 0
-        try:
-            for line, content in enumerate(stream, 1):
-                data = content.removeprefix(BOM) if line == 1 else content
-                if data.strip():
-                    try:
-                        record = parse_json(data)
-                    except ValueError as error:
-                        bad.put(file, line, str(error), data)
-                        continue
-                    yield line, record
-        except broken_stream_errors() as error:
-            bad.put(file, line + 1, f"the compressed data is damaged or ends early: {error}")
+    for line, record, _, _ in read_json_lines(file, bad):
+        yield line, record
 
 
 def _parquet_records(file: Path) -> Iterator[tuple[int, Any]]:

@@ -131,6 +131,20 @@ def checked_value(text: object, text_field: str) -> str:
 
 
 def _read_lines(file: Path, text_field: str, quarantine: Quarantine) -> Iterator[tuple[int, str, int]]:
+    for line, values, data, position in read_json_lines(file, quarantine):
+        try:
+            text = checked_text(values, text_field)
+        except ValueError as error:
+            quarantine.put(file, line, str(error), data)
+            continue
+        yield line, text, position
+
+
+def read_json_lines(file: Path, quarantine: Quarantine) -> Iterator[tuple[int, object, bytes, int]]:
+    """Of each line of JSON: its number, its value, its bytes, and the bytes of the file that were read.
+
+    A bad line, or one of more than LARGEST_LINE bytes, is put aside; damaged compression costs the rest of the file.
+    """
     with open(file, "rb") as raw, decompressed(raw, _COMPRESSIONS.get(file.suffix), str(file)) as stream:
         line = 0
         try:
@@ -145,11 +159,11 @@ def _read_lines(file: Path, text_field: str, quarantine: Quarantine) -> Iterator
                 try:
                     if size > LARGEST_LINE:
                         raise ValueError(f"a line of {size:,} bytes; more than {LARGEST_LINE:,} are not read")
-                    text = checked_text(parse_json(data), text_field)
+                    values = parse_json(data)
                 except ValueError as error:
                     quarantine.put(file, line, str(error), data)
                     continue
-                yield line, text, raw.tell()
+                yield line, values, data, raw.tell()
         except broken_stream_errors() as error:
             quarantine.put(file, line + 1, f"the compressed data is damaged or ends early: {error}")
 

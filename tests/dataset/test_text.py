@@ -176,3 +176,17 @@ def test_progress_reaches_the_size_of_the_files(tmp_path):
     files = find_files([str(tmp_path)])
     list(read_documents(files, text_field="text", quarantine=Quarantine(None, 0), progress=seen.append))
     assert seen == sorted(seen) and seen[-1] == sum(path.stat().st_size for path in files)
+
+
+def test_a_line_that_is_too_long_costs_itself_and_unicode_is_known_by_its_mark(tmp_path, monkeypatch):
+    monkeypatch.setattr("ctllm_jax.dataset.text.LARGEST_LINE", 99)
+    lines = '{"text": "一"}\n{"text": "' + "x" * 99 + '"}\n{"text": "三"}\n'
+    for name, encoding in (("a.jsonl", "utf-8"), ("b.jsonl", "utf-16")):
+        (tmp_path / name).write_bytes(lines.encode(encoding))
+        bad = Quarantine(tmp_path / f"{name}.bad", max_bad=1)
+        found = read_documents([tmp_path / name], text_field="text", quarantine=bad)
+        assert [(document.line, document.text) for document in found] == [(1, "一"), (3, "三")]
+        assert "a line of 112 bytes; more than 99 are not read" in bad.path.read_text()
+    (tmp_path / "c.txt").write_bytes("一\n".encode("utf-16"))
+    assert [document.text for document in read_documents([tmp_path / "c.txt"], text_field="text", quarantine=bad)] == [
+        "一\n"]
