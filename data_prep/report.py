@@ -196,6 +196,9 @@ def _samples(config: PrepareConfig, ran: Ran) -> list[dict[str, Any]]:
         shown += [_sample(sample, source, "decontamination", kept=False, value=sample["value"],
                           other=sample["passage"])
                   for sample in lowest(found, count)]
+        found = [sample for _, commit in done for sample in commit.counters["line_pairs"]]
+        shown += [_sample(sample, source, "lines", kept=False, other=sample["other"][:SHOWN_CHARACTERS])
+                  for sample in lowest(found, count)]
     return shown
 
 

@@ -300,7 +300,8 @@ def _removed(report: Report) -> str:
     if lines:
         cells.append(["all", f"similar lines, in {_number(lines.get('documents'))} documents with "
                              f"{_number(lines.get('characters'))} characters", _number(lines.get("lines"))])
-    return section("Taken out of documents that stay", table(["source", "what", "count"], cells)) if cells else ""
+    return section("Taken out of documents that stay", table(["source", "what", "count"], cells)
+                   + pairs(_list(report, "samples"), "lines")) if cells else ""
 
 
 def _copies(report: Report) -> str:

@@ -89,6 +89,8 @@ class SimilarLinesConfig(Section):
                               le=1)
     exact_below: int = key(15, "where the shorter line has at most this many characters, only equal lines are similar",
                            ge=0)
+    keep_different_facts: bool = key(True, "keep both of two similar lines that differ in a number, a negation, an "
+                                           "opposite word or the order of their words; false: as CT-LLM's release")
 
 
 class DecontaminateConfig(Section):

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ctllm_jax.config.errors import UserError
+from data_prep.dedup import facts
 
 if TYPE_CHECKING:
     from ctllm_jax.config.prepare import SimilarLinesConfig
@@ -25,16 +26,20 @@ BOUNDARY = re.compile(rf"(?:{END})(?:{END}|[”’」』）》〉])*|(?=[\[【])
 LETTER = re.compile(r"[^\W\d_]")
 SKETCH_WORDS = 4
 CODE_POINTS = 0x110000
+SHOWN_PAIRS = 3
+"""Pairs of a document that are remembered."""
 BLOCK, ROWS = 1024, 64
 """Lines taken at a time, in the order of the document, and of these at a time, by their lengths."""
 
 
 class Dropped(NamedTuple):
-    """The text that stays, and how many lines and characters went."""
+    """The text that stays, how many lines and characters went, and some of the pairs of a line that went and a
+    different one that stays."""
 
     text: str
     lines: int
     characters: int
+    pairs: tuple[tuple[str, str], ...] = ()
 
 
 def drop_similar_lines(text: str, config: SimilarLinesConfig) -> Dropped:
@@ -43,20 +48,23 @@ def drop_similar_lines(text: str, config: SimilarLinesConfig) -> Dropped:
     Two lines (less the white space around them) are similar if their lengths differ by less than `max_length_gap` of
     the longer, their bags of characters have a Jaccard similarity of `min_jaccard` or more, and their edit distance is
     at most `max_distance` of the longer; where the shorter has `exact_below` characters or fewer, if they are equal.
+    With `keep_different_facts`, lines that differ in what `facts` looks at are not similar.
     Lines that stay keep every character, white space included. Dropping a line may join its neighbours to one, so this
     goes on until nothing is similar: a second call changes nothing. UserError without the package rapidfuzz.
     """
     lines = characters = 0
-    pieces = split_lines(text)
+    pieces, pairs = split_lines(text), []
     while True:
-        dropped = _later_ones(pieces, config)
-        kept = [piece for piece, drop in zip(pieces, dropped, strict=True) if not drop]
+        earlier = _earlier_ones(pieces, config)
+        kept = [piece for piece, other in zip(pieces, earlier, strict=True) if other is None]
+        pairs += [(piece.strip(), other) for piece, other in zip(pieces, earlier, strict=True)
+                  if other is not None and other != piece.strip()][:SHOWN_PAIRS - len(pairs)]
         lines += len(pieces) - len(kept)
         characters += len(text) - sum(map(len, kept))
         text = "".join(kept)
         pieces = split_lines(text)
         if pieces == kept:
-            return Dropped(text, lines, characters)
+            return Dropped(text, lines, characters, tuple(pairs))
 
 
 def split_lines(text: str) -> list[str]:
@@ -66,25 +74,30 @@ def split_lines(text: str) -> list[str]:
     return [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False) if start < end]
 
 
-def _later_ones(pieces: Sequence[str], config: SimilarLinesConfig) -> list[bool]:
-    """Which lines are similar to an earlier one that stays. Equal lines by a table, the long others by `_search`."""
-    dropped = [False] * len(pieces)
+def _earlier_ones(pieces: Sequence[str], config: SimilarLinesConfig) -> list[str | None]:
+    """For each line an earlier one that stays and is similar, or None. Equal lines by a table, the long others by
+    `_search`, which compares only lines that may state the same facts."""
+    earlier: list[str | None] = [None] * len(pieces)
     places: dict[str, int] = {}
     for place, piece in enumerate(pieces):
         line = piece.strip()
         if line in places:
-            dropped[place] = True
+            earlier[place] = line
         elif LETTER.search(line):
             places[line] = place
-    long = {line: place for line, place in places.items() if len(line) > config.exact_below}
-    if len(long) > 1:
-        for place, drop in zip(long.values(), _search(list(long), config), strict=True):
-            dropped[place] = drop
-    return dropped
+    together: dict[Hashable, list[str]] = {}
+    for line in places:
+        if len(line) > config.exact_below:
+            together.setdefault(facts.signature(line) if config.keep_different_facts else None, []).append(line)
+    for lines in together.values():
+        if len(lines) > 1:
+            for line, other in zip(lines, _search(lines, config), strict=True):
+                earlier[places[line]] = other
+    return earlier
 
 
-def _search(lines: list[str], config: SimilarLinesConfig) -> list[bool]:
-    """Which of these different lines are similar to an earlier one that stays.
+def _search(lines: list[str], config: SimilarLinesConfig) -> list[str | None]:
+    """For each of these different lines an earlier one that stays and is similar, or None.
 
     Every pair whose lengths are near enough is looked at, but by numbers of a few bytes: an edit changes which
     characters occur an odd number of times by at most 2, and which pairs of neighbours do by at most 4. Few pairs are
@@ -94,7 +107,7 @@ def _search(lines: list[str], config: SimilarLinesConfig) -> list[bool]:
     lengths = np.fromiter(map(len, lines), dtype=np.int32, count=len(lines))
     limits = np.floor(config.max_distance * lengths + 1e-9).astype(np.int32)
     measures = _sketches(lines, lengths)
-    dropped = [False] * len(lines)
+    found: list[str | None] = [None] * len(lines)
     kept = np.zeros(0, dtype=np.int64)
     for start in range(0, len(lines), BLOCK):
         block = np.arange(start, min(len(lines), start + BLOCK))
@@ -105,10 +118,10 @@ def _search(lines: list[str], config: SimilarLinesConfig) -> list[bool]:
         later, earlier = np.concatenate(pairs, axis=1)
         order = np.lexsort((earlier, later))
         for place, other in zip(later[order].tolist(), earlier[order].tolist(), strict=True):
-            if not dropped[place] and not dropped[other]:
-                dropped[place] = _are_similar(lines[other], lines[place], config)
-        kept = np.concatenate([kept, block[~np.array(dropped[start : start + BLOCK])]])
-    return dropped
+            if found[place] is None and found[other] is None and _are_similar(lines[other], lines[place], config):
+                found[place] = lines[other]
+        kept = np.concatenate([kept, block[[other is None for other in found[start : start + BLOCK]]]])
+    return found
 
 
 def _near(rows: np.ndarray, columns: np.ndarray, lengths: np.ndarray, limits: np.ndarray,
@@ -169,4 +182,5 @@ def _are_similar(a: str, b: str, config: SimilarLinesConfig) -> bool:
     if longer - shorter >= config.max_length_gap * longer or Levenshtein.distance(a, b, score_cutoff=limit) > limit:
         return False
     common = (Counter(a) & Counter(b)).total()
-    return common >= config.min_jaccard * (len(a) + len(b) - common)
+    return (common >= config.min_jaccard * (len(a) + len(b) - common)
+            and not (config.keep_different_facts and facts.differ(a, b)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ def _clean(unit: Unit, options: dict[str, Any], output: Output) -> None:
     lines = documents_with_lines = characters = 0
     kept: list[bytes] = []
     kept_bytes = in_bytes = 0
+    line_pairs: list[dict[str, Any]] = []
     contaminated: list[dict[str, Any]] = []
     for record in zip(*(part[name] for name in COLUMNS), strict=True):
         values = dict(zip(COLUMNS, record, strict=True))
@@ -52,7 +54,10 @@ def _clean(unit: Unit, options: dict[str, Any], output: Output) -> None:
                                  "passage": max(passages, key=len)[:SHOWN_CHARACTERS]})
             continue
         if unit["similar_lines"]:
-            values["text"], dropped, shorter = drop_similar_lines(values["text"], config.lines)
+            values["text"], dropped, shorter, pairs = drop_similar_lines(values["text"], config.lines)
+            line_pairs = lowest(line_pairs + [
+                {"order": hashlib.blake2b(gone.encode(), digest_size=8).hexdigest(), "id": values["id"],
+                 "url": values["url"], "text": gone, "other": other} for gone, other in pairs], config.filter.samples)
             lines, characters = lines + dropped, characters + shorter
             documents_with_lines += dropped > 0
         kept_bytes += len(values["text"].encode("utf-8"))
@@ -63,4 +68,5 @@ def _clean(unit: Unit, options: dict[str, Any], output: Output) -> None:
     output.counters |= {"in": len(part["id"]), "in_bytes": in_bytes, "kept": len(kept), "kept_bytes": kept_bytes,
                         "contaminated": len(contaminated), "ngrams": len(known) if known else 0,
                         "samples": lowest(contaminated, config.filter.samples),
+                        "line_pairs": line_pairs,
                         "documents_with_lines": documents_with_lines, "lines": lines, "characters": characters}

@@ -63,6 +63,7 @@ def report():
                     sample("web", "留下来的文章", kept=True),
                     sample("web", "完全一样的文章", stage="exact", other="完全一样的文章"),
                     sample("wiki", "几乎一样的甲文章", stage="minhash", other="几乎一样的乙文章"),
+                    sample("web", "被去掉的一行", stage="lines", other="被留下的一行"),
                     sample("wiki", "考试题", stage="decontamination", value=3, other="下列说法正确的一项")],
         "languages": [{"source": "web", "language": "zh", "documents": 900, "bytes": 8_000_000},
                       {"source": "web", "language": "en", "documents": 90, "bytes": 900_000}],
@@ -128,7 +129,7 @@ def test_a_whole_report_is_shown(report):
                  "it is <slow>", "What length is.", "≥ 0.1 and ≤ 0.725", "30.3%", "150", "rules that dropped nothing",
                  "太短的文", "什么也不剩", "留下来的文章", "lines javascript", "4,120 characters",
                  "20 texts occur more than once", "198 of them verified with Jaccard ≥ 0.8", "9 bands × 13 rows",
-                 "half are found at 1", "考试题", "下列说法正确的一项",
+                 "half are found at 1", "被去掉的一行", "被留下的一行", "考试题", "下列说法正确的一项",
                  "4 documents hold passages of the evaluation sets (184,220", "900", "8.00MB", "1,200,000",
                  "record of type request", "clean1.0s–9.8–", '"bands": 9'):
         assert text in page.text, text

@@ -8,6 +8,7 @@ import pytest
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.prepare import SimilarLinesConfig
+from data_prep.dedup import facts
 from data_prep.dedup.similar_lines import drop_similar_lines, split_lines
 
 ENDS, OPENINGS, CLOSING = "!?。！？…]】", "[【", "”’」』）》〉"
@@ -47,6 +48,8 @@ def are_similar(a, b, config):
     if (longer - shorter) / longer >= config.max_length_gap:
         return False
     common, everything = (Counter(a) & Counter(b)).total(), (Counter(a) | Counter(b)).total()
+    if config.keep_different_facts and (facts.signature(a) != facts.signature(b) or facts.differ(a, b)):
+        return False
     return common / everything >= config.min_jaccard and edit_distance(a, b) <= config.max_distance * longer + 1e-9
 
 
@@ -83,16 +86,16 @@ def document(rng, lines):
 @pytest.mark.parametrize("changes", [{}, {"max_distance": 0.3}, {"max_distance": 0.5, "min_jaccard": 0.8},
                                      {"max_distance": 0.5, "max_length_gap": 0.05}, {"exact_below": 0},
                                      {"exact_below": 40}, {"max_distance": 0}])
-@pytest.mark.parametrize("seed", range(3))
-def test_what_goes_is_what_the_rule_says(changes, seed):
-    config, rng = SimilarLinesConfig(**changes), random.Random(seed)
+@pytest.mark.parametrize(("seed", "faithful"), [(0, True), (1, False), (2, False)])
+def test_what_goes_is_what_the_rule_says(changes, seed, faithful):
+    config, rng = SimilarLinesConfig(**changes, keep_different_facts=not faithful), random.Random(seed)
     went = 0
     for lines in (2, 10, 60):
         text = document(rng, lines)
         result = drop_similar_lines(text, config)
         assert result.text == reference(text, config)
         assert result.characters == len(text) - len(result.text)
-        assert drop_similar_lines(result.text, config) == (result.text, 0, 0)
+        assert drop_similar_lines(result.text, config) == (result.text, 0, 0, ())
         went += result.lines
     assert went
 
@@ -142,6 +145,43 @@ def test_where_lines_end(text, lines):
 ])
 def test_texts(text, expected):
     assert drop_similar_lines(text, SimilarLinesConfig()).text == expected
+
+
+FACTS = [
+    ("2019年3月5日，公司召开董事会会议，审议通过了年度利润分配议案",
+     "2020年3月8日，公司召开董事会会议，审议通过了年度利润分配议案"),
+    ("本合同约定甲方应当在收到货物之后的十日之内向乙方支付全部货款",
+     "本合同约定乙方应当在收到货物之后的十日之内向甲方支付全部货款"),
+    ("患者服用此药以后血压由一百六十毫米汞柱降低了很多，效果非常明显",
+     "患者服用此药以后血压由一百六十毫米汞柱升高了很多，效果非常明显"),
+    ("将三百克面粉倒入大碗之中，慢慢地加入温水，一边加水一边搅拌",
+     "将五百克面粉倒入大碗之中，慢慢地加入温水，一边加水一边搅拌"),
+    ("根据本条例的规定，单位可以在网站上公布此类个人信息",
+     "根据本条例的规定，单位不可以在网站上公布此类个人信息"),
+    ("In the second quarter the price of copper rose by a small amount again",
+     "In the second quarter the price of copper fell by a small amount again"),
+    ("In the end the buyer of the house sued the man who was the seller of it",
+     "In the end the seller of the house sued the man who was the buyer of it"),
+    ("The committee said that the members may use these rooms after the meeting",
+     "The committee said that the members may not use these rooms after the meeting"),
+]
+
+
+@pytest.mark.parametrize("pair", FACTS)
+def test_lines_that_state_different_facts_stay(pair):
+    text = "。".join(pair) + "。"
+    config = SimilarLinesConfig(max_distance=0.2)
+    assert drop_similar_lines(text, config) == (text, 0, 0, ())
+    released = drop_similar_lines(text, config.model_copy(update={"keep_different_facts": False}))
+    assert released.text == pair[0] + "。" and released.pairs == ((pair[1] + "。", pair[0] + "。"),)
+
+
+@pytest.mark.parametrize("pair", [
+    (f"{LINE}。", f"{LINE}呢。"), ("请您登录以后再来查看全部的评论内容哦！", "请你登录以后再来查看全部的评论内容哦！"),
+    ("Please sign in to your account to see all of the comments.",
+     "Please log in to your account to see all of the comments.")])
+def test_lines_that_say_the_same_go(pair):
+    assert drop_similar_lines("\n".join(pair), SimilarLinesConfig()).pairs == (pair[::-1],)
 
 
 def test_a_chain_of_similar_lines_is_measured_from_those_that_stay():
