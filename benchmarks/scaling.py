@@ -191,9 +191,9 @@ def changes(small: list[Row], large: list[Row], unchanged: list[Row]) -> list[st
         f"- Time at the same MFU grows with the FLOPs: {times} times.",
         f"- What is sent, as a share of what is computed: {share}. Weights and arithmetic grow alike while the batch"
         " stays the same, so the share moves with the mesh more than with the size.",
-        f"- Under the settings of the smaller model a device would need {memory}, which leaves little for what"
-        " arithmetic does not see; hence more recomputation, and on H100 parameters split over eight nodes, whose"
-        " weights then go through the network too.",
+        f"- Under the settings of the smaller model a device would need {memory}, which does not fit, or leaves"
+        " little for what arithmetic does not see; hence more recomputation, and on H100 parameters split over"
+        " eight nodes, whose weights then go through the network too.",
         f"- A checkpoint of {size / 2**30:,.0f} GiB is written beside the steps, and must be done before the next one:"
         f" on {large[0].topology.name} after {save(large[0]):.1f} s. A restart reads it whole on the first host:"
         f" {size / DISK_BANDWIDTH:.0f} s at 1 GB/s, or none with `checkpoint.verify=size`.",

@@ -22,7 +22,7 @@ from ctllm_jax.report.run import flatten
 
 Opened = TypeVar("Opened")
 _ERROR = "error"
-_POLL, _LONGEST_POLL = 0.05, 5.0
+_POLL, _LONGEST_POLL = 0.05, 1.0
 """Seconds between two looks: the first, and the longest."""
 _MOST_GROUPS, _MOST_KEYS = 8, 20
 """Of the values that differ, and of the keys: how many are named."""

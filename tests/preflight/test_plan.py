@@ -140,6 +140,19 @@ def test_memory_is_above_what_compilers_say_and_not_by_much(devices, rows, gib):
     assert gib < estimate < 2 * gib
 
 
+@pytest.mark.parametrize(("remat", "tensor", "mib"), [
+    ("none", 1, 970.4), ("none", 2, 705.8), ("none", 4, 588.0), ("block", 1, 177.5)])
+def test_memory_with_a_tensor_axis_is_above_what_the_compiler_says_and_not_by_much(remat, tensor, mib):
+    """Temporaries of a step of four rows, compiled ahead of time for v5e 2x2 (jax 0.10.2, gradient_rings off)."""
+    config = make_config(
+        f"mesh.tensor={tensor}", "mesh.data=1", "mesh.fsdp=-1", f"compute.remat={remat}", "compute.dtype=bfloat16",
+        "model.hidden_size=512", "model.num_layers=8", "model.num_kv_heads=4", "model.head_dim=128",
+        "model.ffn_size=1536", "model.vocab_size=2048", "model.context_length=1024", "batch.sequence_length=1024",
+        f"batch.tokens={16384 // tensor}", "compute.loss_chunk=1024")
+    found = plan.memory_bytes(config, devices=4, rows=4)
+    assert mib < (found["gradients"] + found["activations"] + found["logits"]) / 2**20 < 1.15 * mib
+
+
 @pytest.mark.parametrize("remat", ["none", "ffn", "attention", "block"])
 def test_heads_and_ffn_are_split_over_the_tensor_axis_and_the_residual_stream_is_not(remat):
     """By hand, for one row of S = 4,096 tokens in bf16 through 32 layers; the last layer's parts are there in full."""
@@ -147,7 +160,7 @@ def test_heads_and_ffn_are_split_over_the_tensor_axis_and_the_residual_stream_is
     for tensor, (stream, heads, ffn) in shapes.items():
         config = make_config("mesh.data=1", "mesh.fsdp=2", f"mesh.tensor={tensor}", f"compute.remat={remat}",
                              target="ct_llm_2b/pretrain")
-        whole = 5 * stream + 2 * heads + 3 * ffn
+        whole = 12 * stream + 2 * heads + 3 * ffn
         kept = {"none": whole, "ffn": 4 * stream + 2 * heads, "attention": stream + heads, "block": stream}[remat]
         found = plan.memory_bytes(config, devices=2 * tensor, rows=1)
         assert found["activations"] == 2 * 4096 * (32 * kept + whole)
