@@ -114,13 +114,21 @@ def test_extras_exist_and_are_pinned(name):
 @pytest.mark.parametrize("target", ["tpu", "cuda"])
 def test_an_image_is_small_and_not_roots(target):
     lines = lineage(target)
-    assert lines[0] == ("FROM", "python:${PYTHON}-slim-bookworm"), "pinned, slim; no compiler, no source"
+    assert lines[0] == ("FROM", "python:${PYTHON}-slim-bookworm${DIGEST}"), "pinned, slim; no compiler, no source"
     assert [rest for word, rest in lines if word == "USER"] == ["1000:1000"]
     # After it became the user's: its environment, readable by all, and no command.
     after = lines[lines.index(("USER", "1000:1000")):]
     assert {word for word, _ in after} <= {"USER", "ENTRYPOINT", "CMD", "ENV", "COPY"}
     assert [rest for word, rest in lines if word == "COPY"] == [f"--from=build-{target} /venv /venv"]
     assert ("ENTRYPOINT", '["tini", "--", "ctllm"]') in lines
+
+
+def test_one_digest_pins_every_base():
+    """A build argument: a tag has another digest after each rebuild of the base, so it is looked up for a build."""
+    bases = [rest.partition(" AS ")[0] for word, rest in instructions() if word == "FROM"]
+    assert len(bases) == 6 and {base for base in bases if base not in stages()} == {
+        "python:${PYTHON}-slim-bookworm${DIGEST}"}
+    assert defaults()["DIGEST"] == "" and "imagetools inspect" in DOCKERFILE.read_text()
 
 
 def test_the_entry_point_is_a_command_of_the_package():

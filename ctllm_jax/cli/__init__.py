@@ -226,9 +226,9 @@ def _prepare_compiler(config: Any, target: str) -> None:
 
 def _context(command: str, action: str | None, targets: list[str], overrides: list[str], options: list[str],
              config: Any) -> Context:
-    from rich.console import Console
+    from ctllm_jax.cli.terminal import SafeConsole
 
-    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    console = SafeConsole(soft_wrap=not sys.stdout.isatty(), highlight=False)
     from ctllm_jax.training.goodput import process_began
 
     return Context(command, console, action=action, targets=targets, overrides=overrides,

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ctllm_jax.config.chat import ChatConfig
-from ctllm_jax.config.control import holds_surrogate
+from ctllm_jax.config.control import holds_surrogate, visible
 from ctllm_jax.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Dialogue:
                 for event in engine.step():
                     said += event.text
                     # Not through the console, which makes spaces of tabs: code may be copied from here.
-                    self._console.file.write(event.text)
+                    self._console.file.write(visible(event.text) if self._console.is_terminal else event.text)
                     self._console.file.flush()
         except KeyboardInterrupt:
             engine.cancel(number)
