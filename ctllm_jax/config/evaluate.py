@@ -36,7 +36,7 @@ class EvaluateConfig(Section):
     num_fewshot: int | None = key(None, "examples before each question; null: the suite's number, else each task's own", ge=0)
     checkpoints: list[str] = key([], "of a run: all, milestones, or steps between commas, in place of one MODEL; a step that has these results is left out")
     held_out: HeldOutConfig = section(HeldOutConfig, "text for tasks=bits_per_byte")
-    limit: float | None = key(None, "questions of each task; below 1: their share; null: all", gt=0)
+    limit: float | None = key(None, "the first questions of each task, as lm-eval takes them; below 1: their share; null: all", gt=0)
     data: str | None = key(None, "folder of the official question files; null: data/evaluation")
     apply_chat_template: Literal["false", "true", "auto"] = key("false", "ask through the chat template that the model has learned; auto: if it has learned one")
     template: TemplateConfig | None = key(None, "with apply_chat_template=true: template for a model that has learned none")

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from ctllm_jax.config.control import HALF, holds_surrogate
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.conversations import read_rows
+from ctllm_jax.data.layouts import CONTEXT, DIALOGUES, HISTORY, INPUT, REFUSED, SYSTEM, is_empty
 
 CATEGORIES = {"writing": ("writing", "写作"), "humanities": ("humanity", "人文"), "science": ("science", "科学"),
               "roleplay": ("role-playing", "角色扮演"), "reading": ("reading comprehension", "阅读理解"),
@@ -32,6 +33,8 @@ _ALIASES = {"writting": "writing", "social": "humanities", "humanity": "humaniti
             "role_playing": "roleplay", "role_play": "roleplay", "read_compre": "reading",
             "reading_comprehension": "reading", "hard_cases": "hard_case", "code": "coding"}
 _TEXT_FIELDS = ("query", "question", "prompt")
+_UNUSED = [field for field, becomes in DIALOGUES["alpaca"].items()
+           if becomes in (CONTEXT, INPUT, HISTORY, SYSTEM, REFUSED)]
 _MOST_TURNS = 2
 
 
@@ -67,6 +70,8 @@ def read_questions(path: Path | str) -> list[Question]:
         if holds_surrogate(record):
             raise ValueError(f"a text holds {HALF}")
         category = _category(record.get("category"), file)
+        if unused := next((field for field in _UNUSED if not is_empty(record.get(field))), None):
+            raise ValueError(f"field {unused!r} changes what is asked, and is not read: write it into the question")
         turns = _turns(record)
         numbers[category] += 1
         name = next((record[field] for field in ("question_id", "id") if record.get(field) not in (None, "")), None)

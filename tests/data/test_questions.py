@@ -87,6 +87,8 @@ def test_real_mt_bench_in_chinese():
     ({"turns": ["一"], "reference": {"a": 1}}, "reference must be"),
     ({"query": "一", "category": 3}, "category must be"),
     ({"query": "一", "question_id": [1]}, "question_id must be"),
+    ({"query": "一", "context": "文"}, "field 'context' changes what is asked"),
+    ({"query": "一", "images": ["a.png"]}, "field 'images' changes"),
     ({"query": "一", "question_id": 7}, "question_id 7 is also that of"), ("{", "malformed JSON"),
     ([1], "not an object"), ({"query": "a\ud800"}, "half of a surrogate pair"),
 ], ids=str)
