@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ctllm_jax.config.prepare import PrepareConfig
 from data_prep.commits import fingerprint, write_atomically
 from data_prep.readers import describe
-from data_prep.rules import RULES, SETS, with_thresholds
+from data_prep.rules import EMPTY, RULES, SETS, with_thresholds
 from data_prep.stages.common import SHOWN_CHARACTERS, lowest
 
 if TYPE_CHECKING:
@@ -84,12 +84,20 @@ def _sums(done: Done, name: str) -> dict[str, int]:
 
 
 def _inputs(ran: Ran) -> list[dict[str, Any]]:
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    """Every file of a source: its records, how many of them were put aside, kept and dropped."""
+    counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for unit, commit in ran.stages["read"]:
-        counts[unit["location"]["file"]].update(
+        counts[unit["source"], unit["location"]["file"]].update(
             {"records": commit.counters["records"], "quarantined": commit.counters["quarantined"]})
-    return [{**row, "records": counts[row["file"]]["records"], "quarantined": counts[row["file"]]["quarantined"]}
-            for row in describe(ran.inputs)]
+    for unit, commit in ran.stages["clean"]:
+        for file, kept in commit.counters["files"].items():
+            counts[unit["source"], file]["kept"] += kept
+    rows = []
+    for row in describe(ran.inputs):
+        found = counts[row["source"], row["file"]]
+        rows.append({**row, **{name: found[name] for name in ("records", "quarantined", "kept")},
+                     "dropped": found["records"] - found["kept"]})
+    return rows
 
 
 def _encodings(ran: Ran) -> dict[str, int]:
@@ -171,6 +179,13 @@ def _rules(config: PrepareConfig, ran: Ran) -> list[dict[str, Any]]:
                              "measured": sum(merged), "failed": failed.get(rule, 0),
                              "only": only.get(rule, 0) if config.filter.mode == "statistics" else None,
                              "edges": list(known.edges), "counts": merged or [0] * (len(known.edges) - 1)})
+            statistics, empty = config.filter.mode == "statistics", failed.get(EMPTY, 0)
+            rows.append({"source": source, "name": EMPTY, "code": "", "version": 1, "above": False, "high": None,
+                         "low": 1.0, "doc": "Characters that are left after the removal of links and lines; at least "
+                                            "as many as the set's shortest length where lines were taken out.",
+                         "measured": _total(own, "in") if statistics else _total(own, "kept") + empty,
+                         "failed": empty, "only": only.get(EMPTY, 0) if statistics else None, "edges": [],
+                         "counts": []})
     return rows
 
 
@@ -181,12 +196,12 @@ def _finite(bound: float) -> float | None:
 def _samples(config: PrepareConfig, ran: Ran) -> list[dict[str, Any]]:
     count, shown = config.filter.samples, []
     for source, done in _by_source(ran.stages["filter"]).items():
-        by_rule: dict[str | None, list[dict]] = defaultdict(list)
+        by_rule: dict[str, list[dict]] = defaultdict(list)
         for _, commit in done:
             for sample in commit.counters["samples"]:
                 by_rule[sample["rule"]].append(sample)
-        for rule in sorted(by_rule, key=str):
-            shown += [_sample(sample, source, "filter", rule=rule, kept=sample["kept"], value=sample["value"])
+        for rule in sorted(by_rule):
+            shown += [_sample(sample, source, "filter", rule=rule, kept=False, value=sample["value"])
                       for sample in lowest(by_rule[rule], count)]
     for stage, pairs in ran.copies.items():
         shown += [_sample(pair["dropped"], pair["dropped"]["source"], stage, kept=False,
@@ -199,6 +214,8 @@ def _samples(config: PrepareConfig, ran: Ran) -> list[dict[str, Any]]:
         found = [sample for _, commit in done for sample in commit.counters["line_pairs"]]
         shown += [_sample(sample, source, "lines", kept=False, other=sample["other"][:SHOWN_CHARACTERS])
                   for sample in lowest(found, count)]
+        stay = [sample for _, commit in done for sample in commit.counters["stay"]]
+        shown += [_sample(sample, source, "clean", kept=True) for sample in lowest(stay, count)]
     return shown
 
 

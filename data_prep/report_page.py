@@ -190,11 +190,13 @@ def _inputs(report: Report) -> str:
         sample = found.get("text") if isinstance(found, Mapping) else found
         cells.append([shown(row.get("source")), f'<div class="cell">{shown(row.get("file"))}</div>', shown(kind),
                       shown(row.get("encoding") or "–"), shown(row.get("text_field") or "–"),
-                      _number(row.get("records")), _number(row.get("quarantined")), _size(_count(row, "bytes")),
+                      *(_number(row.get(key)) for key in ("records", "quarantined", "kept", "dropped")),
+                      _size(_count(row, "bytes")),
                       f'<div class="cell clip">{shown(str(sample or "–")[:120])}</div>'])
     more = f'<p class="none">… and {len(files) - _FILES_SHOWN:,} more files.</p>' if len(files) > _FILES_SHOWN else ""
     encodings = ", ".join(f"{name} {_number(count)}" for name, count in _map(report, "encodings").items())
-    head = ["source", "file", "kind", "encoding", "text field", "records", "bad", "size", "first record"]
+    head = ["source", "file", "kind", "encoding", "text field", "records", "bad", "kept", "dropped", "size",
+            "first record"]
     others = [[shown(reason), _number(count)] for reason, count in _map(report, "left_out").items()]
     if others:
         more += (f"<details><summary>what is no text, and was left out</summary>"
@@ -266,7 +268,7 @@ def _rule_figure(row: Mapping) -> str:
         drawn = histogram(Histogram(str(row.get("name")), edges, counts, finite(row.get("low")),
                                     finite(row.get("high")), bool(row.get("above")), _count(row, "failed")))
     else:
-        drawn = '<p class="none">Nothing was measured.</p>'
+        drawn = '<p class="none">Nothing was measured.</p>' if edges else ""
     return f'<figure class="chart">{caption}{drawn}<small>{shown(doc)}</small></figure>'
 
 
@@ -290,7 +292,8 @@ def _kept(report: Report) -> str:
         found = [sample for sample in _list(report, "samples") if sample.get("kept") and sample.get("source") == source]
         if found:
             parts.append(f'<h3>{shown(source)}</h3><div class="docs">{"".join(map(document, found))}</div>')
-    return section("Documents that stay", "".join(parts), "as they are written") if parts else ""
+    note = "the beginnings of some, as they are written"
+    return section("Documents that stay", "".join(parts), note) if parts else ""
 
 
 def _removed(report: Report) -> str:
@@ -300,8 +303,9 @@ def _removed(report: Report) -> str:
     if lines:
         cells.append(["all", f"similar lines, in {_number(lines.get('documents'))} documents with "
                              f"{_number(lines.get('characters'))} characters", _number(lines.get("lines"))])
-    return section("Taken out of documents that stay", table(["source", "what", "count"], cells)
-                   + pairs(_list(report, "samples"), "lines")) if cells else ""
+    title = "Taken out of documents that the rules keep"
+    shown_pairs = pairs(_list(report, "samples"), "lines")
+    return section(title, table(["source", "what", "count"], cells) + shown_pairs) if cells else ""
 
 
 def _copies(report: Report) -> str:
@@ -357,8 +361,8 @@ def _languages(report: Report) -> str:
         bars = bar_list([(str(row.get("language") or "?"), _count(row, "documents")) for row in rows],
                         note=[_size(_count(row, "bytes")) for row in rows])
         parts.append(f'<figure class="chart"><figcaption><b>{shown(source)}</b></figcaption>{bars}</figure>')
-    return section("Languages", f'<div class="grid large">{"".join(parts)}</div>', "documents and their text") \
-        if parts else ""
+    note = "documents whose language was looked at, kept or dropped, and their text"
+    return section("Languages", f'<div class="grid large">{"".join(parts)}</div>', note) if parts else ""
 
 
 def _datasets(report: Report) -> str:

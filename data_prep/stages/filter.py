@@ -16,7 +16,7 @@ from data_prep.stages.common import SHOWN_CHARACTERS, config_of, lowest, read_pa
 if TYPE_CHECKING:
     from data_prep.rules.filter import Filter, Outcome
 
-VERSION = 2
+VERSION = 3
 COLUMNS = ("id", "url", "text", "source", "time", "file", "position")
 
 
@@ -77,7 +77,10 @@ def document_schema():
 
 
 class Measured:
-    """Counts of a part: what came, what stayed, what each rule measured and dropped, and a few documents to show."""
+    """Counts of a part: what came, what stayed, what each rule measured and dropped, and a few documents it dropped.
+
+    `removed` counts what was taken out of the documents that stayed.
+    """
 
     def __init__(self, chosen: Filter, *, samples: int):
         self._filter, self._samples = chosen, samples
@@ -86,7 +89,7 @@ class Measured:
         self._only: Counter[str] = Counter()
         self._removed: Counter[str] = Counter()
         self._languages: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-        self._shown: dict[str | None, list[dict]] = defaultdict(list)
+        self._shown: dict[str, list[dict]] = defaultdict(list)
         self._counts = Counter({"in": 0, "in_bytes": 0, "kept": 0, "kept_bytes": 0, "dropped": 0})
 
     def add(self, record: dict[str, Any], outcome: Outcome, digest: bytes) -> None:
@@ -99,26 +102,25 @@ class Measured:
         self._failed.update(outcome.failed)
         if len(outcome.failed) == 1:
             self._only[outcome.failed[0]] += 1
-        self._removed.update(outcome.removed)
         if outcome.language:
             place = self._languages[outcome.language]
             place[0] += 1
             place[1] += size
         if outcome.failed:
             self._counts["dropped"] += 1
+            self._show(record, outcome, digest)
         else:
             self._counts["kept"] += 1
             self._counts["kept_bytes"] += len(outcome.text.encode("utf-8"))
-        self._show(record, outcome, digest)
+            self._removed.update(outcome.removed)
 
     def _show(self, record: dict[str, Any], outcome: Outcome, digest: bytes) -> None:
-        rule = outcome.failed[0] if outcome.failed else None
+        rule = outcome.failed[0]
         shown = self._shown[rule]
         if len(shown) >= 4 * self._samples:
             shown[:] = lowest(shown, self._samples)
-        text = record["text"] if outcome.failed else outcome.text
-        shown.append({"order": digest.hex(), "rule": rule, "kept": rule is None, "id": record["id"],
-                      "url": record["url"], "text": text[:SHOWN_CHARACTERS], "value": outcome.values.get(rule)})
+        shown.append({"order": digest.hex(), "rule": rule, "id": record["id"], "url": record["url"],
+                      "text": record["text"][:SHOWN_CHARACTERS], "value": outcome.values.get(rule)})
 
     def counters(self) -> dict[str, Any]:
         """All of it as JSON values. `histograms`: counts in the bins of each rule's edges, the ends open."""
@@ -129,7 +131,7 @@ class Measured:
             edges = np.asarray(RULES[name].edges)
             array = np.nan_to_num(np.asarray(values, np.float64), nan=edges[0])
             histograms[name] = np.histogram(np.clip(array, edges[0], edges[-1]), edges)[0].tolist()
-        samples = [sample for rule in sorted(self._shown, key=str)
+        samples = [sample for rule in sorted(self._shown)
                    for sample in lowest(self._shown[rule], self._samples)]
         return {**self._counts, "failed": dict(self._failed), "only": dict(self._only),
                 "removed": dict(self._removed), "languages": dict(self._languages), "histograms": histograms,
