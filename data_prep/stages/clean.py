@@ -14,7 +14,7 @@ from data_prep.stages.common import SHOWN_CHARACTERS, config_of, lowest, read_pa
 if TYPE_CHECKING:
     from data_prep.dedup.decontaminate import NgramSet
 
-VERSION = 3
+VERSION = 4
 COLUMNS = ("id", "url", "text", "source", "time")
 
 
