@@ -129,7 +129,7 @@ class Worker:
         """Whatever the error was, later requests may succeed: this thread must not end."""
         self.failures += 1
         try:
-            lost = [self._tickets[number] for number in self.engine.reset()]
+            lost = [self._tickets[number] for number in self.engine.reset() if number in self._tickets]
         except Exception:
             logger.exception("the engine could not be reset; all of its requests are lost")
             lost = list(self._numbers)
