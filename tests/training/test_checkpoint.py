@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from contextlib import contextmanager
 
 import jax
@@ -24,7 +22,6 @@ from ctllm_jax.training.checkpointer import Checkpointer
 from ctllm_jax.training.fingerprint import compare_fingerprints, make_fingerprint
 from ctllm_jax.training.pretrain import prepare_run
 from ctllm_jax.training.state import State, init_state
-from tests.runs import DEBUG, REPOSITORY, cached, environment
 
 TOKENS = 1000
 OPTIMIZER = optax.adam(1e-3)
@@ -206,45 +203,6 @@ def test_a_disk_that_fails_while_writing(tmp_path, make_checkpointer, monkeypatc
     again = make_checkpointer(every=1)
     save(again, [2, 3])
     assert steps_in(tmp_path / "checkpoints") == [1, 2, 3]
-
-
-FULL_DISK = f"""
-set -e
-mount -t tmpfs -o size=2m none "$1"
-train="from ctllm_jax.cli import main; raise SystemExit(main(['pretrain', '{DEBUG}', 'run.dir=$1/run',
-    'checkpoint.every=1', 'checkpoint.keep_last=9', 'steps=5', 'optimizer.schedule=constant']))"
-free="import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(0, 0, 1 << 40)"
-echo "--- filled while writing"; "$2" -c "$free; $train" && exit 9
-ls "$1/run/checkpoints"
-echo "--- full before"; "$2" -c "$train" && exit 9
-ls "$1/run/checkpoints"
-mount -o remount,size=8m "$1"
-echo "--- with room"; "$2" -c "$train"
-ls "$1/run/checkpoints"
-"""
-
-
-def test_a_real_disk_that_fills_up(tmp_path, tmp_path_factory):
-    """Three runs on a disk of 2 MiB, which a namespace of their own sees: the third, given room, goes to the end."""
-    namespace = next((words for words in (["unshare", "-m"], ["unshare", "-rm"])
-                      if subprocess.run([*words, "mount", "-t", "tmpfs", "none", str(tmp_path)], check=False,
-                                        stderr=subprocess.DEVNULL).returncode == 0), None)
-    if namespace is None:
-        pytest.skip("mounts are not allowed here; the tests beside this one fail the disk by other means")
-    compiled = cached(tmp_path_factory.mktemp("compiled"))
-    done = subprocess.run([*namespace, "bash", "-c", FULL_DISK, "full-disk", str(tmp_path), sys.executable],
-                          check=False, capture_output=True, text=True, timeout=300, cwd=REPOSITORY,
-                          env=environment(**compiled))
-    assert done.returncode == 0, done.stdout + done.stderr
-    filled, full, room = done.stdout.split("---")[1:]
-    assert filled.splitlines()[-3:] == full.splitlines()[-3:] == ["1", "2", "3"], done.stdout + done.stderr
-    assert "resuming" in room and set(room.splitlines()[-5:]) == set("12345")
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    again = "make room there and give the same command again: it goes on from step 3"
-    assert errors[0] == (f"error: a checkpoint could not be written below {tmp_path}/run: No space left on device;"
-                         f" {again}")
-    assert errors[1].startswith("error: no room for the checkpoint of step 4: it takes 0.5 MiB") and again in errors[1]
-    assert len(errors) == 2 and "Traceback" not in done.stderr.partition(errors[1])[2]
 
 
 def make_config(directory, *overrides):
