@@ -1,4 +1,5 @@
-"""A step's manifest is written when nothing else writes, and each process reads back only the files that it wrote."""
+"""A step's manifest is written when nothing else writes, and each process reads back only the files that it wrote;
+milestones."""
 
 import json
 import shutil
@@ -256,3 +257,18 @@ def test_what_each_process_reads_and_writes_in_a_save(tmp_path):
 
 if __name__ == "__main__":
     save_and_count(*sys.argv[1:])
+
+
+@pytest.mark.parametrize("billions", [0.067, 0.134, 1.07, 2.01, 13.33])
+def test_a_milestone_that_a_step_hits_exactly_is_not_late(tmp_path, billions):
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(milestones=[billions]), tokens_per_step=10**6, meta={})
+    assert [step for step in range(1, 13_400) if checkpointer.is_milestone(step)] == [round(billions * 1000)]
+    checkpointer.close()
+
+
+def test_milestones_of_padded_rows_are_reached_by_their_tokens(tmp_path):
+    tokens = [0, 400, 700, 1500, 1600]
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(milestones=[7e-7, 1e-6, 1.6e-6]), tokens_per_step=1000,
+                                tokens_at=tokens.__getitem__, meta={})
+    assert [step for step in range(1, 5) if checkpointer.is_milestone(step)] == [2, 3, 4]
+    checkpointer.close()
