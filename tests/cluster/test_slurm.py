@@ -124,7 +124,7 @@ def test_quotes_that_do_not_pair_are_refused():
                                   "job.nodez=2 (command line): unknown key; did you mean job.nodes?"]),
     (["job.time=soon"], ["job.time=soon needs minutes, HH:MM:SS or D-HH:MM:SS"]),
     (["job.time=5", "job.notice=300"], ["job.notice=300 leaves nothing of job.time=5"]),
-    (["job.time=1"], ["job.time=1 is not longer than the 121 s that one save may take"]),
+    (["job.time=1"], ["job.time=1 is not longer than the 122 s that one save may take"]),
     (["job.mounts=/data"], ["job.mounts is only read with job.container"]),
     (["job.sbatch=reservation"], ["job.sbatch: reservation is no option of sbatch"]),
     (["processes=2"], ["processes=2 is for one machine"]),
