@@ -5,6 +5,7 @@ The test is cautious: of two lines that only seem to differ in a fact, both stay
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Hashable
@@ -24,6 +25,7 @@ _PAIRS = [tuple(pair.split(":")) if ":" in pair else tuple(pair) for pair in _OP
 _FUNCTION_WORDS = frozenset("的地得了着过也都就在是和与及之而其这那") | {"the", "a", "an", "of", "to", "in", "and"}
 
 
+@functools.lru_cache(maxsize=1024)
 def signature(line: str) -> Hashable:
     """The numbers of a line in their order, and its negations: lines that differ in them state different facts.
 
@@ -34,8 +36,11 @@ def signature(line: str) -> Hashable:
 
 
 def differ(a: str, b: str) -> bool:
-    """Whether two lines of one `signature` have opposite words, or the same words in another order."""
+    """Whether two lines have different signatures, opposite words, or the same words in another order."""
     from rapidfuzz.distance import Levenshtein
+
+    if signature(a) != signature(b):
+        return True
 
     left, right = (_TOKEN.findall(line.lower()) for line in sorted((a, b)))
     removed: Counter[str] = Counter()

@@ -28,6 +28,8 @@ SKETCH_WORDS = 4
 CODE_POINTS = 0x110000
 SHOWN_PAIRS = 3
 """Pairs of a document that are remembered."""
+FEW = 256
+"""Up to so many lines of a document are compared without a look at their numbers first."""
 BLOCK, ROWS = 1024, 64
 """Lines taken at a time, in the order of the document, and of these at a time, by their lengths."""
 
@@ -76,7 +78,7 @@ def split_lines(text: str) -> list[str]:
 
 def _earlier_ones(pieces: Sequence[str], config: SimilarLinesConfig) -> list[str | None]:
     """For each line an earlier one that stays and is similar, or None. Equal lines by a table, the long others by
-    `_search`, which compares only lines that may state the same facts."""
+    `_search`. Of many lines, such as a log's, only those with equal numbers are compared, since no others may go."""
     earlier: list[str | None] = [None] * len(pieces)
     places: dict[str, int] = {}
     for place, piece in enumerate(pieces):
@@ -85,10 +87,11 @@ def _earlier_ones(pieces: Sequence[str], config: SimilarLinesConfig) -> list[str
             earlier[place] = line
         elif LETTER.search(line):
             places[line] = place
+    long = [line for line in places if len(line) > config.exact_below]
     together: dict[Hashable, list[str]] = {}
-    for line in places:
-        if len(line) > config.exact_below:
-            together.setdefault(facts.signature(line) if config.keep_different_facts else None, []).append(line)
+    by_facts = config.keep_different_facts and len(long) > FEW
+    for line in long:
+        together.setdefault(facts.signature(line) if by_facts else None, []).append(line)
     for lines in together.values():
         if len(lines) > 1:
             for line, other in zip(lines, _search(lines, config), strict=True):
