@@ -161,7 +161,7 @@ class Watchdog:
                 os.utime(mine)
                 # While steps are made all are alive.
                 gone = self._lost(folder, mine, began=began) if self.idle() > _NOTICED * self._heartbeat / 2 else []
-            except OSError as error:
+            except (OSError, ValueError) as error:  # a sign may be half written
                 log.warning("no sign of life could be given or looked for in %s: %s", folder, error)
                 continue
             if gone:
