@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ctllm_jax.config.statuses import DONE, INTERRUPTED, REQUEUE, WRONG_INPUT
+from ctllm_jax.config.statuses import DONE, FAILED, INTERRUPTED, REQUEUE, WRONG_INPUT
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,11 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(_Plainly())
     logging.basicConfig(handlers=[handler])
-    module = importlib.import_module(f"ctllm_jax.cli.{command.replace('-', '_')}")
     from ctllm_jax.config.errors import UserError
 
     try:
-        return _run(module, command, arguments)
+        return _run(importlib.import_module(f"ctllm_jax.cli.{command.replace('-', '_')}"), command, arguments)
     except UserError as error:
         return _complain(str(error), status=error.status)
     except KeyboardInterrupt:
@@ -121,14 +120,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        from ctllm_jax.cli.outputs import explain
+        from ctllm_jax.cli.outputs import explain, explain_unexpected
         from ctllm_jax.storage import describe_failure
 
         failure = describe_failure(error)
         if failure is not None:
             return _complain(f"an object store failed: {failure[0]}", status=WRONG_INPUT if failure[1] else REQUEUE)
         if not isinstance(error, OSError):
-            raise
+            return _complain(explain_unexpected(error), status=FAILED)
         message, status = explain(error)
         return _complain(message, status=status)
 

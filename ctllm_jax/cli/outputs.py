@@ -1,13 +1,17 @@
-"""Files and folders that a command writes: whether it can, before it works; and in words why a file failed."""
+"""Files and folders that a command writes: whether it can, before it works; and in words why a command failed."""
 
 from __future__ import annotations
 
 import errno
 import os
+import sys
+import tempfile
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
 from ctllm_jax.config.base import Section
+from ctllm_jax.config.control import visible
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.statuses import FAILED, WRONG_INPUT
 from ctllm_jax.storage import is_remote
@@ -27,6 +31,9 @@ _ADVICE = {
     errno.EMFILE: "raise the limit (ulimit -n), and give the command again",
 }
 _LASTING = frozenset(_ADVICE) - {errno.ENOSPC, errno.EDQUOT, errno.EMFILE}
+
+
+_SHOWN = 500  # characters of the message of an unexpected error
 
 
 class Output(NamedTuple):
@@ -59,6 +66,27 @@ def explain(error: OSError) -> tuple[str, int]:
     reason = error.strerror or str(error) or type(error).__name__
     advice = _ADVICE.get(error.errno, "check the disk or the connection, and give the command again")
     return f"{place}: {reason}: {advice}", WRONG_INPUT if error.errno in _LASTING else FAILED
+
+
+def explain_unexpected(error: Exception) -> str:
+    """A sentence with the type and message of an error that is a fault of the program, and where its traceback is.
+
+    The traceback is written to a new file that only this user can read. It is printed instead where the environment
+    variable CTLLM_TRACEBACK is 1, or where no file can be written.
+    """
+    text = "".join(traceback.format_exception(error))
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    said = said if len(said) <= _SHOWN else said[:_SHOWN] + "…"
+    if os.environ.get("CTLLM_TRACEBACK") != "1":
+        try:
+            number, path = tempfile.mkstemp(prefix="ctllm-traceback-", suffix=".txt")
+            with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+            return f"{said} (unexpected: the traceback is in {path}; CTLLM_TRACEBACK=1 prints it here)"
+        except OSError:
+            pass
+    print(visible(text), end="", file=sys.stderr)
+    return f"{said} (unexpected: the traceback is above)"
 
 
 def check_writable(path: str | os.PathLike, named: str, *, kind: str = "folder") -> None:

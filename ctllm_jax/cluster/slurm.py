@@ -91,7 +91,7 @@ def render(job: SlurmJobConfig, command: TrainingCommand, *, checkpoint_bytes: i
         lines.append(f"unset {' '.join(names)}  # gRPC would send the processes' own traffic there")
     if not job.gpus_per_node:
         lines.append("export JAX_PLATFORMS=cpu")
-    lines += ["export PYTHONUNBUFFERED=1",
+    lines += ["export PYTHONUNBUFFERED=1 CTLLM_TRACEBACK=1",
               'echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST at'
               """ $(date '+%F %T')\""""]
     return "\n".join(lines) + "\n" + _END.format(requeue=REQUEUE, srun=_srun(job, command))

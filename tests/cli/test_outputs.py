@@ -83,6 +83,36 @@ def test_an_error_of_a_file_is_a_sentence(error, message, status, monkeypatch, t
     assert printed.status == status and printed.err.startswith(f"error: {message}") and printed.err.count("\n") == 1
 
 
+def test_an_unexpected_error_is_a_sentence_and_keeps_its_traceback(monkeypatch, tmp_path):
+    def fail(context):
+        raise KeyError("a\x1b[2J\nb" + "x" * 2000)
+
+    monkeypatch.setattr("ctllm_jax.cli.tables.run", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("CTLLM_TRACEBACK", raising=False)
+    kept = call("tables")
+    file, = tmp_path.iterdir()
+    assert kept.status == 1 and kept.err.startswith("error: KeyError: ") and kept.err.count("\n") == 1
+    assert str(file) in kept.err and len(kept.err) < 800
+    assert "in fail" in file.read_text() and stat.S_IMODE(file.stat().st_mode) == 0o600
+    file.unlink()
+    monkeypatch.setenv("CTLLM_TRACEBACK", "1")
+    shown = call("tables")
+    assert shown.status == 1 and shown.err.startswith("Traceback") and "in fail" in shown.err
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.delenv("CTLLM_TRACEBACK")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    assert call("tables").err.startswith("Traceback"), "where no file can be written, it is printed"
+
+
+def test_a_command_that_cannot_be_imported_is_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.delenv("CTLLM_TRACEBACK", raising=False)
+    monkeypatch.setitem(sys.modules, "ctllm_jax.cli.tables", None)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    printed = call("tables")
+    assert printed.status == 1 and printed.err.startswith("error: ModuleNotFoundError: import of ctllm_jax.cli.tables")
+
+
 MOUNT = """
 set -e
 mkdir {folder}/full {folder}/locked
