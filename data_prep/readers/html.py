@@ -15,6 +15,7 @@ Extractor = Literal["resiliparse", "trafilatura"]
 
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 _META_BYTES = 1024
+_STEP = 2**12
 _NO_CODING = ("", "identity", "none", "utf-8", "chunked")
 _TAG = re.compile(rb"(\xef\xbb\xbf)?\s*<[!?/a-zA-Z]")
 _CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
@@ -66,8 +67,10 @@ def _without_chunks(body: bytes) -> bytes:
     while True:
         end = body.find(b"\r\n", at)
         try:
-            size = int(body[at:end].split(b";")[0], 16)
+            size = int(body[at:end].split(b";")[0], 16) if end >= 0 else -1
         except ValueError:
+            size = -1
+        if size < 0:
             return body if at == 0 else b"".join(pieces)
         pieces.append(body[end + 2:end + 2 + size])
         if not size:
@@ -110,17 +113,19 @@ def _is_text(body: bytes) -> bool:
 
 def _inflate(body: bytes, bits: int, largest: int) -> bytes:
     """All members of gzip, or a deflate stream. A page that a crawler's size limit has cut still has its beginning."""
-    pieces, left = [], largest + 1
-    while body and left > 0:
-        stream = zlib.decompressobj(bits)
-        try:
-            pieces.append(stream.decompress(body, left))
-        except zlib.error as error:
-            if pieces and bits > zlib.MAX_WBITS and not body.startswith(b"\x1f\x8b"):
+    pieces, left, at, stream = [], largest + 1, 0, zlib.decompressobj(bits)
+    while at < len(body) and left > 0:
+        if stream.eof:
+            if bits <= zlib.MAX_WBITS or not body.startswith(b"\x1f\x8b", at):
                 break  # Padding, or a line end, after the last member.
+            stream = zlib.decompressobj(bits)
+        data = body[at:at + _STEP]  # After each member zlib copies what is left of its input.
+        try:
+            pieces.append(stream.decompress(data, left))
+        except zlib.error as error:
             raise ValueError(f"the compressed body is damaged: {error}") from None
         left -= len(pieces[-1])
-        body = stream.unused_data if bits > zlib.MAX_WBITS else b""
+        at += len(data) - len(stream.unused_data)
     return _whole(pieces, largest)
 
 

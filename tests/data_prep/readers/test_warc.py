@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import logging
+import random
 import zlib
 
 import brotli
@@ -137,6 +138,11 @@ def test_bytes_that_fit_no_encoding_cost_characters_and_no_page(tmp_path, read):
     # Several members, and what some servers put after the last.
     ({"headers": [("Content-Encoding", "gzip")]}, gzip.compress(page().encode()[:99]) + gzip.compress(
         page().encode()[99:]) + b"\r\n"),
+    ({"headers": [("Content-Encoding", "gzip")]}, gzip.compress(
+        b"<!--" + random.Random(0).randbytes(9000).hex().encode()) + gzip.compress(b"") * 999 + gzip.compress(
+        b"-->" + page().encode())),
+    # A crawler left the header, and a line of the page looks like a length.
+    ({"headers": [("Transfer-Encoding", "chunked")]}, b"-6\r\n" + page().encode()),
     ({"headers": [("Content-Encoding", "compress")]}, page().encode("gbk")),
 ])
 def test_transfer_is_undone(tmp_path, read, how, body):
