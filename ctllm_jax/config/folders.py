@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import heapq
 import logging
 import os
 from pathlib import Path
@@ -33,7 +34,7 @@ def files_below(folder: Path, *, links: Links = "follow") -> list[Path]:
             for entry in _entries(waiting.pop()):
                 path = Path(entry.path)
                 if entry.is_symlink():
-                    linked.append(path)
+                    heapq.heappush(linked, path)
                 elif entry.is_file():
                     files.append(path)
                 elif entry.is_dir() and _identity(path) not in seen:
@@ -43,9 +44,8 @@ def files_below(folder: Path, *, links: Links = "follow") -> list[Path]:
     visit(folder)
     followed: list[Path] = []
     while linked:
-        # Sorted, so that the same tree gives the same paths; a linked folder may hold further links.
-        linked.sort()
-        path = linked.pop(0)
+        # In order, so that the same tree gives the same paths; a linked folder may hold further links.
+        path = heapq.heappop(linked)
         if links == "skip":
             skipped.setdefault("links=skip says so", []).append(path)
         elif path.is_file():
