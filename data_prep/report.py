@@ -86,12 +86,13 @@ def _sums(done: Done, name: str) -> dict[str, int]:
 def _inputs(ran: Ran) -> list[dict[str, Any]]:
     """Every file of a source: its records, how many of them were put aside, kept and dropped."""
     counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    # By unit, because parts hold the path that a file had when it was read. The id of a part ends in its number.
+    files = {unit["id"]: (unit["source"], unit["location"]["file"]) for unit, _ in ran.stages["read"]}
     for unit, commit in ran.stages["read"]:
-        counts[unit["source"], unit["location"]["file"]].update(
+        counts[files[unit["id"]]].update(
             {"records": commit.counters["records"], "quarantined": commit.counters["quarantined"]})
     for unit, commit in ran.stages["clean"]:
-        for file, kept in commit.counters["files"].items():
-            counts[unit["source"], file]["kept"] += kept
+        counts[files[unit["id"].rpartition("-")[0]]]["kept"] += commit.counters["kept"]
     rows = []
     for row in describe(ran.inputs):
         found = counts[row["source"], row["file"]]

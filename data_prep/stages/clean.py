@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from data_prep.commits import Output, Unit
@@ -37,7 +36,7 @@ def _clean(unit: Unit, options: dict[str, Any], output: Output) -> None:
     from data_prep.dedup.similar_lines import drop_similar_lines
 
     config = config_of(options)
-    part = read_part(unit["location"], (*COLUMNS, "file"), without=unit["dropped"])
+    part = read_part(unit["location"], COLUMNS, without=unit["dropped"])
     files, limit = tuple(config.decontaminate.files), config.decontaminate.max_matches
     known = evaluation_text(files, config.decontaminate.ngram) if files else None
     lines = documents_with_lines = characters = 0
@@ -45,8 +44,8 @@ def _clean(unit: Unit, options: dict[str, Any], output: Output) -> None:
     kept_bytes = in_bytes = 0
     line_pairs: list[dict[str, Any]] = []
     contaminated: list[dict[str, Any]] = []
-    stay, files_of_kept = [], Counter()
-    for *record, file in zip(*(part[name] for name in (*COLUMNS, "file")), strict=True):
+    stay: list[dict[str, Any]] = []
+    for record in zip(*(part[name] for name in COLUMNS), strict=True):
         values = dict(zip(COLUMNS, record, strict=True))
         in_bytes += len(values["text"].encode("utf-8"))
         passages = known.passages(values["text"]) if known else []
@@ -64,7 +63,6 @@ def _clean(unit: Unit, options: dict[str, Any], output: Output) -> None:
             documents_with_lines += dropped > 0
         text = values["text"].encode("utf-8")
         kept_bytes += len(text)
-        files_of_kept[file] += 1
         stay.append({"order": hashlib.blake2b(text, digest_size=16).hexdigest(), "id": values["id"],
                      "url": values["url"], "text": values["text"][:SHOWN_CHARACTERS]})
         if len(stay) >= 4 * max(1, config.filter.samples):
@@ -77,5 +75,5 @@ def _clean(unit: Unit, options: dict[str, Any], output: Output) -> None:
                         "contaminated": len(contaminated), "ngrams": len(known) if known else 0,
                         "samples": lowest(contaminated, config.filter.samples),
                         "line_pairs": line_pairs,
-                        "stay": lowest(stay, config.filter.samples), "files": dict(files_of_kept),
+                        "stay": lowest(stay, config.filter.samples),
                         "documents_with_lines": documents_with_lines, "lines": lines, "characters": characters}

@@ -36,6 +36,10 @@ def test_what_stays_and_what_each_file_lost_is_what_was_written(tmp_path):
     assert report["removed"] == {"text": {"lines_terminal_punctuation": 1}}
     empty = next(row for row in report["rules"] if row["name"] == "empty")
     assert empty["measured"] == 11 and empty["failed"] >= 1
+    (tmp_path / "raw").rename(tmp_path / "moved")
+    options = options.model_copy(update={"input": [str(tmp_path / "moved")]})
+    again = make_report(options, prepare(options), command="test")["inputs"]
+    assert [row["kept"] for row in again] == [row["kept"] for row in report["inputs"]]
     page = render(report)
     assert "Documents that stay" in page and "<b>empty</b>" in page
 
