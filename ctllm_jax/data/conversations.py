@@ -265,6 +265,8 @@ def _records(file: Path, bad: Quarantine) -> Iterator[tuple[int, Any]]:
                 raise UserError(f"{file}:{line}: invalid UTF-8 in a JSON array") from None
             except json.JSONDecodeError as error:
                 raise UserError(f"{file}:{error.lineno}: malformed JSON array: {error.msg}") from None
+            except RecursionError:
+                raise UserError(f"{file}: malformed JSON array: nested too deeply") from None
             return
     for line, record, _, _ in read_json_lines(file, bad):
         yield line, record

@@ -124,8 +124,10 @@ def _from_alpaca(record: dict, fields: dict[str, str]) -> tuple[Sequence[Message
 
 
 def _from_ultrafeedback(record: dict, fields: dict[str, str]) -> tuple[Sequence[Message], str, str]:
-    scored = []
-    for entry in record.get("completions") or []:
+    scored, completions = [], record.get("completions") or []
+    if not isinstance(completions, list) or any(not isinstance(entry, dict) for entry in completions):
+        raise ValueError(f"field 'completions' is not a list of objects but {kind_of(completions)}")
+    for entry in completions:
         score = next((entry[name] for name in _SCORES if entry.get(name) is not None), None)
         if not isinstance(score, (int, float)) or isinstance(score, bool):
             raise ValueError(f"a completion has no number under {' or '.join(_SCORES)}")

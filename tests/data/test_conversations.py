@@ -165,6 +165,7 @@ def test_an_unknown_layout_names_what_was_seen(tmp_path):
 @pytest.mark.parametrize(("name", "content", "complaint"), [
     ("a.json", "[{},\n{]", r"a.json:2: malformed JSON array"),
     ("a.json", b"[\n\n\xff]", r"a.json:3: invalid UTF-8"),
+    ("a.json", "[" * 100_000, r"a.json: malformed JSON array: nested too deeply"),
     ("a.parquet", "x", "Parquet file is damaged"),
     ("a.csv", "x", "must end in one of .jsonl"),
     ("a.jsonl", "", "holds no dialogue with an answer"),

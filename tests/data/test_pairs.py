@@ -105,6 +105,7 @@ def test_what_cannot_be_learned_from_is_counted(tmp_path, row, reason, caplog):
     ({"prompt": "问", "chosen": "好"}, "no known layout"),
     ({"prompt": "问", "chosen": 3, "rejected": "坏"}, "chosen"),
     ({"instruction": "问", "completions": [{"response": "好"}]}, "overall_score"),
+    ({"instruction": "问", "completions": ["好", "坏"]}, "'completions' is not a list of objects but list of str"),
 ])
 def test_what_cannot_be_read_is_named(tmp_path, row, message):
     with pytest.raises(UserError, match=message):
