@@ -22,7 +22,7 @@ ANSWER = "answer"  # a text, or messages, which add what is not there yet; of an
 REJECTED = "rejected"  # the answer that was not preferred; dialogues do not read it
 COMPLETIONS = "scored"  # answers with their scores
 LABEL = "label"  # false leaves the row out
-COPY = "copy"  # not read if the messages contain it; otherwise the row is left out
+COPY = "copy"  # not read if the messages contain it, or it is a text of all of them; otherwise the row is left out
 REFUSED = "refused"  # leaves the row out, unless it is empty
 
 _REFUSED = ("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "documents", "options",
@@ -89,7 +89,8 @@ def dialogue_of(record: dict, fields: dict[str, str], *, question: str | None, a
     messages = with_system(record, messages)
     for name, becomes in fields.items():
         asks = becomes in (DIALOGUE, QUESTION, COPY, CONTEXT, INPUT, HISTORY) and name not in used
-        if asks and not is_empty(record.get(name)) and not _is_part(record[name], messages):
+        if asks and not is_empty(record.get(name)) and not (
+                _is_part(record[name], messages) or _is_whole(record[name], messages)):
             raise Dropped(f"field {name!r}, which the messages do not contain")
     return messages
 
@@ -247,3 +248,10 @@ def _is_part(value: Any, messages: Sequence[Message], *, depth: int = 3) -> bool
         value = [value[name] for name in ("content", "value") if name in value]
     return (isinstance(value, (list, tuple)) and depth > 0
             and all(_is_part(each, messages, depth=depth - 1) for each in value))
+
+
+def _is_whole(value: Any, messages: Sequence[Message]) -> bool:
+    """Whether a value is a text with all messages in it, of which the last is an answer and ends the text."""
+    return (isinstance(value, str) and bool(messages) and messages[-1].role == "assistant"
+            and value.rstrip().endswith(messages[-1].content.strip())
+            and all(message.content.strip() in value for message in messages))
