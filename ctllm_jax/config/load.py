@@ -100,7 +100,7 @@ def _merge_files(path: Path, *, seen: tuple[Path, ...] = ()) -> tuple[DictConfig
         root = yaml.compose(text)
         is_mapping = root is None or isinstance(root, yaml.MappingNode)
         own = OmegaConf.create(text) if root is not None and is_mapping else OmegaConf.create({})
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
         hint = "; the two characters themselves are written \\${" if "${" in str(error) else ""
         raise UserError(f"{shown}: not a readable YAML file: {error}{hint}") from None
     if not is_mapping:

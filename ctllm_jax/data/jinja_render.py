@@ -58,8 +58,10 @@ class _Renderer:
                 self._child.stdin.write(json.dumps(task).encode() + b"\n")
                 self._child.stdin.flush()
                 answer = json.loads(self._read())
-            except (OSError, ValueError) as error:
+            except BaseException as error:  # also on Ctrl-C: the next answer would be that of this task
                 self.close()
+                if not isinstance(error, OSError | ValueError):
+                    raise
                 raise RenderError(str(error) if isinstance(error, TimeoutError) else
                                   "the process that renders it ended; it may need too much memory") from None
             if "error" in answer:

@@ -47,7 +47,8 @@ _THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | 
 _FENCE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _QUOTED = re.compile("“[^”]*”|‘[^’]*’|「[^」]*」|『[^』]*』|\"[^\"\n]*\"|`[^`\n]*`")
 _ASIDE = re.compile(r"如果|假如|假设|倘若|要是|若(?:是|能|要|将)|原本|本可|例如|比如|譬如|示例|形如"
-                    r"|格式(?:为|是|如|:|\s*$)|\bif\b|\bwould\b|\bcould\b|e\.g\.|example|format", re.IGNORECASE)
+                    r"|格式(?:为|是|如|:|\s*$)|\bif\b|(?<!\bI )\bwould\b|\bwould have\b|\bcould\b|e\.g\."
+                    r"|example|format", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[。!?;\n]|\.\s")
 _AROUND = " \t#-_|`\"'“”「」『』{},。.!;"
 

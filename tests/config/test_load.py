@@ -173,7 +173,8 @@ def test_extends_itself(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("a: [", "not a readable YAML file"), ("- 1\n- 2\n", "is a mapping of keys to values"),
+    ("a: [", "not a readable YAML file"), ("a: " + "[" * 3000 + "]" * 3000, "not a readable YAML file"),
+    ("a: " + "9" * 5000, "not a readable YAML file"), ("- 1\n- 2\n", "is a mapping of keys to values"),
     ("a: 1\na: 2\n", "duplicate"),
     ("steps: ${nowhere}\n", "nowhere"), ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "base.yaml")])
 def test_broken_files_are_named(base, text, message):

@@ -214,6 +214,17 @@ def test_a_template_that_ignores_its_limit_is_killed(make, monkeypatch):
     assert len(make(UNMARKED).render(MESSAGES).ids)
 
 
+def test_an_interrupt_leaves_no_answer_for_the_next_template(monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jinja_render._renderer, "_read", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            jinja_render.render("first", {})
+    assert jinja_render.render("second", {}) == "second"
+
+
 def test_a_template_does_not_see_the_environment(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     jinja_render._renderer.close()

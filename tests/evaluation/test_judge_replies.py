@@ -54,7 +54,9 @@ RATINGS = {
         ("`[[10]]` 是它写的。评分：[[3]]", 3),
         ("```\n评分：[[10]]\n```\n评分：[[3]]", 3), ("如果补充例子，可以得到[[9]]。", None),
         ("按要求，格式为 评分：[[5]]。但我认为这个回答很差，评分：[[2]]。如果补充例子，可以得到[[9]]。", 2),
-        ("It could be [[9]] with examples. Rating: [[4]]", 4)],
+        ("It could be [[9]] with examples. Rating: [[4]]", 4), ("Overall, I would rate this answer [[8]].", 8),
+        ("I would give it a rating of 7: Rating: [[7]]", 7), ("I would have given [[9]]. Rating: [[4]]", 4),
+        ("A complete answer would get [[9]].", None), ("I would have given [[9]].", None)],
     "thoughts": [
         ("<think>可能给[[3]]，也可能给[[9]]</think>\n解释。评分：[[6]]", 6),
         ("<think>可能给[[3]]，也可能给[[9]]", None),
