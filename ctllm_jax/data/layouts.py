@@ -203,6 +203,8 @@ def _before_answer(record: dict, fields: dict[str, str], question: str | None) -
         return messages_of(record[dialogue], dialogue), (dialogue,)
     if question is None:
         return [], ()
+    if question not in record:
+        raise ValueError(f"no field {question!r}")
     if isinstance(record.get(question), (list, dict)):
         return _as_messages(record[question], question, "user"), (question,)
     messages: list[Message] = []

@@ -112,6 +112,12 @@ def test_what_cannot_be_read_is_named(tmp_path, row, message):
         read_pairs(write(tmp_path / "rows.jsonl", [row]))
 
 
+def test_a_later_row_without_its_question_is_named(tmp_path):
+    rows = [ROWS["alpaca"][0], {"output": ["好", "坏"]}]
+    with pytest.raises(UserError, match="rows.jsonl:2: no field 'instruction'"):
+        read_pairs(write(tmp_path / "rows.jsonl", rows))
+
+
 @pytest.mark.parametrize(("name", "layout", "count"), [
     ("dpo_zh_demo", "sharegpt", 300), ("dpo_en_demo", "sharegpt", 300), ("oasst_pairs_zh", "alpaca", 772)])
 def test_real_files(name, layout, count):
