@@ -95,6 +95,7 @@ def read_verdict(reply: str) -> str | None:
 def _said(reply: str) -> str:
     """The reply without thoughts, in plain digits and brackets. It may begin inside of a thought."""
     text = _THOUGHT.sub("", unicodedata.normalize("NFKC", reply)).replace("*", "")
+    text = re.sub(r"[^\S\n]+", " ", text)  # patterns with several gaps would try every way to share out a long one
     return re.split("</think(?:ing)?>", text, flags=re.IGNORECASE)[-1].strip()
 
 

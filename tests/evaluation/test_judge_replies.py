@@ -67,6 +67,12 @@ RATINGS = {
 }
 
 
+def test_a_long_gap_is_one_space():
+    """What a judge repeats until its limit: the time was the third power of its length."""
+    assert read_rating("评分：" + " " * 100_000 + "8") == 8
+    assert read_rating("评分：" + " " * 100_000 + "x") is None
+
+
 @pytest.mark.parametrize(("reply", "rating"), [case for cases in RATINGS.values() for case in cases])
 def test_a_rating_is_read(reply, rating):
     assert read_rating(reply) == rating
