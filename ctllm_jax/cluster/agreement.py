@@ -49,14 +49,15 @@ def open_same(open_it: Callable[[], Opened], fingerprint: Callable[[Opened], dic
     """Open something on every process, and compare its fingerprint as `check_same` does.
 
     Raises:
-      UserError: it could not be opened on some process, whose message is shown on every process, or it differs.
+      UserError: it could not be opened on some process, whose message is shown on every process, or it differs. The
+        process itself raises its own error.
     """
     error = opened = None
     try:
         opened = open_it()
-    except UserError as failed:
-        error = failed
-    values = {_ERROR: str(error)} if error is not None else fingerprint(opened)
+        values = fingerprint(opened)
+    except Exception as failed:  # of whatever kind: the others would wait for this process
+        error, values = failed, {_ERROR: str(failed) or type(failed).__name__}
     problem = _exchange(values)
     if error is not None:
         raise error

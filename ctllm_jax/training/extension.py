@@ -15,8 +15,7 @@ import numpy as np
 
 from ctllm_jax.config.pretrain import OptimizerConfig, PretrainConfig
 from ctllm_jax.storage import is_remote
-from ctllm_jax.training.checkpoint import list_checkpoints
-from ctllm_jax.training.checkpoint_files import CHECKPOINTS
+from ctllm_jax.training.checkpoint_files import CHECKPOINTS, list_steps
 from ctllm_jax.training.optimizer import make_schedule
 
 SMOOTH = 0.01
@@ -59,7 +58,7 @@ def describe_jump(config: PretrainConfig, *, run_dir: Path, step: int, before: i
             f" optimizer.schedule={optimizer.schedule} follows it (with steps={before} it would have"
             f" {rates.expected:.3g})"]
     # Of the steps that are kept, the newest at which both schedules agree; else the one where they differ least.
-    kept = [each.step for each in list_checkpoints(run_dir) if each.kind == "resumable" and each.step < step]
+    kept = [number for path in list_steps(run_dir, CHECKPOINTS) if (number := int(path.name)) < step]
     best = max((each for each in kept if jump(each) <= SMOOTH * optimizer.lr), default=None)
     best = best if best is not None else min(kept, key=jump, default=None)
     if best is not None and jump(best) < jump(step):

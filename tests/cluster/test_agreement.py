@@ -56,7 +56,7 @@ def processes(monkeypatch):
             here.index = index
             try:
                 results[index] = work()
-            except UserError as error:
+            except (UserError, OSError) as error:
                 results[index] = error
 
         threads = [threading.Thread(target=take_part, args=each) for each in enumerate(works)]
@@ -88,9 +88,10 @@ def test_each_difference_is_named_with_its_processes(processes):
             "  steps: 5 in processes 0-1, 3-5, 6 in process 2\n") in str(errors[3])
 
 
-def test_what_one_process_cannot_open_is_told_to_all(processes):
+@pytest.mark.parametrize("kind", [UserError, OSError])
+def test_what_one_process_cannot_open_is_told_to_all(processes, kind):
     def fail():
-        raise UserError("no such folder /data on this host")
+        raise kind("no such folder /data on this host")
 
     opened = [lambda: "data", fail, lambda: "data"]
     errors = processes(*(lambda each=each: open_same(each, lambda data: {"data": data}, what="data")

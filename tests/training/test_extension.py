@@ -3,14 +3,12 @@
 import os
 import shlex
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import PretrainConfig
-from ctllm_jax.training import extension
 from ctllm_jax.training.extension import describe_jump, rates_at
 from ctllm_jax.training.optimizer import make_schedule
 from tests.runs import DEBUG
@@ -24,9 +22,9 @@ def told(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["launch.py", "pretrain", "my config.yaml", "steps=200", "run.dir=runs/old"])
 
     def tell(kept, at, before, *overrides):
-        listed = [SimpleNamespace(step=step, kind="resumable") for step in kept]
-        monkeypatch.setattr(extension, "list_checkpoints",
-                            lambda directory: [*listed, SimpleNamespace(step=1, kind="milestone")])
+        # Nothing else: a step that was copied, as the message says, lies in a folder without a config.yaml.
+        for step in kept:
+            (tmp_path / f"checkpoints/{step}").mkdir(parents=True, exist_ok=True)
         config = load(PretrainConfig, target=DEBUG, overrides=overrides)
         return describe_jump(config, run_dir=tmp_path, step=at, before=before)
 
