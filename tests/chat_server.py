@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
@@ -85,15 +86,15 @@ class ChatServer:
             self.most_at_once = max(self.most_at_once, self.at_once)
         try:
             say = self.script(asked, number)
-            self.send(handler, Say(say) if isinstance(say, str) else say)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
+            say = Say(say) if isinstance(say, str) else say
+            self.closing.wait(say.delay)
         finally:
-            with self.lock:
+            with self.lock:  # before the answer: its reader may ask again before this thread continues
                 self.at_once -= 1
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self.send(handler, say)
 
     def send(self, handler, say):
-        self.closing.wait(say.delay)
         body = completion(say.text) if say.body is None else say.body
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         handler.close_connection = True

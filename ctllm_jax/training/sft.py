@@ -99,7 +99,7 @@ def open_text(checkpoint: Kept) -> tuple[Tokenizer, ChatTemplate | None]:
     if found is None:
         raise UserError(f"{run_dir} has no tokenizer: it was trained on synthetic tokens, and has no text to write")
     tokenizer, known = load_tokenizer(found), checkpoint.meta.get("template")
-    trained_with = checkpoint.meta["fingerprint"].get("data", {}).get("tokenizer_sha256", tokenizer.sha256)
+    trained_with = checkpoint.meta.get("fingerprint", {}).get("data", {}).get("tokenizer_sha256", tokenizer.sha256)
     if tokenizer.sha256 != trained_with:
         raise UserError(f"{found} is not the tokenizer that {run_dir} was trained with: its sha256 begins with"
                         f" {tokenizer.sha256[:12]} instead of {trained_with[:12]}; put the original file back")

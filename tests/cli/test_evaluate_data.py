@@ -139,8 +139,8 @@ def test_fetch_leaves_what_is_here_and_nothing_half(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *words: Broken())
     status, lines = evaluate("fetch", "tasks=humaneval", f"data={tmp_path}")
     assert status == 0 and lines[1] == f"good openai/openai_humaneval: here already: {tmp_path}/HumanEval.jsonl.gz"
-    with pytest.raises(OSError, match="disk full"):
-        evaluate("fetch", "tasks=gsm8k", f"data={tmp_path}")
+    status, lines = evaluate("fetch", "tasks=gsm8k", f"data={tmp_path}")
+    assert status and "disk full" in "\n".join(lines)
     assert not list((tmp_path / "openai" / "gsm8k").iterdir())
 
 

@@ -208,7 +208,7 @@ def test_a_template_has_limits(make, quick, begin, complaint):
 def test_a_template_that_ignores_its_limit_is_killed(make, monkeypatch):
     """One operation of the interpreter cannot be interrupted; the clock ends it."""
     monkeypatch.setattr(jinja_render, "WAITING", 0.5)
-    with pytest.raises(UserError, match="it does not end within 0.5 s|ended"):
+    with pytest.raises(UserError, match="it does not end within 0.5 s|ended|computes for more than"):
         make("{{ 7 ** 99999999 }}" + UNMARKED)
     monkeypatch.undo()
     assert len(make(UNMARKED).render(MESSAGES).ids)

@@ -138,6 +138,6 @@ def test_answers_depend_on_seed_and_prompt_and_end_at_the_stop_id(models, monkey
 
 def test_an_answer_that_ends_by_itself_is_told_from_one_that_is_cut(models, monkeypatch):
     monkeypatch.setattr(sentiment, "generate", lambda decoder, params, prompts, **options: [[7] * 3, [7] * 8])
-    answers = sentiment.write_answers(SimpleNamespace(**vars(models[0])), ["今天", "公园"], seed=0, max_tokens=8,
-                                      temperature=1.0, top_p=1.0)
+    model = SimpleNamespace(**vars(models[0]), stop_ids=())
+    answers = sentiment.write_answers(model, ["今天", "公园"], seed=0, max_tokens=8, temperature=1.0, top_p=1.0)
     assert [answer.ended for answer in answers] == [True, False]

@@ -8,7 +8,7 @@ import pytest
 from ctllm_jax import sharding
 from ctllm_jax.inference import cache, schedule
 from ctllm_jax.inference.engine import Engine
-from ctllm_jax.inference.request import Request
+from ctllm_jax.inference.request import MOST_STOP_IDS, Request
 from ctllm_jax.model.parameters import decoder_parameters
 from tests.inference.models import full_logps, make_model
 
@@ -286,7 +286,7 @@ def test_who_stops_listening_leaves_no_one_behind(engine):
     ({"prompt": (1,) * 100, "max_tokens": 157}, "longer than 256 together"), ({"stop": ("x",)}, "need a tokenizer"),
     ({"temperature": -1.0}, "temperature=-1.0 is out of range"), ({"top_p": 0.0}, "top_p=0.0 is out of range"),
     ({"top_k": 0}, "top_k=0 is out"), ({"min_p": 1.0}, "min_p=1.0 is out"), ({"told": 21}, "told=21 is out"),
-    ({"stop_ids": tuple(range(9))}, "stop_ids=")])
+    ({"stop_ids": tuple(range(MOST_STOP_IDS + 1))}, "stop_ids=")])
 def test_what_cannot_be_asked(engine, options, message):
     with pytest.raises(ValueError, match=message):
         engine.submit(Request(**{"prompt": (1, 2), "max_tokens": 3, **options}))

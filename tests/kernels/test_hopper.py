@@ -111,7 +111,7 @@ def test_padding_gives_zeros_and_no_gradient(monkeypatch):
 def test_the_simulator_sees_a_buffer_that_is_used_too_early(monkeypatch):
     """All steps in one stage of the ring: the next keys arrive while these are read."""
     monkeypatch.setattr(hopper_forward, "slot_of", lambda count, stages: 0 * count)
-    with pytest.raises((RuntimeError, AssertionError)):
+    with pytest.raises((RuntimeError, AssertionError, RuntimeWarning)):  # a warning: what is read may be no number
         ours, dense = run(request_of(384, causal=False), np.ones((1, 384), np.int32), rows=1, blocks=HopperBlocks(),
                           monkeypatch=monkeypatch)
         np.testing.assert_allclose(ours[0], dense[0], atol=0.02)
