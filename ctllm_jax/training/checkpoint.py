@@ -146,7 +146,8 @@ def find_checkpoint(model: str) -> tuple[Path, Kept]:
         refuse_damage(matching[-1])
         raise UserError(f"{matching[-1].path}/meta/metadata is damaged: it does not say what this is a checkpoint of")
     trained = matching[-1].meta.get("fingerprint", {}).get("config", {}).get("model")
-    if trained is not None and (wanted := ModelConfig(**fill_absent(ModelConfig, trained))) != (found := read_model_config(run_dir)):
+    wanted = ModelConfig(**fill_absent(ModelConfig, trained)) if trained is not None else None
+    if wanted is not None and wanted != (found := read_model_config(run_dir)):
         differing = [f"model.{name}: {value} in the checkpoint, {getattr(found, name)} in config.yaml"
                      for name, value in wanted if getattr(found, name) != value]
         raise UserError("\n  ".join([f"{matching[-1].path} was trained as another model than {run_dir}/config.yaml"
