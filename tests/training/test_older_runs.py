@@ -1,6 +1,6 @@
 """A run directory and a dataset that version 0.1.0 wrote are still read and resumed.
 
-`runs/0.1.0.tar.gz` holds a dataset of 60 made-up documents and a run of four steps on it, with a checkpoint of step 2
+`older/0.1.0.tar.gz` holds a dataset of 60 made-up documents and a run of four steps on it, with a checkpoint of step 2
 and one of step 4. That version wrote both, with this command (shortened):
 
     pretrain debug/pretrain steps=4 checkpoint.every=2 data=dataset model.vocab_size=360 bad_steps.spikes.deviations=6 …
@@ -30,7 +30,7 @@ data: {data}
 @pytest.fixture
 def older(tmp_path, repository):
     """(run directory, config that resumes it), unpacked."""
-    with tarfile.open(repository / "tests" / "training" / "runs" / "0.1.0.tar.gz") as archive:
+    with tarfile.open(repository / "tests" / "training" / "older" / "0.1.0.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     config = tmp_path / "older.yaml"
     config.write_text(CONFIG.format(debug=repository / "configs" / "debug" / "pretrain.yaml",
