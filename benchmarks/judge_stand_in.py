@@ -39,7 +39,7 @@ def rate(answer: str, wanted: str) -> tuple[float, str]:
 
 
 def judge(prompt: str) -> str:
-    """A reply to a prompt of `evaluation.judge_prompts`."""
+    """A reply to a prompt of `evaluation.judge.prompts`."""
     reference = re.search(r"【参考答案】\n(.*?)\n【参考答案结束】", prompt, re.S)
     last = r"〔用户，第二轮〕\n(.*?)\n\n〔助手，第二轮〕\n(.*?)\n"
     if "〔助手，第二轮〕" in prompt:

@@ -24,7 +24,7 @@ from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.dataset.manifest import read_manifest
 from ctllm_jax.huggingface.architecture import embedding_rows, read_model_config
 from ctllm_jax.huggingface.shards import ShardReader, write_tensors
-from ctllm_jax.inference.protocol import ProtocolError, Served, read_chat, read_completions
+from ctllm_jax.inference.serving.protocol import ProtocolError, Served, read_chat, read_completions
 from tests.small_text import VOCABULARY, make_corpus
 
 MANY = [100, pytest.param(10_000, marks=pytest.mark.slow)]

@@ -228,7 +228,7 @@ def _context(command: str, action: str | None, targets: list[str], overrides: li
     from ctllm_jax.cli.terminal import SafeConsole
 
     console = SafeConsole(soft_wrap=not sys.stdout.isatty(), highlight=False)
-    from ctllm_jax.training.goodput import process_began
+    from ctllm_jax.training.supervision.goodput import process_began
 
     return Context(command, console, action=action, targets=targets, overrides=overrides,
                    dry_run="--dry-run" in options, options=frozenset(options), config=config, began=process_began())

@@ -72,9 +72,9 @@ def show(context: Context) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    from ctllm_jax.training.checkpoint import HUGGINGFACE, list_checkpoints
-    from ctllm_jax.training.checkpoint_files import quarantined, say_damage, written_at
-    from ctllm_jax.training.lock import read_owner, say_owner
+    from ctllm_jax.training.checkpoints.checkpoint import HUGGINGFACE, list_checkpoints
+    from ctllm_jax.training.checkpoints.files import quarantined, say_damage, written_at
+    from ctllm_jax.training.supervision.lock import read_owner, say_owner
 
     for target in context.targets:
         kept = list_checkpoints(open_path(target))
@@ -98,8 +98,8 @@ def show(context: Context) -> int:
 
 
 def _state(checkpoint: Any) -> str:
-    from ctllm_jax.training.checkpoint import HUGGINGFACE
-    from ctllm_jax.training.checkpoint_files import find_damage, say_damage
+    from ctllm_jax.training.checkpoints.checkpoint import HUGGINGFACE
+    from ctllm_jax.training.checkpoints.files import find_damage, say_damage
 
     if checkpoint.kind == HUGGINGFACE:
         return ""
@@ -116,7 +116,7 @@ def verify(context: Context) -> int:
     """Read every file of every step, and say which are bad."""
     from rich.markup import escape
 
-    from ctllm_jax.training.checkpoint_files import find_damage, measure_size
+    from ctllm_jax.training.checkpoints.files import find_damage, measure_size
 
     bad = 0
     for target in context.targets:
@@ -135,7 +135,7 @@ def verify(context: Context) -> int:
             size, problems = found
             said = f"whole ({size / 2**20:,.1f} MiB, every checksum)"
             if problems is None:
-                from ctllm_jax.training.checkpoint_arrays import find_structural_damage
+                from ctllm_jax.training.checkpoints.arrays import find_structural_damage
 
                 problems = find_structural_damage(folder)
                 said = f"no manifest; every array can be read ({size / 2**20:,.1f} MiB), changed bits are not seen"
@@ -151,7 +151,7 @@ def verify(context: Context) -> int:
 
 def _folders(target: str) -> Iterator[Path]:
     """The steps that a target names, whether anything can be read of them or not."""
-    from ctllm_jax.training.checkpoint_files import CHECKPOINTS, MILESTONES, list_steps
+    from ctllm_jax.training.checkpoints.files import CHECKPOINTS, MILESTONES, list_steps
 
     name, at, wanted = target.rpartition("@")
     one = at and wanted.isdigit() and not open_path(target).is_dir()
@@ -170,8 +170,8 @@ def compare(context: Context) -> int:
     """Print a table of two checkpoints' arrays beside each other."""
     from rich.table import Table
 
-    from ctllm_jax.training.checkpoint import HUGGINGFACE, find_checkpoint
-    from ctllm_jax.training.checkpoint_arrays import compare_arrays
+    from ctllm_jax.training.checkpoints.arrays import compare_arrays
+    from ctllm_jax.training.checkpoints.checkpoint import HUGGINGFACE, find_checkpoint
 
     if len(context.targets) != 2:
         raise UserError(f"checkpoint diff compares two checkpoints, RUN@A and RUN@B, and was given "
@@ -216,9 +216,9 @@ def prune(context: Context) -> int:
 
     from ctllm_jax.config.pretrain import RunConfig
     from ctllm_jax.huggingface.model import is_huggingface
-    from ctllm_jax.training.checkpoint import list_checkpoints
-    from ctllm_jax.training.checkpoint_files import discard
-    from ctllm_jax.training.lock import own
+    from ctllm_jax.training.checkpoints.checkpoint import list_checkpoints
+    from ctllm_jax.training.checkpoints.files import discard
+    from ctllm_jax.training.supervision.lock import own
 
     config, console = context.config, context.console
     delete = config.delete and not context.dry_run
@@ -250,8 +250,8 @@ def prune(context: Context) -> int:
 def choose_pruned(kept: Sequence[Any], *, keep: int, every: int | None) -> list[Any]:
     """Those that go of the checkpoints of one kind: all but the newest `keep`, multiples of `every`, and the newest one
     whose files are whole."""
-    from ctllm_jax.training.checkpoint_arrays import find_structural_damage
-    from ctllm_jax.training.checkpoint_files import find_damage
+    from ctllm_jax.training.checkpoints.arrays import find_structural_damage
+    from ctllm_jax.training.checkpoints.files import find_damage
 
     newest = sorted(kept, key=lambda checkpoint: -checkpoint.step)
     stay = {checkpoint.step for checkpoint in newest[:keep]}

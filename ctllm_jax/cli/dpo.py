@@ -40,11 +40,11 @@ def run(context: Context) -> int:
 
     from ctllm_jax.cli.sft import print_plan
     from ctllm_jax.cluster.agreement import open_same
+    from ctllm_jax.training.checkpoints.fingerprint import describe_data
     from ctllm_jax.training.dpo import needs_reference, open_preferences
-    from ctllm_jax.training.fingerprint import describe_data
-    from ctllm_jax.training.lock import own
     from ctllm_jax.training.reference import attach_reference
-    from ctllm_jax.training.signals import Signals
+    from ctllm_jax.training.supervision.lock import own
+    from ctllm_jax.training.supervision.signals import Signals
 
     console, first = context.console, jax.process_index() == 0
     with Signals() as signals, own(config.run, what="dpo", free=context.dry_run):

@@ -87,7 +87,7 @@ def run(context: Context) -> int:
     held_out = None
     if BITS_TASK in names:
         from ctllm_jax.evaluation.held_out import open_held_out
-        from ctllm_jax.training.checkpoint import find_checkpoint, read_model_config
+        from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint, read_model_config
 
         run_dir, _ = find_checkpoint(models[0])
         held_out = open_held_out(name, config.held_out, run_dir=run_dir,

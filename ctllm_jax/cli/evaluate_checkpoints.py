@@ -16,7 +16,7 @@ def choose_checkpoints(run: str, wanted: Sequence[str]) -> list[str]:
     Raises:
       UserError: a step that there is not, or no milestone.
     """
-    from ctllm_jax.training.checkpoint import list_checkpoints
+    from ctllm_jax.training.checkpoints.checkpoint import list_checkpoints
 
     kept = list_checkpoints(Path(run))
     steps = sorted({checkpoint.step for checkpoint in kept})
@@ -47,7 +47,7 @@ def is_measured(model: str, files: Sequence[Sequence[Path]], identity: Any) -> b
 
 def origin(name: str) -> dict[str, Any]:
     """What the checkpoint says of itself: the tokens that it was trained on, and which run it is of."""
-    from ctllm_jax.training.checkpoint import find_checkpoint, identify_model
+    from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint, identify_model
 
     _, kept = find_checkpoint(name)
     known = {"tokens": kept.meta.get("tokens")}

@@ -34,7 +34,7 @@ def run(context: Context) -> int:
     if len(context.targets) != 1:
         raise UserError("export-hf needs one MODEL: a run directory, RUN@STEP, or a Hugging Face folder")
     config, output = context.config, Path(context.config.output)
-    from ctllm_jax.training.checkpoint import find_checkpoint
+    from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint
     from ctllm_jax.training.conversion import check_new, export_adapters, export_model
     from ctllm_jax.training.joins import check_base_model
     from ctllm_jax.training.sft import open_text

@@ -60,8 +60,8 @@ def _write_file(context: Context, model: Model) -> int:
     from rich.markup import escape
 
     from ctllm_jax.cli.progress import count_bar
-    from ctllm_jax.inference.completions import complete_file, read_items, settings_of
     from ctllm_jax.inference.pair_file import PairFile
+    from ctllm_jax.inference.serving.completions import complete_file, read_items, settings_of
 
     config, console = context.config, context.console
     items = read_items(config.prompts, model, num_samples=config.num_samples)

@@ -55,7 +55,7 @@ def run(context: Context) -> int:
     with stage_bars(context.console) as progress:
         meta = import_model(directory, output, template=config.template, vocab_multiple=config.vocab_multiple,
                             progress=progress)
-    from ctllm_jax.training.checkpoint import read_model_config
+    from ctllm_jax.training.checkpoints.checkpoint import read_model_config
 
     rows = read_model_config(output).padded_vocab_size
     begins = "" if meta["prefix_id"] is None else f", and begins with id {meta['prefix_id']}"

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ctllm_jax.dataset.damage import DamageLog
     from ctllm_jax.training.console import TrainingConsole
-    from ctllm_jax.training.goodput import Ledger
     from ctllm_jax.training.metrics import MetricsWriter
-    from ctllm_jax.training.recovery import Rollback
+    from ctllm_jax.training.supervision.goodput import Ledger
+    from ctllm_jax.training.supervision.recovery import Rollback
 
 _KINDS = {"bad_steps": "not finite", "spikes": "far above the running mean"}
 

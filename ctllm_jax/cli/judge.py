@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from ctllm_jax.cli import Context
     from ctllm_jax.data.questions import Question
-    from ctllm_jax.evaluation.judge_answers import Answerer, Given
-    from ctllm_jax.evaluation.judging import Judge
+    from ctllm_jax.evaluation.judge.answers import Answerer, Given
+    from ctllm_jax.evaluation.judge.judging import Judge
 
 SCHEMA = JudgeConfig
 USAGE = """
@@ -54,8 +54,8 @@ def run(context: Context) -> int:
     """Have the questions answered and judged, and write what it comes to."""
     from ctllm_jax.cli.judge_tables import show_plan
     from ctllm_jax.data.questions import choose, read_questions
-    from ctllm_jax.evaluation.judge_prompts import PROMPTS, read_prompts
-    from ctllm_jax.evaluation.judging import Judge
+    from ctllm_jax.evaluation.judge.judging import Judge
+    from ctllm_jax.evaluation.judge.prompts import PROMPTS, read_prompts
 
     config, console = context.config, context.console
     _check_targets(context.targets, config)
@@ -104,8 +104,8 @@ def _check_temperatures(config: JudgeConfig, questions: Sequence[Question]) -> N
 
 def _sides(context: Context, questions: Sequence[Question]) -> list[Side]:
     """Who answers, each by a name of its own."""
-    from ctllm_jax.evaluation.judge import read_judged
-    from ctllm_jax.evaluation.judge_answers import Answer, EndpointAnswerer, read_answers
+    from ctllm_jax.evaluation.judge.answers import Answer, EndpointAnswerer, read_answers
+    from ctllm_jax.evaluation.judge.judge import read_judged
 
     config = context.config
     sides = []
@@ -136,7 +136,7 @@ def _sides(context: Context, questions: Sequence[Question]) -> list[Side]:
 
 def _model_side(target: str) -> Side:
     from ctllm_jax.huggingface.model import is_huggingface
-    from ctllm_jax.training.checkpoint import find_checkpoint
+    from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint
 
     run_dir, kept = find_checkpoint(target)
     if is_huggingface(run_dir):
@@ -171,8 +171,8 @@ def _judge(context: Context, questions: Sequence[Question], sides: Sequence[Side
     from ctllm_jax.cli.judge_tables import show_results
     from ctllm_jax.cli.progress import count_bar
     from ctllm_jax.data.questions import hash_of
-    from ctllm_jax.evaluation import judge as records
-    from ctllm_jax.evaluation.judging import choices, ratings, turns_of
+    from ctllm_jax.evaluation.judge.judge import judge as records
+    from ctllm_jax.evaluation.judge.judging import choices, ratings, turns_of
     from ctllm_jax.inference.keyed_file import KeyedFile
     from ctllm_jax.report import judge as report
     from ctllm_jax.report.page import save
@@ -246,7 +246,7 @@ def _answer(side: Side, config: JudgeConfig, questions: Sequence[Question], file
     from rich.markup import escape
 
     from ctllm_jax.cli.progress import count_bar
-    from ctllm_jax.evaluation.judge_answers import ModelAnswerer, answer
+    from ctllm_jax.evaluation.judge.answers import ModelAnswerer, answer
 
     told: dict[str, Any] = {"name": side.name, "step": side.step, "model": side.model}
     if side.given is not None:

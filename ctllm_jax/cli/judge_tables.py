@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ctllm_jax.config.judge import JudgeConfig
 from ctllm_jax.data.questions import Question, in_order, names_of
-from ctllm_jax.evaluation.judging import Judge, turns_of
+from ctllm_jax.evaluation.judge.judging import Judge, turns_of
 from ctllm_jax.report import judge as report
 from ctllm_jax.report.readable import visible
 

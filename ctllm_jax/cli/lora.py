@@ -11,7 +11,7 @@ from ctllm_jax.config.lora import LoraMergeConfig
 
 if TYPE_CHECKING:
     from ctllm_jax.cli import Context
-    from ctllm_jax.training.checkpoint import Kept
+    from ctllm_jax.training.checkpoints.checkpoint import Kept
 
 ACTIONS = {"merge": LoraMergeConfig}
 USAGE = """
@@ -31,7 +31,7 @@ def run(context: Context) -> int:
     if len(context.targets) != 1:
         raise UserError(f"lora {context.action} needs one RUN: the directory of a run with adapters, or RUN@STEP")
     model, output = context.targets[0], Path(context.config.output)
-    from ctllm_jax.training.checkpoint import find_checkpoint
+    from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint
 
     _, kept = find_checkpoint(model)
     if kept.meta.get("lora") is None:
@@ -49,7 +49,7 @@ def run(context: Context) -> int:
 
 def merge(kept: Kept, output: Path, config: LoraMergeConfig) -> list[str]:
     """A run directory with one checkpoint: base and adapters as one."""
-    from ctllm_jax.training.checkpoint import load_whole
+    from ctllm_jax.training.checkpoints.checkpoint import load_whole
     from ctllm_jax.training.lora import write_merged
 
     params = load_whole(kept, base=config.base)

@@ -98,8 +98,8 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
     began = time.perf_counter() if began is None else began
     join(config, command=name)
     from ctllm_jax.evaluation.in_loop import open_loop_tasks
-    from ctllm_jax.training.lock import own
-    from ctllm_jax.training.signals import Signals
+    from ctllm_jax.training.supervision.lock import own
+    from ctllm_jax.training.supervision.signals import Signals
 
     tasks = tasks or open_loop_tasks(config)
     if signals is None:
@@ -111,15 +111,15 @@ def train(config: PretrainConfig, console: Any, *, next_command: bool = True, na
 
     from ctllm_jax.cli.journal import Journal
     from ctllm_jax.training.console import TrainingConsole, print_rows
-    from ctllm_jax.training.goodput import Ledger
     from ctllm_jax.training.guard import count_skipped
     from ctllm_jax.training.metrics import MetricsWriter
     from ctllm_jax.training.pretrain import prepare_run
     from ctllm_jax.training.records import describe_run, make_record
-    from ctllm_jax.training.recovery import Diverged
-    from ctllm_jax.training.requests import Requests
-    from ctllm_jax.training.signals import Stopped
-    from ctllm_jax.training.watchdog import Watchdog
+    from ctllm_jax.training.supervision.goodput import Ledger
+    from ctllm_jax.training.supervision.recovery import Diverged
+    from ctllm_jax.training.supervision.requests import Requests
+    from ctllm_jax.training.supervision.signals import Stopped
+    from ctllm_jax.training.supervision.watchdog import Watchdog
 
     if config.processes not in (1, jax.process_count()):
         raise UserError(f"processes={config.processes}: pretrain, sft and dpo start processes; this runs in"

@@ -100,7 +100,7 @@ def stage_config(schema: type, target: str, *, run: Path, init: Path, data: Path
     import yaml
 
     from ctllm_jax.config.load import load
-    from ctllm_jax.training.checkpoint import find_checkpoint
+    from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint
 
     step = find_checkpoint(str(init))[1].step
     begun = run / "config.yaml"
@@ -114,7 +114,7 @@ def stage_config(schema: type, target: str, *, run: Path, init: Path, data: Path
 
 def made_of(tuned: Path, preferred: Path, seed: int) -> dict[str, Any]:
     """What a verdict depends on, as JSON."""
-    from ctllm_jax.training.checkpoint import find_checkpoint
+    from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint
 
     models = {name: f"{run}@{find_checkpoint(str(run))[1].step}" for name, run in
               (("sft", tuned), ("dpo", preferred))}

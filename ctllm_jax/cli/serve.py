@@ -38,14 +38,14 @@ def run(context: Context) -> int:
         import uvicorn
 
         from ctllm_jax.inference.connections import BACKLOG, allow_files, limited
-        from ctllm_jax.inference.server import Server
+        from ctllm_jax.inference.serving.server import Server
     except ImportError as error:
         raise UserError(f"serve needs the packages starlette and uvicorn ({error}): pip install 'ctllm-jax[serve]'"
                         ) from None
     from dataclasses import replace
 
     from ctllm_jax.inference.model import load_model, with_template
-    from ctllm_jax.inference.protocol import Served
+    from ctllm_jax.inference.serving.protocol import Served
     from ctllm_jax.inference.worker import Worker
 
     allow_files(config.max_connections)

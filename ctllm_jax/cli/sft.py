@@ -33,10 +33,10 @@ def run(context: Context) -> int:
     config = with_run_dir(context.config, context.targets[0])
     join(config, command="sft")
     from ctllm_jax.cluster.agreement import open_same
-    from ctllm_jax.training.fingerprint import describe_data
-    from ctllm_jax.training.lock import own
+    from ctllm_jax.training.checkpoints.fingerprint import describe_data
     from ctllm_jax.training.sft import open_tuning
-    from ctllm_jax.training.signals import Signals
+    from ctllm_jax.training.supervision.lock import own
+    from ctllm_jax.training.supervision.signals import Signals
 
     with Signals() as signals, own(config.run, what="sft", free=context.dry_run):
         tuning = open_same(lambda: open_tuning(config), lambda found: describe_data(found.data), what="data")

@@ -104,7 +104,7 @@ def initialize(heartbeat_seconds: int = 100, *, arrival_seconds: float = ARRIVAL
     second call does nothing.
 
     Args:
-      heartbeat_seconds: a process without a sign of life for so long is dead: `training.watchdog` says which one. JAX,
+      heartbeat_seconds: a process without a sign of life for so long is dead: `training.supervision.watchdog` says which one. JAX,
         which aborts all others and does not say it, is given longer.
       arrival_seconds: how long the processes wait for each other.
 

@@ -18,7 +18,7 @@ import yaml
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.evaluate_data import BenchmarkConfig, SuiteConfig
 from ctllm_jax.evaluation import results
-from ctllm_jax.evaluation.judge import Result, read_judged
+from ctllm_jax.evaluation.judge.judge import Result, read_judged
 from ctllm_jax.evaluation.registry import find_benchmark
 from ctllm_jax.report.readable import finite
 from ctllm_jax.report.run import METRICS, read_run

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ctllm_jax.config.evaluate_data import SuiteConfig
 from ctllm_jax.data.questions import CATEGORIES
 from ctllm_jax.evaluation.figures import Figure, Measured, extra_benchmarks, is_bits
-from ctllm_jax.evaluation.judge import Result, Score
+from ctllm_jax.evaluation.judge.judge import Result, Score
 from ctllm_jax.evaluation.paper import PaperModel, read_paper
 from ctllm_jax.report.readable import as_markdown, compact
 from ctllm_jax.report.run import labels

@@ -171,7 +171,8 @@ class Catalog:
         """
         from jinja2 import UndefinedError
 
-        from ctllm_jax.evaluation import code_tasks, squad
+        from ctllm_jax.evaluation import squad
+        from ctllm_jax.evaluation.code import code_tasks
 
         manager = self._manager(name)
         try:
@@ -205,7 +206,7 @@ class Catalog:
         groups[name] = group
 
     def _code(self, name: str, source: Source) -> dict[str, Any]:
-        from ctllm_jax.evaluation import code_tasks
+        from ctllm_jax.evaluation.code import code_tasks
 
         entry = self._entry(name)
         return code_tasks.configure(name, entry.cfg, source, folder=entry.yaml_path.parent)

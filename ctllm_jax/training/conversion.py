@@ -26,8 +26,14 @@ from ctllm_jax.huggingface.shards import ShardReader, ShardWriter, read_tensors
 from ctllm_jax.huggingface.tokenizer import SETTINGS, check_tokenizer, keep_settings, write_tokenizer
 from ctllm_jax.huggingface.weights import Weights
 from ctllm_jax.model.parameters import decoder_parameters, paths
-from ctllm_jax.training.checkpoint import HUGGINGFACE, MILESTONES, Kept, load_adapters, read_model_config
-from ctllm_jax.training.streaming import Lazy, parameter_dtypes, read_parameter, stream_parameters, write_streamed
+from ctllm_jax.training.checkpoints.checkpoint import HUGGINGFACE, MILESTONES, Kept, load_adapters, read_model_config
+from ctllm_jax.training.checkpoints.streaming import (
+    Lazy,
+    parameter_dtypes,
+    read_parameter,
+    stream_parameters,
+    write_streamed,
+)
 
 Progress = Callable[[str, int, int], None]
 """`(what, bytes done, bytes in all)`."""

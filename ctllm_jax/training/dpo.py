@@ -18,7 +18,7 @@ from ctllm_jax.huggingface.tokenizer import kept_template
 from ctllm_jax.losses.preference import KINDS, Answers, pair_logps, preference_loss
 from ctllm_jax.model.decoder import Decoder
 from ctllm_jax.model.lora import lora_parameters
-from ctllm_jax.training.checkpoint import find_checkpoint, read_model_config
+from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint, read_model_config
 from ctllm_jax.training.joins import check_origin
 from ctllm_jax.training.pretrain import Objective
 from ctllm_jax.training.reference import answer_logps

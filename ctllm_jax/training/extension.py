@@ -15,7 +15,7 @@ import numpy as np
 
 from ctllm_jax.config.pretrain import OptimizerConfig, PretrainConfig
 from ctllm_jax.storage import is_remote
-from ctllm_jax.training.checkpoint_files import CHECKPOINTS, list_steps
+from ctllm_jax.training.checkpoints.files import CHECKPOINTS, list_steps
 from ctllm_jax.training.optimizer import make_schedule
 
 SMOOTH = 0.01

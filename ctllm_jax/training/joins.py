@@ -19,8 +19,14 @@ from ctllm_jax.huggingface.layout import VOCABULARY
 from ctllm_jax.huggingface.model import is_huggingface, open_weights
 from ctllm_jax.huggingface.tokenizer import PROBES
 from ctllm_jax.storage import open_path
-from ctllm_jax.training.checkpoint import Kept, find_base, find_checkpoint, list_checkpoints, read_model_config
-from ctllm_jax.training.streaming import stream_parameters
+from ctllm_jax.training.checkpoints.checkpoint import (
+    Kept,
+    find_base,
+    find_checkpoint,
+    list_checkpoints,
+    read_model_config,
+)
+from ctllm_jax.training.checkpoints.streaming import stream_parameters
 
 Data = TypeVar("Data", bound=BatchSource | None)
 KEY = "allow_mismatch"

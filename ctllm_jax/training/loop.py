@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
-from ctllm_jax.training.goodput import Ledger
 from ctllm_jax.training.state import State
+from ctllm_jax.training.supervision.goodput import Ledger
 
 
 @dataclass(frozen=True)

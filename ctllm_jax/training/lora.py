@@ -16,8 +16,8 @@ from ctllm_jax.data.tokenizer import find_tokenizer
 from ctllm_jax.huggingface.tokenizer import SETTINGS
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.model.lora import attach
-from ctllm_jax.training.checkpoint import Kept
-from ctllm_jax.training.checkpointer import write_weights
+from ctllm_jax.training.checkpoints.checkpoint import Kept
+from ctllm_jax.training.checkpoints.checkpointer import write_weights
 from ctllm_jax.training.optimizer import is_matrix, path_name
 
 

@@ -33,20 +33,20 @@ from ctllm_jax.model.decoder import Decoder, head_weights, init_table
 from ctllm_jax.model.lora import attach, lora_parameters
 from ctllm_jax.model.parameters import decoder_parameters
 from ctllm_jax.storage import copy_file, is_remote
-from ctllm_jax.training import checkpoint as checkpoints
-from ctllm_jax.training.checkpointer import Checkpointer
+from ctllm_jax.training.checkpoints import checkpoint as checkpoints
+from ctllm_jax.training.checkpoints.checkpointer import Checkpointer
+from ctllm_jax.training.checkpoints.fingerprint import compare_fingerprints, describe_data, make_fingerprint
 from ctllm_jax.training.environment import choose_implementations, describe_environment, warn_of_processors
 from ctllm_jax.training.extension import describe_jump
-from ctllm_jax.training.fingerprint import compare_fingerprints, describe_data, make_fingerprint
-from ctllm_jax.training.goodput import Ledger
 from ctllm_jax.training.joins import checked_start
 from ctllm_jax.training.loop import Hook, run_loop
 from ctllm_jax.training.lora import abstract_base, with_adapters
 from ctllm_jax.training.optimizer import make_optimizer, make_schedule
-from ctllm_jax.training.recovery import Recovery, Rollback, restore_state
 from ctllm_jax.training.state import State, init_state
 from ctllm_jax.training.state import like_params as _like_params
 from ctllm_jax.training.step import make_train_step, plan_accumulation
+from ctllm_jax.training.supervision.goodput import Ledger
+from ctllm_jax.training.supervision.recovery import Recovery, Rollback, restore_state
 
 log = logging.getLogger(__name__)
 DAMAGED = "damaged"

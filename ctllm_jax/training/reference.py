@@ -26,14 +26,14 @@ from ctllm_jax.data.batch import Batch, stack_rows
 from ctllm_jax.data.preference import PreferenceData
 from ctllm_jax.losses.preference import sequence_logps
 from ctllm_jax.model.decoder import Decoder, head_weights
-from ctllm_jax.training.checkpoint import (
+from ctllm_jax.training.checkpoints.checkpoint import (
     Kept,
     find_checkpoint,
     identify_model,
     list_checkpoints,
     load_params,
 )
-from ctllm_jax.training.fingerprint import compare_fingerprints, make_fingerprint
+from ctllm_jax.training.checkpoints.fingerprint import compare_fingerprints, make_fingerprint
 from ctllm_jax.training.pretrain import Objective, make_decoder, place_batch, plan_step
 
 FOLDER = ".reference"

@@ -15,7 +15,7 @@ from ctllm_jax.data.sft import SFTData
 from ctllm_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, find_tokenizer, load_tokenizer
 from ctllm_jax.huggingface.tokenizer import kept_template, spoken_additions
 from ctllm_jax.model.lora import lora_parameters
-from ctllm_jax.training.checkpoint import Kept, find_checkpoint, read_model_config
+from ctllm_jax.training.checkpoints.checkpoint import Kept, find_checkpoint, read_model_config
 from ctllm_jax.training.joins import check_origin, refuse
 
 Config = TypeVar("Config", bound=PretrainConfig)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ctllm_jax.config.pretrain import RunConfig
-from ctllm_jax.training.lock import own
+from ctllm_jax.training.supervision.lock import own
 from tests.cli.conftest import call
 from tests.runs import read_arrays
 

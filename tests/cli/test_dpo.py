@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ctllm_jax.report.run import read_run
-from ctllm_jax.training.checkpoint import list_checkpoints
+from ctllm_jax.training.checkpoints.checkpoint import list_checkpoints
 from tests.cli.conftest import call
 from tests.cli.test_sft import write_dialogues
 from tests.runs import assert_same_bits, read_arrays

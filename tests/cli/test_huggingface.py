@@ -18,7 +18,7 @@ from ctllm_jax.huggingface.shards import ShardReader, read_tensors, write_tensor
 from ctllm_jax.inference.model import load_model
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.model.parameters import decoder_parameters
-from ctllm_jax.training.checkpoint import find_checkpoint, load_params, read_model_config
+from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint, load_params, read_model_config
 from tests.cli.conftest import call
 from tests.cli.test_dpo import write_pairs
 from tests.cli.test_sft import write_dialogues
@@ -178,7 +178,7 @@ def test_a_dry_run_writes_nothing(qwen, tmp_path):
 
 def test_other_weights_are_another_model(qwen, tmp_path):
     """A reference kept for one is not taken for the other."""
-    from ctllm_jax.training.checkpoint import identify_model
+    from ctllm_jax.training.checkpoints.checkpoint import identify_model
 
     shutil.copytree(qwen, tmp_path / "copy")
     same = [identify_model(find_checkpoint(str(folder))[1]) for folder in (qwen, tmp_path / "copy")]

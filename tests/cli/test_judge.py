@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from ctllm_jax.evaluation.judge import read_judged
+from ctllm_jax.evaluation.judge.judge import read_judged
 from tests.chat_server import ChatServer, Say
 from tests.cli.conftest import call
 from tests.runs import start

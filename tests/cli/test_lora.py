@@ -11,7 +11,7 @@ import pytest
 from ctllm_jax.huggingface.shards import read_tensors, write_tensors
 from ctllm_jax.inference.model import load_model
 from ctllm_jax.report.run import read_run
-from ctllm_jax.training.checkpoint import list_checkpoints
+from ctllm_jax.training.checkpoints.checkpoint import list_checkpoints
 from tests.cli.conftest import call
 from tests.cli.test_dpo import write_pairs
 from tests.cli.test_sft import write_dialogues

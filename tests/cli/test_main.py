@@ -131,7 +131,7 @@ from ctllm_jax import cli
 
 cli.importlib.import_module = lambda name: None
 def run(*arguments):
-    for name in ("ctllm_jax.training.lock", "absl"):
+    for name in ("ctllm_jax.training.supervision.lock", "absl"):
         logging.getLogger(name).warning("%d steps", 3)
     return 0
 cli._run = run

@@ -143,7 +143,7 @@ def test_a_full_disk_and_a_read_only_one(tmp_path):
 
 
 def test_results_follow_the_umask(tmp_path):
-    from ctllm_jax.evaluation.judge import write_record
+    from ctllm_jax.evaluation.judge.judge import write_record
     from ctllm_jax.evaluation.results import write_result
     from ctllm_jax.report.page import save
 

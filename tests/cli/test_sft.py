@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ctllm_jax.report.run import read_run
-from ctllm_jax.training.checkpoint import list_checkpoints
+from ctllm_jax.training.checkpoints.checkpoint import list_checkpoints
 from data_prep.train_tokenizer import fit
 from tests.cli.conftest import call
 from tests.small_text import VOCABULARY

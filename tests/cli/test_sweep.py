@@ -14,7 +14,7 @@ from ctllm_jax.cli.sweep import Signals
 from ctllm_jax.config.load import load
 from ctllm_jax.config.sft import SFTConfig
 from ctllm_jax.report.run import read_run
-from ctllm_jax.training.checkpoint import list_checkpoints
+from ctllm_jax.training.checkpoints.checkpoint import list_checkpoints
 from ctllm_jax.training.sft import open_tuning
 from tests.cli.conftest import call
 from tests.runs import cached, start

@@ -12,7 +12,7 @@ from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.config.sft import SFTConfig
 from ctllm_jax.model.flops import flops_per_token
 from ctllm_jax.model.parameters import count_parameters
-from ctllm_jax.training.fingerprint import make_fingerprint
+from ctllm_jax.training.checkpoints.fingerprint import make_fingerprint
 
 STATED = {"ct_llm_2b/pretrain": 2_134_509_568, "small/150m": 148_264_704, "small/400m": 399_561_728,
           "small/1b": 1_003_554_816, "debug/pretrain": 41_120}

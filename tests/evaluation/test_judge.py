@@ -8,11 +8,18 @@ import pytest
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.judge import GraderConfig
 from ctllm_jax.data.questions import Question
-from ctllm_jax.evaluation import judge
-from ctllm_jax.evaluation.judge import Score, bootstrap, judged_record, read_judged, scores_of, write_record
-from ctllm_jax.evaluation.judge_answers import Answer
-from ctllm_jax.evaluation.judge_prompts import PROMPTS
-from ctllm_jax.evaluation.judging import Judge, Judgment
+from ctllm_jax.evaluation.judge.answers import Answer
+from ctllm_jax.evaluation.judge.judge import (
+    Score,
+    bootstrap,
+    judge,
+    judged_record,
+    read_judged,
+    scores_of,
+    write_record,
+)
+from ctllm_jax.evaluation.judge.judging import Judge, Judgment
+from ctllm_jax.evaluation.judge.prompts import PROMPTS
 
 HEAD = {"name": "set", "date": "2026-11-24", "answerer": {"name": "run@7", "step": 7},
         "questions": {"path": "set.jsonl", "sha256": "c0ffee", "count": 3,

@@ -7,7 +7,7 @@ import pytest
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.judge import AnswersConfig
 from ctllm_jax.data.questions import Question
-from ctllm_jax.evaluation.judge_answers import NO_FIRST, Answer, EndpointAnswerer, answer, read_answers
+from ctllm_jax.evaluation.judge.answers import NO_FIRST, Answer, EndpointAnswerer, answer, read_answers
 from ctllm_jax.inference.keyed_file import KeyedFile
 from tests.chat_server import ChatServer, Say, completion
 

@@ -8,7 +8,7 @@ import pytest
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.questions import Question
-from ctllm_jax.evaluation.judge_prompts import PROMPTS, pair, read_prompts, single
+from ctllm_jax.evaluation.judge.prompts import PROMPTS, pair, read_prompts, single
 
 MT_BENCH = Path(__file__).resolve().parents[3] / "shared" / "data" / "eval" / "mt-bench-zh" / "judge_prompts.jsonl"
 QUESTION = Question("1", "math", ("一加一？", "再加一？"), ("得二", "得三"), "set.jsonl:1")

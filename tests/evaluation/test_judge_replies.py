@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctllm_jax.evaluation.judge_prompts import PROMPTS
-from ctllm_jax.evaluation.judge_replies import read_rating, read_verdict
+from ctllm_jax.evaluation.judge.prompts import PROMPTS
+from ctllm_jax.evaluation.judge.replies import read_rating, read_verdict
 
 
 def fastchat_rating(reply):

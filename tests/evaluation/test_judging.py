@@ -7,10 +7,10 @@ import pytest
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.judge import GraderConfig
 from ctllm_jax.data.questions import Question
-from ctllm_jax.evaluation.judge import compare, comparison_of
-from ctllm_jax.evaluation.judge_answers import Answer
-from ctllm_jax.evaluation.judge_prompts import PROMPTS
-from ctllm_jax.evaluation.judging import Judge, Judgment, choices, ratings
+from ctllm_jax.evaluation.judge.answers import Answer
+from ctllm_jax.evaluation.judge.judge import compare, comparison_of
+from ctllm_jax.evaluation.judge.judging import Judge, Judgment, choices, ratings
+from ctllm_jax.evaluation.judge.prompts import PROMPTS
 from ctllm_jax.inference.keyed_file import KeyedFile
 from tests.chat_server import ChatServer, Say, completion
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.evaluation import sandbox
-from ctllm_jax.evaluation.sandbox import Limits, run_program, run_programs
+from ctllm_jax.evaluation.code import sandbox
+from ctllm_jax.evaluation.code.sandbox import Limits, run_program, run_programs
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is made of Linux's means")
 
@@ -226,7 +226,7 @@ GUARD = ["unshare", "--user", "--map-root-user", "--mount", "--uts", "--ipc", "-
          "--kill-child"]
 GUARDED = """
 import dataclasses, json, os, subprocess, sys
-from ctllm_jax.evaluation.sandbox import Limits, run_program
+from ctllm_jax.evaluation.code.sandbox import Limits, run_program
 isolation, limits, programs = json.load(sys.stdin)
 other = subprocess.Popen(["sleep", "60"])
 programs = [program.replace("ME", str(os.getpid())).replace("OTHER", str(other.pid)) for program in programs]
@@ -344,7 +344,7 @@ def test_many_at_once_in_their_order():
 
 def test_the_program_ends_with_us(tmp_path):
     # The process that waits for it is killed: nothing of the sandbox may stay.
-    program = ("from ctllm_jax.evaluation.sandbox import *\nfind_isolation(); print('ready', flush=True)\n"
+    program = ("from ctllm_jax.evaluation.code.sandbox import *\nfind_isolation(); print('ready', flush=True)\n"
                "run_program('import time; time.sleep(97)', limits=Limits(wall_seconds=90))")
     waiting = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE,
                                env={**os.environ, "TMPDIR": str(tmp_path)})

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ctllm_jax.evaluation import sandbox_child
-from ctllm_jax.evaluation.sandbox_child import call_filter
+from ctllm_jax.evaluation.code import sandbox_child
+from ctllm_jax.evaluation.code.sandbox_child import call_filter
 
 HEADERS = {"x86_64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "/usr/include/asm-generic/unistd.h"}
 AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}

@@ -16,8 +16,9 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from ctllm_jax.config.errors import UserError  # noqa: E402
-from ctllm_jax.evaluation import code_tasks, cvalues, squad  # noqa: E402
+from ctllm_jax.evaluation import cvalues, squad  # noqa: E402
 from ctllm_jax.evaluation.archives import convert, find_official, members, write_parquet  # noqa: E402
+from ctllm_jax.evaluation.code import code_tasks  # noqa: E402
 from ctllm_jax.evaluation.sources import find_source  # noqa: E402
 from ctllm_jax.evaluation.tasks import open_tasks  # noqa: E402
 from tests.evaluation import official_files as files  # noqa: E402

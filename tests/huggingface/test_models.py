@@ -9,7 +9,7 @@ import pytest
 from ctllm_jax.config.chat import ChatConfig
 from ctllm_jax.config.generate import GenerateConfig
 from ctllm_jax.inference.model import load_model
-from ctllm_jax.inference.protocol import Served, read_completions
+from ctllm_jax.inference.serving.protocol import Served, read_completions
 from ctllm_jax.model.decoder import head_weights
 from tests.cli.conftest import call
 from tests.huggingface.folders import IDS, SHAPES, edit, make_folder

@@ -16,8 +16,8 @@ from ctllm_jax.data.chat import open_template
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.inference.connections import BACKLOG, limited
 from ctllm_jax.inference.engine import Engine
-from ctllm_jax.inference.protocol import Served
-from ctllm_jax.inference.server import Server
+from ctllm_jax.inference.serving.protocol import Served
+from ctllm_jax.inference.serving.server import Server
 from ctllm_jax.inference.worker import Worker
 from data_prep.train_tokenizer import fit
 from tests.inference.models import make_model

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from ctllm_jax.inference.protocol import ProtocolError, read_chat
+from ctllm_jax.inference.serving.protocol import ProtocolError, read_chat
 from tests.inference.serving import COMPLETIONS, LENGTH, body, serving
 
 CHAT = "/v1/chat/completions"

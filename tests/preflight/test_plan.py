@@ -17,7 +17,7 @@ from ctllm_jax.config.sft import SFTConfig
 from ctllm_jax.model.lora import count_adapters
 from ctllm_jax.model.parameters import count_parameters
 from ctllm_jax.preflight import plan
-from ctllm_jax.training.checkpointer import Checkpointer
+from ctllm_jax.training.checkpoints.checkpointer import Checkpointer
 from ctllm_jax.training.pretrain import plan_step
 from ctllm_jax.training.state import init_state
 

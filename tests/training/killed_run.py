@@ -25,7 +25,8 @@ import sys
 import time
 from pathlib import Path
 
-from ctllm_jax.training import checkpoint_files, checkpointer
+from ctllm_jax.training.checkpoints import checkpointer
+from ctllm_jax.training.checkpoints import files as checkpoint_files
 
 MOMENTS = ("before", "during", "manifest", "written", "displacing", "deleting", "after")
 

@@ -14,7 +14,7 @@ from ctllm_jax.config.model import ModelConfig
 from ctllm_jax.huggingface.architecture import describe_architecture
 from ctllm_jax.huggingface.layout import pieces
 from ctllm_jax.huggingface.shards import ShardWriter
-from ctllm_jax.training.checkpoint import find_checkpoint
+from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint
 from ctllm_jax.training.conversion import export_model, import_model
 from ctllm_jax.training.sft import open_text
 

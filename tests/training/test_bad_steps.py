@@ -19,9 +19,9 @@ from ctllm_jax.report.run import read_run
 from ctllm_jax.training import step as step_module
 from ctllm_jax.training.loop import Hook
 from ctllm_jax.training.pretrain import prepare_run
-from ctllm_jax.training.recovery import Diverged
 from ctllm_jax.training.state import Spikes, init_state
 from ctllm_jax.training.step import make_train_step
+from ctllm_jax.training.supervision.recovery import Diverged
 from tests.runs import DEBUG, REPOSITORY, assert_same_bits, cached, read_arrays, start
 from tests.training.planted import Planted
 from tests.training.test_processes import free_port

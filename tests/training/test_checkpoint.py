@@ -17,9 +17,9 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import CheckpointConfig, PretrainConfig
 from ctllm_jax.training import pretrain
-from ctllm_jax.training.checkpoint import find_checkpoint, list_checkpoints, load_params
-from ctllm_jax.training.checkpointer import Checkpointer
-from ctllm_jax.training.fingerprint import compare_fingerprints, make_fingerprint
+from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint, list_checkpoints, load_params
+from ctllm_jax.training.checkpoints.checkpointer import Checkpointer
+from ctllm_jax.training.checkpoints.fingerprint import compare_fingerprints, make_fingerprint
 from ctllm_jax.training.pretrain import prepare_run
 from ctllm_jax.training.state import State, init_state
 

@@ -14,10 +14,10 @@ import pytest
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import CheckpointConfig
-from ctllm_jax.training import checkpoint_files as files
-from ctllm_jax.training.checkpoint import find_checkpoint, list_checkpoints, load_params
-from ctllm_jax.training.checkpointer import Checkpointer
-from ctllm_jax.training.streaming import stream_parameters
+from ctllm_jax.training.checkpoints import files
+from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint, list_checkpoints, load_params
+from ctllm_jax.training.checkpoints.checkpointer import Checkpointer
+from ctllm_jax.training.checkpoints.streaming import stream_parameters
 from tests.runs import DEBUG, REPOSITORY, cached, environment
 from tests.training.test_checkpoint import TOKENS, abstract_state, make_state, save, steps_in
 

@@ -8,8 +8,8 @@ import optax
 import tensorstore as ts
 
 from ctllm_jax.config.pretrain import CheckpointConfig
-from ctllm_jax.training.checkpoint_leak import _spec
-from ctllm_jax.training.checkpointer import Checkpointer
+from ctllm_jax.training.checkpoints.checkpointer import Checkpointer
+from ctllm_jax.training.checkpoints.tensorstore_leak import _spec
 from ctllm_jax.training.state import init_state
 
 SAVES = 15

@@ -19,8 +19,8 @@ from orbax.checkpoint._src.metadata import checkpoint as orbax_metadata
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import CheckpointConfig
 from ctllm_jax.storage import open_path
-from ctllm_jax.training import checkpoint_files as files
-from ctllm_jax.training.checkpointer import Checkpointer
+from ctllm_jax.training.checkpoints import files
+from ctllm_jax.training.checkpoints.checkpointer import Checkpointer
 from ctllm_jax.training.state import init_state
 from tests.object_store import BUCKET
 from tests.runs import start

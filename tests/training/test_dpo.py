@@ -18,7 +18,7 @@ from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.losses.preference import KINDS
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.training import reference
-from ctllm_jax.training.checkpoint import Kept
+from ctllm_jax.training.checkpoints.checkpoint import Kept
 from ctllm_jax.training.dpo import check_loss, describe, make_loss_fn, make_objective
 from ctllm_jax.training.pretrain import make_decoder
 from ctllm_jax.training.reference import attach_reference

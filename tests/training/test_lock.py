@@ -13,7 +13,7 @@ import pytest
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import RunConfig
-from ctllm_jax.training.lock import LOCK, Lock, own, read_owner
+from ctllm_jax.training.supervision.lock import LOCK, Lock, own, read_owner
 from tests.runs import DEBUG, REPOSITORY, cached, environment, launch, start
 
 PROCESS = """
@@ -21,7 +21,7 @@ import errno, os, sys, time
 from pathlib import Path
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import RunConfig
-from ctllm_jax.training.lock import Lock
+from ctllm_jax.training.supervision.lock import Lock
 
 def no_links(source, target):
     raise OSError(errno.EPERM, os.strerror(errno.EPERM))
@@ -142,7 +142,7 @@ def test_one_elsewhere_whose_heart_beats_stays(tmp_path):
         lock._mine["place"] = "elsewhere"
         # For this process the other one is on another machine.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ctllm_jax.training.owner._place", lambda: "elsewhere")
+            patch.setattr("ctllm_jax.training.supervision.owner._place", lambda: "elsewhere")
             began = time.monotonic()
             with pytest.raises(UserError, match=f"is in use by process {owner.pid}"):
                 while lock.attempt() is not None:

@@ -7,7 +7,7 @@ import pytest
 
 from ctllm_jax.config.pretrain import RunConfig
 from ctllm_jax.report.run import read_run
-from ctllm_jax.training.lock import own
+from ctllm_jax.training.supervision.lock import own
 from tests.runs import DEBUG, assert_same_bits, cached, launch, read_arrays, start
 from tests.small_text import VOCABULARY, make_corpus
 

@@ -13,7 +13,7 @@ from ctllm_jax.data.preference import PreferenceData
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.training import reference
-from ctllm_jax.training.checkpoint import Kept
+from ctllm_jax.training.checkpoints.checkpoint import Kept
 from ctllm_jax.training.dpo import make_objective
 from ctllm_jax.training.reference import attach_reference
 from data_prep.train_tokenizer import fit

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from ctllm_jax.storage import StoreError, told
-from ctllm_jax.training import requests
-from ctllm_jax.training.requests import SAVE, STOP, Requests
-from ctllm_jax.training.signals import Signals
+from ctllm_jax.training.supervision import requests
+from ctllm_jax.training.supervision.requests import SAVE, STOP, Requests
+from ctllm_jax.training.supervision.signals import Signals
 
 DIRECTORY = Path("gs://bucket/run")
 

@@ -124,7 +124,7 @@ def test_files_in_the_run_directory(tmp_path, cache):
 
 WAITING = """
 import ctypes, sys
-from ctllm_jax.training.signals import Signals
+from ctllm_jax.training.supervision.signals import Signals
 with Signals() as signals:
     if sys.argv[1] == "begun":
         signals.begin(lambda text: print(text, flush=True))

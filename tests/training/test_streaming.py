@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from ctllm_jax.training.checkpoint import Kept
-from ctllm_jax.training.checkpointer import write_weights
-from ctllm_jax.training.streaming import Lazy, parameter_dtypes, stream_parameters, write_streamed
+from ctllm_jax.training.checkpoints.checkpoint import Kept
+from ctllm_jax.training.checkpoints.checkpointer import write_weights
+from ctllm_jax.training.checkpoints.streaming import Lazy, parameter_dtypes, stream_parameters, write_streamed
 from tests.runs import REPOSITORY, assert_same_bits, environment, read_arrays
 
 

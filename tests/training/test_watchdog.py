@@ -12,9 +12,9 @@ import pytest
 from ctllm_jax.config.reliability import WatchdogConfig
 from ctllm_jax.config.statuses import REQUEUE
 from ctllm_jax.report.run import read_run
-from ctllm_jax.training import watchdog
-from ctllm_jax.training.goodput import Ledger
-from ctllm_jax.training.watchdog import Watchdog
+from ctllm_jax.training.supervision import watchdog
+from ctllm_jax.training.supervision.goodput import Ledger
+from ctllm_jax.training.supervision.watchdog import Watchdog
 from tests.runs import DEBUG, REPOSITORY, cached, launch, start
 from tests.training.test_processes import free_port
 

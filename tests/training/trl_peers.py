@@ -8,8 +8,8 @@ import numpy as np
 from ctllm_jax.config.load import load, to_yaml
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.model.decoder import init_params
-from ctllm_jax.training.checkpoint import find_checkpoint, load_params
-from ctllm_jax.training.checkpointer import Checkpointer
+from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint, load_params
+from ctllm_jax.training.checkpoints.checkpointer import Checkpointer
 from ctllm_jax.training.optimizer import make_optimizer
 from ctllm_jax.training.state import init_state
 from data_prep.train_tokenizer import fit

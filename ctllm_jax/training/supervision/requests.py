@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ctllm_jax.storage import is_remote, list_names, told, upload_tree
 from ctllm_jax.training.loop import Hook
-from ctllm_jax.training.signals import REASONS, Signals
+from ctllm_jax.training.supervision.signals import REASONS, Signals
 
 log = logging.getLogger(__name__)
 STOP, SAVE, PROFILE = "STOP", "SAVE", "PROFILE"

@@ -22,10 +22,10 @@ import numpy as np
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.questions import Question, in_order, names_of
-from ctllm_jax.evaluation.judge_answers import Given
-from ctllm_jax.evaluation.judge_prompts import Prompt
-from ctllm_jax.evaluation.judge_replies import LOWEST
-from ctllm_jax.evaluation.judging import Judge, Judgment
+from ctllm_jax.evaluation.judge.answers import Given
+from ctllm_jax.evaluation.judge.judging import Judge, Judgment
+from ctllm_jax.evaluation.judge.prompts import Prompt
+from ctllm_jax.evaluation.judge.replies import LOWEST
 from ctllm_jax.storage import write_whole
 
 KIND, PART, COMPARISON = "judge", "judge-part", "judge-comparison"

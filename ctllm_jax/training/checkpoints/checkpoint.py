@@ -31,7 +31,7 @@ from ctllm_jax.huggingface import model as huggingface
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.model.lora import merge
 from ctllm_jax.storage import absolute, in_parallel, is_remote, open_path, read_small
-from ctllm_jax.training.checkpoint_files import (
+from ctllm_jax.training.checkpoints.files import (
     CHECKPOINTS,
     MANIFEST,
     MILESTONES,
@@ -40,7 +40,7 @@ from ctllm_jax.training.checkpoint_files import (
     measure_size,
     say_damage,
 )
-from ctllm_jax.training.fingerprint import flatten
+from ctllm_jax.training.checkpoints.fingerprint import flatten
 
 HUGGINGFACE = "huggingface"
 _checked: set[tuple[Path, int]] = set()

@@ -27,11 +27,10 @@ from ctllm_jax.cluster.distributed import tell_all, tell_all_of
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import CheckpointConfig
 from ctllm_jax.config.statuses import REQUEUE
-from ctllm_jax.training import checkpoint_files as files
-from ctllm_jax.training import checkpoint_objects as objects
-from ctllm_jax.training.checkpoint_arrays import find_structural_damage, refuse_other_arrays
-from ctllm_jax.training.checkpoint_files import CHECKPOINTS, MILESTONES
-from ctllm_jax.training.checkpoint_manager import Manager
+from ctllm_jax.training.checkpoints import files, objects
+from ctllm_jax.training.checkpoints.arrays import find_structural_damage, refuse_other_arrays
+from ctllm_jax.training.checkpoints.files import CHECKPOINTS, MILESTONES
+from ctllm_jax.training.checkpoints.manager import Manager
 from ctllm_jax.training.state import State
 
 log = logging.getLogger(__name__)

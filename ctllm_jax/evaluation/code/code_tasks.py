@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ctllm_jax.evaluation.sandbox import run_programs
+from ctllm_jax.evaluation.code.sandbox import run_programs
 from ctllm_jax.evaluation.sources import Source
 
 Rows = Sequence[dict[str, Any]]

@@ -17,9 +17,9 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.judge import GraderConfig
 from ctllm_jax.data.chat import Message
 from ctllm_jax.data.questions import Question
-from ctllm_jax.evaluation.judge_answers import Given
-from ctllm_jax.evaluation.judge_prompts import Prompt, Prompts, pair, single
-from ctllm_jax.evaluation.judge_replies import LOWEST, read_rating, read_verdict
+from ctllm_jax.evaluation.judge.answers import Given
+from ctllm_jax.evaluation.judge.prompts import Prompt, Prompts, pair, single
+from ctllm_jax.evaluation.judge.replies import LOWEST, read_rating, read_verdict
 from ctllm_jax.inference.endpoint import Endpoint, EndpointError, Request
 from ctllm_jax.inference.keyed_file import KeyedFile
 

@@ -17,7 +17,7 @@ from ctllm_jax.config.lora import LoraConfig
 from ctllm_jax.huggingface.model import open_weights
 from ctllm_jax.model.lora import merge
 from ctllm_jax.storage import absolute
-from ctllm_jax.training.checkpoint import (
+from ctllm_jax.training.checkpoints.checkpoint import (
     HUGGINGFACE,
     MILESTONES,
     Kept,
@@ -26,7 +26,7 @@ from ctllm_jax.training.checkpoint import (
     read_tree,
     refuse_damage,
 )
-from ctllm_jax.training.checkpoint_files import write_manifest
+from ctllm_jax.training.checkpoints.files import write_manifest
 
 _CHUNK = 64 << 20
 

@@ -15,8 +15,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from ctllm_jax import storage
-from ctllm_jax.training import checkpoint_files as files
-from ctllm_jax.training.checkpoint_leak import leave_out
+from ctllm_jax.training.checkpoints import files
+from ctllm_jax.training.checkpoints.tensorstore_leak import leave_out
 
 
 class Manager:

@@ -15,8 +15,8 @@ import numpy as np
 from ctllm_jax.cluster.distributed import tell_all
 from ctllm_jax.config.reliability import BadStepsConfig
 from ctllm_jax.config.statuses import DIVERGED
-from ctllm_jax.training.checkpoint_files import CHECKPOINTS, MILESTONES, discard, list_steps
-from ctllm_jax.training.checkpointer import Checkpointer
+from ctllm_jax.training.checkpoints.checkpointer import Checkpointer
+from ctllm_jax.training.checkpoints.files import CHECKPOINTS, MILESTONES, discard, list_steps
 from ctllm_jax.training.state import Spikes, State, init_spikes
 
 

@@ -25,9 +25,9 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from ctllm_jax.config.serve import ServeConfig
-from ctllm_jax.inference.metrics import Metrics
-from ctllm_jax.inference.protocol import Answer, ProtocolError, Served, read_chat, read_completions
 from ctllm_jax.inference.request import FAILED, Event
+from ctllm_jax.inference.serving.metrics import Metrics
+from ctllm_jax.inference.serving.protocol import Answer, ProtocolError, Served, read_chat, read_completions
 from ctllm_jax.inference.worker import QueueFull, Worker
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -15,7 +15,7 @@ import tensorstore as ts
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.storage import absolute, is_remote
-from ctllm_jax.training.checkpoint_files import STEP_METADATA
+from ctllm_jax.training.checkpoints.files import STEP_METADATA
 
 
 @dataclass(frozen=True)

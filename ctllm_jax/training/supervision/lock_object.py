@@ -19,7 +19,7 @@ from typing import Any
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.statuses import FAILED, REQUEUE
 from ctllm_jax.storage import Conditional, StoreError
-from ctllm_jax.training.owner import is_gone, parse_owner, refusal, say_owner, whoami
+from ctllm_jax.training.supervision.owner import is_gone, parse_owner, refusal, say_owner, whoami
 
 log = logging.getLogger(__name__)
 _LAST = 10.0

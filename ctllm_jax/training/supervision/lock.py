@@ -25,7 +25,7 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import RunConfig
 from ctllm_jax.config.statuses import FAILED
 from ctllm_jax.storage import is_remote, open_path
-from ctllm_jax.training.owner import is_gone, parse_owner, refusal, say_owner, whoami
+from ctllm_jax.training.supervision.owner import is_gone, parse_owner, refusal, say_owner, whoami
 
 log = logging.getLogger(__name__)
 LOCK, _TAKEOVER = "lock", "lock.takeover"
@@ -253,7 +253,7 @@ def read_owner(run_dir: Path) -> dict[str, Any] | None:
 def make_lock(run_dir: Path, *, stale_after: float, what: str) -> Any:
     """The lock of a run directory, on a disk or an object store; arguments as of `Lock`."""
     if is_remote(run_dir):
-        from ctllm_jax.training.lock_object import ObjectLock
+        from ctllm_jax.training.supervision.lock_object import ObjectLock
 
         return ObjectLock(run_dir, name=LOCK, stale_after=stale_after, what=what)
     return Lock(run_dir, stale_after=stale_after, what=what)

@@ -27,8 +27,8 @@ from typing import Any, Literal
 
 from ctllm_jax import storage
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.training import checkpoint_objects as objects
-from ctllm_jax.training.checkpoint_objects import COMMITTED
+from ctllm_jax.training.checkpoints import objects
+from ctllm_jax.training.checkpoints.objects import COMMITTED
 
 log = logging.getLogger(__name__)
 CHECKPOINTS, MILESTONES = "checkpoints", "milestones"

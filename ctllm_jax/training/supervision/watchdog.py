@@ -31,7 +31,7 @@ import jax
 from ctllm_jax.config.reliability import WatchdogConfig
 from ctllm_jax.config.statuses import REQUEUE
 from ctllm_jax.storage import is_remote
-from ctllm_jax.training.goodput import STEPPING, Ledger
+from ctllm_jax.training.supervision.goodput import STEPPING, Ledger
 
 log = logging.getLogger(__name__)
 PROCESSES = "processes"

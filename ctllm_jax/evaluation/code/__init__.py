@@ -1,0 +1,1 @@
+"""Evaluation by running generated code: the tasks and the sandbox that runs it."""

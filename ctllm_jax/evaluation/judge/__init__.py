@@ -1,0 +1,1 @@
+"""Evaluation by a judge model: prompts, requests, replies and scores."""

@@ -1,0 +1,1 @@
+"""The HTTP server: the OpenAI protocol, the chat page and metrics."""

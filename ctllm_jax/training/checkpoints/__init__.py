@@ -1,0 +1,1 @@
+"""Checkpoints on disk and in object stores: writing, listing, verifying and loading them."""

@@ -1,0 +1,1 @@
+"""Supervision of a run: its lock, signals, requests, watchdog, recovery and goodput."""
