@@ -171,7 +171,7 @@ def _judge(context: Context, questions: Sequence[Question], sides: Sequence[Side
     from ctllm_jax.cli.judge_tables import show_results
     from ctllm_jax.cli.progress import count_bar
     from ctllm_jax.data.questions import hash_of
-    from ctllm_jax.evaluation.judge.judge import judge as records
+    from ctllm_jax.evaluation.judge import judge as records
     from ctllm_jax.evaluation.judge.judging import choices, ratings, turns_of
     from ctllm_jax.inference.keyed_file import KeyedFile
     from ctllm_jax.report import judge as report

@@ -8,16 +8,9 @@ import pytest
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.judge import GraderConfig
 from ctllm_jax.data.questions import Question
+from ctllm_jax.evaluation.judge import judge
 from ctllm_jax.evaluation.judge.answers import Answer
-from ctllm_jax.evaluation.judge.judge import (
-    Score,
-    bootstrap,
-    judge,
-    judged_record,
-    read_judged,
-    scores_of,
-    write_record,
-)
+from ctllm_jax.evaluation.judge.judge import Score, bootstrap, judged_record, read_judged, scores_of, write_record
 from ctllm_jax.evaluation.judge.judging import Judge, Judgment
 from ctllm_jax.evaluation.judge.prompts import PROMPTS
 
