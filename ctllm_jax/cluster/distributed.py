@@ -104,8 +104,8 @@ def initialize(heartbeat_seconds: int = 100, *, arrival_seconds: float = ARRIVAL
     second call does nothing.
 
     Args:
-      heartbeat_seconds: a process without a sign of life for so long is dead: `training.supervision.watchdog` says which one. JAX,
-        which aborts all others and does not say it, is given longer.
+      heartbeat_seconds: a process without a sign of life for so long is dead, and `training.supervision.watchdog`
+        names it. JAX, which aborts all others and names none, gets a longer limit.
       arrival_seconds: how long the processes wait for each other.
 
     Raises:
