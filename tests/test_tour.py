@@ -10,7 +10,7 @@ from tests.test_rooms import ROOMS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ARCHITECTURE = REPOSITORY / "docs" / "architecture.md"
-PAGES = [ARCHITECTURE, REPOSITORY / "docs" / "glossary.md"]
+PAGES = [ARCHITECTURE, *(REPOSITORY / "docs" / name for name in ("extending.md", "glossary.md"))]
 TOUR = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \| ([^|]+) \|", ARCHITECTURE.read_text(encoding="utf-8"), re.M)
 
 
