@@ -135,7 +135,7 @@ def test_constraints_pin_what_setup_asks_for(name):
     setup.read(REPOSITORY / "setup.cfg", encoding="utf-8")
     extras = setup["options.extras_require"]
     for group in [setup["options"]["install_requires"],
-                  *(extras[extra] for extra in ("dev", "prep", "eval", "parity", "tpu", "quickstart", "tb"))]:
+                  *(extras[extra] for extra in ("dev", "prep", "eval", "parity", "tpu", "quickstart", "tb", "docs"))]:
         for requirement in map(Requirement, filter(None, map(str.strip, group.splitlines()))):
             if requirement.name == "ctllm-jax":
                 continue  # an extra that has another in it

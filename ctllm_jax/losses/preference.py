@@ -126,7 +126,7 @@ def preference_loss(chosen: Answers, rejected: Answers, *, kind: str, beta: floa
     """Weighted sum of the pairs' losses, and sums to watch.
 
     With s the score of an answer (log p, minus the reference's; `_norm`, `_token_mean`, simpo and orpo divide it by the
-    answer's length), Δ = s(chosen) - s(rejected), ε = label_smoothing and σ the logistic function:
+    answer's length), Δ = s(chosen) - s(rejected), ε = label_smoothing and σ the logistic function::
 
       sigmoid, sigmoid_norm   -(1-ε) log σ(βΔ) - ε log σ(-βΔ); DPO (arXiv 2305.18290, eq. 7), ε: conservative DPO
       robust                  (-(1-ε) log σ(βΔ) + ε log σ(-βΔ)) / (1-2ε) (arXiv 2403.00409)
