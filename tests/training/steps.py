@@ -12,7 +12,7 @@ from ctllm_jax import sharding
 from ctllm_jax.model.parameters import decoder_parameters
 from ctllm_jax.training.optimizer import make_optimizer, make_schedule
 from ctllm_jax.training.pretrain import make_decoder, place_batch
-from ctllm_jax.training.state import init_state
+from ctllm_jax.training.state import init_state, like_params
 from ctllm_jax.training.step import make_train_step
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
@@ -35,11 +35,12 @@ def take_steps(config, data, params, make_loss_fn, *, mesh_sizes=ONE, accumulati
     shardings = sharding.param_shardings(decoder_parameters(config.model), mesh)
     placed = jax.device_put(params, shardings)
     optimizer = make_optimizer(config.optimizer, placed)
+    state, layout = place_state(placed, optimizer, shardings=shardings, mesh=mesh)
     step = jax.jit(make_train_step(
         make_loss_fn(config, make_decoder(config, mesh), mesh), optimizer,
         make_schedule(config.optimizer, steps=config.steps), accumulation=accumulation,
-        constrain_grads=partial(jax.lax.with_sharding_constraint, shardings=shardings)))
-    state, history, moment, rows = init_state(placed, optimizer), [], None, config.batch.rows
+        constrain_grads=partial(jax.lax.with_sharding_constraint, shardings=shardings)), out_shardings=layout)
+    history, moment, rows = [], None, config.batch.rows
     for _, batch in zip(range(steps), data.iterate(0, local_rows=range(rows)), strict=False):
         batch = place_batch(batch, sharding=sharding.batch_sharding(mesh), rows=rows)
         state, metrics = step(state, batch, None)
@@ -47,6 +48,13 @@ def take_steps(config, data, params, make_loss_fn, *, mesh_sizes=ONE, accumulati
         if moment is None:
             moment = jax.device_get(optax.tree.get(state.opt_state, "mu"))
     return Steps(history, jax.device_get(state.params), moment)
+
+
+def place_state(params, optimizer, *, shardings, mesh):
+    """The state of step 0, laid out as in a run, and the layout of a step's results: the step compiles only once."""
+    state, replicated = init_state(params, optimizer), sharding.replicated(mesh)
+    layout = like_params(state, params, shardings, replicated)
+    return jax.device_put(state, layout), (layout, replicated)
 
 
 def on_mesh(sizes):

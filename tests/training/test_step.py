@@ -1,5 +1,6 @@
 """The train step: what adds up, on any mesh and any split; and a curve that PyTorch draws too."""
 
+import functools
 import itertools
 from functools import partial
 
@@ -21,11 +22,17 @@ from ctllm_jax.training.optimizer import make_optimizer, make_schedule
 from ctllm_jax.training.pretrain import make_decoder, make_loss_fn, place_batch
 from ctllm_jax.training.state import init_state
 from ctllm_jax.training.step import make_train_step, plan_accumulation
+from tests.training.steps import place_state
 
 
 def make_config(*overrides):
     return load(PretrainConfig, target="debug/pretrain",
                 overrides=["model.num_kv_heads=4", "loss.z_loss=1e-3", *overrides])
+
+
+@functools.cache
+def init_params_once(model):
+    return jax.device_get(jax.jit(partial(init_params, model))(jax.random.key(0)))
 
 
 def take_steps(config, *, mesh_sizes, accumulation=1, steps=3):
@@ -34,14 +41,15 @@ def take_steps(config, *, mesh_sizes, accumulation=1, steps=3):
     data = SyntheticData(sequence_length=config.batch.sequence_length, rows=config.batch.rows, seed=1,
                          vocab_size=config.model.vocab_size)
     shardings = sharding.param_shardings(decoder_parameters(config.model), mesh)
-    params = jax.jit(partial(init_params, config.model), out_shardings=shardings)(jax.random.key(0))
+    params = jax.device_put(init_params_once(config.model), shardings)
     optimizer = make_optimizer(config.optimizer, params)
+    state, layout = place_state(params, optimizer, shardings=shardings, mesh=mesh)
     step = jax.jit(make_train_step(
         make_loss_fn(config, make_decoder(config, mesh), mesh=mesh, token_bytes=None, z_loss=config.loss.z_loss,
                      padded=True),
         optimizer, make_schedule(config.optimizer, steps=config.steps), accumulation=accumulation,
-        constrain_grads=partial(jax.lax.with_sharding_constraint, shardings=shardings)))
-    state, history = init_state(params, optimizer), []
+        constrain_grads=partial(jax.lax.with_sharding_constraint, shardings=shardings)), out_shardings=layout)
+    history = []
     for _, batch in zip(range(steps), data.iterate(0, local_rows=range(config.batch.rows)), strict=False):
         batch = place_batch(batch, sharding=sharding.batch_sharding(mesh), rows=config.batch.rows)
         state, metrics = step(state, batch, None)
@@ -72,6 +80,14 @@ ALL = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(s
 def test_every_mesh_gives_the_same(one_device, sizes):
     mesh_sizes = dict(zip(sharding.AXES, sizes, strict=True))
     assert_same(take_steps(make_config(), mesh_sizes=mesh_sizes), one_device)
+
+
+def test_the_first_weights_do_not_depend_on_the_mesh():
+    config = make_config().model
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, (1, 2, 2, 2), strict=True)), jax.devices())
+    shardings = sharding.param_shardings(decoder_parameters(config), mesh)
+    params = jax.jit(partial(init_params, config), out_shardings=shardings)(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), init_params_once(config))
 
 
 @pytest.mark.parametrize(("sizes", "rings"), [((1, 1, 8, 1), (2, 4)), ((1, 2, 2, 2), (2,))], ids=str)
