@@ -51,4 +51,4 @@ def test_files_and_folders_of_a_page_exist(page):
 def test_the_picture_of_the_layers_has_every_layer_in_its_order():
     picture = re.search(r"```mermaid\n(.*?)```", ARCHITECTURE.read_text(encoding="utf-8"), re.S).group(1)
     shown = [word for word in re.findall(r"\b\w+\b", re.sub(r'".*?"', "", picture)) if word in ROOMS]
-    assert list(dict.fromkeys(shown)) == ROOMS
+    assert list(dict.fromkeys(shown)) == [room for room in ROOMS if room != "__main__"]

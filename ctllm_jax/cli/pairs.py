@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,7 +75,8 @@ def run(context: Context) -> int:
         console.print(f"[yellow]warning:[/] {failed:,} prompts have no answer yet; the same command asks again")
     if file.pairs:
         init = "MODEL" if config.rejected.base_url else config.rejected.model
-        console.print(f"next: python launch.py dpo CONFIG init={escape(init)} data={escape(config.output)}")
+        keys = shlex.join([f"init={init}", f"data={config.output}"])
+        console.print(f"next: python launch.py dpo CONFIG {escape(keys)}")
     return 0 if file.pairs else 1
 
 

@@ -6,6 +6,7 @@ Each stage leaves its result on disk and is passed over when that is there, so t
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,8 +84,8 @@ def run(context: Context) -> int:
                   + f"; in all {time.monotonic() - began:.0f}")
     for made in (directory, aligned.tuned, aligned.preferred):
         console.print(f"report: {made / 'report.html'}")
-    console.print(f"next: python launch.py generate {directory} prompt=今天\n"
-                  f"      python launch.py chat {aligned.preferred}")
+    console.print(f"next: python launch.py generate {shlex.quote(str(directory))} prompt=今天\n"
+                  f"      python launch.py chat {shlex.quote(str(aligned.preferred))}")
     return 0
 
 

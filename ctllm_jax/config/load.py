@@ -68,8 +68,11 @@ def find_config(target: str) -> Path:
     for path in (Path(target), Path(target + ".yaml"), root / name, root / (name + ".yaml")):
         if path.is_file():
             return path
+    if Path(target).is_dir():
+        raise UserError(f"{target} is a folder, and a config is a YAML file; a run directory keeps its config in config.yaml")
     known = sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
-    near = difflib.get_close_matches(name.removesuffix(".yaml"), known, n=3, cutoff=0.4)
+    near = ([config for config in known if config.startswith(name.rstrip("/") + "/")]
+            or difflib.get_close_matches(name.removesuffix(".yaml"), known, n=3, cutoff=0.4))
     raise UserError(f"no config {target}: no such file, and none of that name comes with the package"
                     f" ({'did you mean ' + ' or '.join(near) if near else 'there are ' + ', '.join(known)}?)")
 
@@ -332,6 +335,8 @@ def _explain(schema: type[Section], loaded: Loaded, detail: dict[str, Any]) -> s
     if kind == "extra_forbidden":
         return f"{path}{where}: unknown key{_nearest(schema, path)}"
     if kind == "value_error":
+        if set_at := _set_at(loaded, path, str(context["error"])):
+            where = f" ({', '.join(set_at)})"
         return f"{path or 'config'}{where}: {context['error']}"
     shown = f"{path}={_short(detail['input'])}{where}"
     bounds = {"greater_than_equal": ("ge", ">="), "greater_than": ("gt", ">"), "less_than_equal": ("le", "<="),
@@ -341,6 +346,13 @@ def _explain(schema: type[Section], loaded: Loaded, detail: dict[str, Any]) -> s
         return f"{shown}: must be {sign} {context[name]}"
     hint = "; a text that looks like a number needs quotes in YAML" if kind == "string_type" and not isinstance(detail["input"], (dict, list)) else ""
     return f"{shown}: {detail['msg'][0].lower()}{detail['msg'][1:]}{hint}"
+
+
+def _set_at(loaded: Loaded, section: str, message: str) -> list[str]:
+    """Where the keys stand that a message about a section names as `key=value`."""
+    start = f"{section}." if section else ""
+    return list(dict.fromkeys(origin for key, origin in loaded.origins.items() if key.startswith(start)
+                              and re.search(rf"(?<![\w.]){re.escape(key.removeprefix(start))}=", message)))
 
 
 def _short(value: Any) -> str:

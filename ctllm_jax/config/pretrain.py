@@ -182,7 +182,7 @@ class PretrainConfig(Section):
         if self.model is not None and self.batch.sequence_length > self.model.context_length:
             raise ValueError(f"batch.sequence_length={self.batch.sequence_length} is above model.context_length={self.model.context_length}")
         if self.steps is not None and self.optimizer.warmup_steps >= self.steps and self.optimizer.schedule != "constant":
-            raise ValueError(f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves no step of {self.steps} for schedule={self.optimizer.schedule}")
+            raise ValueError(f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves no step of {self.steps} for schedule={self.optimizer.schedule}: lower optimizer.warmup_steps, or raise steps")
         return self
 
     @property

@@ -69,9 +69,13 @@ def describe_type(annotation: Any) -> str:
 def describe_range(field: FieldInfo) -> str:
     """A key's bounds: `>= 1, < 2`, or empty."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    parts = [f"{sign} {getattr(mark, name):g}" for mark in field.metadata for name, sign in signs.items()
+    parts = [f"{sign} {_bound(getattr(mark, name))}" for mark in field.metadata for name, sign in signs.items()
              if getattr(mark, name, None) is not None]
     return ", ".join(parts)
+
+
+def _bound(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def describe_default(field: FieldInfo) -> str:
@@ -83,7 +87,7 @@ def describe_default(field: FieldInfo) -> str:
         return ""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    return str(value) or "empty"
 
 
 def mark(field: FieldInfo, name: str) -> bool:

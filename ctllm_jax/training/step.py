@@ -101,8 +101,11 @@ def plan_accumulation(rows: int, *, devices: int, rows_per_device: int | None) -
       UserError: the rows cannot be split over the devices; the message gives the numbers.
     """
     if rows % devices:
+        sizes = [size for size in (rows // devices * devices, -(-rows // devices) * devices) if size]
+        fitting = " or ".join(f"{size} * batch.sequence_length" for size in sizes)
         raise UserError(f"a batch of {rows} rows cannot be split over {devices} devices (mesh.replica x mesh.data x"
-                         f" mesh.fsdp): batch.tokens / batch.sequence_length must be a multiple of {devices}")
+                        f" mesh.fsdp): batch.tokens / batch.sequence_length must be a multiple of {devices}; set"
+                        f" batch.tokens to {fitting}, or raise mesh.tensor")
     per_device = rows // devices
     most = min(rows_per_device or per_device, per_device)
     micro = next(size for size in range(most, 0, -1) if per_device % size == 0)

@@ -139,7 +139,7 @@ def test_before_the_words_of_a_run_its_own_rows_are_shown(text_run, tmp_path):
 @pytest.mark.parametrize(("words", "message"), [
     (["sft"], "data inspect sft needs one config"), (["sft", "quickstart/sft", "rows=0"], "rows=0"),
     (["sft", "quickstart/sft", "data.lost_on=x"], "unknown key; did you mean data.loss_on?"),
-    (["dpo", "quickstart/dpo", "init=nowhere"], "nowhere"), (["nowhere.jsonl"], "tokenizer must be given"),
+    (["dpo", "quickstart/dpo", "init=nowhere"], "nowhere"), (["nowhere.jsonl"], "no such file or folder"),
     (["pretrain", "debug/pretrain"], "synthetic")])
 def test_what_is_wrong_is_told(words, message):
     printed = call("data", "inspect", *words)

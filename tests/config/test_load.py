@@ -219,6 +219,25 @@ def test_help_lists_every_key_with_type_range_and_default():
     assert "compute.remat (none|ffn|attention|block; default block)" in text
 
 
+def test_help_shows_an_empty_default_and_whole_bounds():
+    text = describe_keys(PretrainConfig)
+    assert "run.dir (text; default empty)" in text
+    assert "seed (int; >= 0, < 4,294,967,296; default 42)" in text
+
+
+def test_a_folder_is_refused_as_a_config_and_the_name_of_a_stage_is_completed(tmp_path):
+    with pytest.raises(ValueError, match="is a folder, and a config is a YAML file"):
+        load(PretrainConfig, target=tmp_path)
+    with pytest.raises(ValueError, match="no config quickstart: .*quickstart/pretrain"):
+        load(PretrainConfig, target="quickstart")
+
+
+def test_a_message_about_several_keys_says_where_each_was_set(base):
+    with pytest.raises(ConfigError, match=r"config \(command line\): optimizer.warmup_steps=10 leaves no step of 10 .*"
+                                          r"lower optimizer.warmup_steps, or raise steps"):
+        load(PretrainConfig, target=base, overrides=["optimizer.warmup_steps=10", "steps=10"])
+
+
 def test_what_a_resumed_run_may_change():
     changeable = changeable_paths(PretrainConfig)
     assert {"steps", "run.dir", "checkpoint.every", "mesh.fsdp", "compute.attention"} <= changeable

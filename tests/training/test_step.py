@@ -147,6 +147,8 @@ def test_plan_of_accumulation():
     assert plan_accumulation(8, devices=8, rows_per_device=None) == (1, 1)
     with pytest.raises(ValueError, match=r"batch of 512 rows cannot be split over 6 devices"):
         plan_accumulation(512, devices=6, rows_per_device=None)
+    with pytest.raises(ValueError, match=r"set batch.tokens to 256 \* batch.sequence_length, or raise mesh.tensor"):
+        plan_accumulation(64, devices=256, rows_per_device=None)
 
 
 @pytest.mark.parity
