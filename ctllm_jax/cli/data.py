@@ -137,9 +137,9 @@ def _text_rows(path: Path, config: InspectConfig):
     from ctllm_jax.dataset.reader import Window
     from ctllm_jax.dataset.text import Quarantine, find_files, read_documents
 
-    if not path.exists():
-        raise UserError(f"{path}: there is no such file or folder")
     if config.tokenizer is None:
+        if not path.exists():
+            raise UserError(f"{path}: there is no such file or folder")
         raise UserError(f"tokenizer must be given: {path} is not a dataset directory, which would carry its own")
     tokenizer = load_tokenizer(config.tokenizer)
     eod_id = tokenizer.vocab_size if tokenizer.eos_id is None else tokenizer.eos_id
