@@ -136,6 +136,7 @@ def test_a_manifest_of_an_earlier_version(run_dir, written):
     assert files.find_damage(step) == [] == files.find_damage(step, level="size")
     parts = (step / files.STEP_METADATA).read_text()
     for damaged, reason in (("", "is not what was written"), (parts[:99], "is not what was written"),
+                            ("null", "is not what was written"), ('{"item_handlers": 1}', "is not what was written"),
                             (parts.replace('"trainer": "', '"other": "'), "does not list trainer")):
         (step / files.STEP_METADATA).write_text(damaged)
         assert files.find_damage(step) == [f"{files.STEP_METADATA}: {reason}"]

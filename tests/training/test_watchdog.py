@@ -103,6 +103,25 @@ def test_a_peer_of_an_earlier_attempt_is_not_missed_and_one_that_left_says_how(t
     assert found._silent(mine.parent, mine, began=now) and found._status == 2
 
 
+def test_a_first_sign_that_cannot_be_written_is_tried_again(tmp_path, caplog):
+    found = Watchdog(WatchdogConfig(), heartbeat_seconds=0.1, directory=tmp_path, ledger=Ledger(), tell=None)
+    found._count = 2
+    in_the_way = tmp_path / "processes"
+    in_the_way.write_text("")
+    waits = []
+
+    def wait(seconds):
+        waits.append(seconds)
+        if in_the_way.is_file():
+            in_the_way.unlink()
+        return len(waits) > 1
+
+    found._done.wait = wait
+    found._watch_peers()
+    assert "no sign of life could be given" in caplog.text
+    assert (in_the_way / "0").is_file() and (in_the_way / "lost").read_text() == ""
+
+
 def test_the_signs_of_a_thousand_processes_cost_each_as_much_as_those_of_two(tmp_path, monkeypatch):
     """The process before a silent one finds out and tells the others; until then each looks at one of them."""
     def make(index):

@@ -150,7 +150,7 @@ def find_damage(folder: Path, *, level: Literal["full", "size"] = "full",
             return "is missing"
         except OSError as error:
             return _unreadable(folder / name, error)
-        except ValueError:
+        except (AttributeError, TypeError, ValueError):
             return "is not what was written"
 
     problems = [f"{name}: {problem}" for name, problem in zip(names, _over_files(look, names), strict=True) if problem]

@@ -151,18 +151,23 @@ class Watchdog:
         self._finished, self._finished_at, self._sign = finished, now, now
 
     def _watch_peers(self) -> None:
-        mine = self._write_sign()
-        folder, began = mine.parent, mine.stat().st_mtime
-        if self._index == 0:
-            # There from the start, and empty: a network disk may remember for a minute that a file is absent.
-            (folder / LOST).write_text("")
-        while not self._done.wait(self._heartbeat / 10):
+        folder, began = self._directory / PROCESSES, None
+        mine = folder / str(self._index)
+        while not self._done.is_set():
             try:
+                if began is None:
+                    began = self._write_sign().stat().st_mtime
+                    if self._index == 0:
+                        # Written now, and empty: a network disk may remember for a minute that a file is absent.
+                        (folder / LOST).write_text("")
+                if self._done.wait(self._heartbeat / 10):
+                    return
                 os.utime(mine)
                 # While steps are made all are alive.
                 gone = self._lost(folder, mine, began=began) if self.idle() > _NOTICED * self._heartbeat / 2 else []
             except (OSError, ValueError) as error:  # a sign may be half written
                 log.warning("no sign of life could be given or looked for in %s: %s", folder, error)
+                self._done.wait(self._heartbeat / 10)
                 continue
             if gone:
                 self._end("lost a process", "; ".join(gone))
