@@ -9,6 +9,7 @@ schema and never by YAML. All errors are reported at once.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.types import is_section, keys_of, named_sections, parse, without_none
 
 COMMAND_LINE = "command line"
+_MOST_NODES = 100_000
 _ESCAPED = re.compile(r"(?<!\\)(?:\\\\)*\\\$\{")
 _KEY_INTERPOLATION = re.compile(r"\$\{\s*\.*[\w.\[\]-]+\s*\}")
 
@@ -101,6 +103,8 @@ def _merge_files(path: Path, *, seen: tuple[Path, ...] = ()) -> tuple[DictConfig
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text)
+        if root is not None and _count_nodes(root, {}) > _MOST_NODES:
+            raise ValueError(f"its aliases (*NAME) repeat more than {_MOST_NODES:,} values")
         is_mapping = root is None or isinstance(root, yaml.MappingNode)
         own = OmegaConf.create(text) if root is not None and is_mapping else OmegaConf.create({})
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
@@ -210,6 +214,16 @@ def _shown(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a file has once every alias is replaced by what it names; infinite where one holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        known[id(node)] = 1 + sum(_count_nodes(part, known) for child in children
+                                  for part in (child if isinstance(child, tuple) else (child,)))
+    return known[id(node)]
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:

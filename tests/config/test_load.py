@@ -175,7 +175,9 @@ def test_extends_itself(tmp_path):
 @pytest.mark.parametrize(("text", "message"), [
     ("a: [", "not a readable YAML file"), ("a: " + "[" * 3000 + "]" * 3000, "not a readable YAML file"),
     ("a: " + "9" * 5000, "not a readable YAML file"), ("- 1\n- 2\n", "is a mapping of keys to values"),
-    ("a: 1\na: 2\n", "duplicate"),
+    ("a: 1\na: 2\n", "duplicate"), ("a: &a [*a]\n", "aliases .* repeat more than"),
+    ("a0: &a0 1\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)),
+     "aliases .* repeat more than 100,000 values"),
     ("steps: ${nowhere}\n", "nowhere"), ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "base.yaml")])
 def test_broken_files_are_named(base, text, message):
     base.write_text(text, encoding="latin-1" if not text.isascii() else "utf-8")

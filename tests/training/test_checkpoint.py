@@ -17,7 +17,7 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import CheckpointConfig, PretrainConfig
 from ctllm_jax.training import pretrain
-from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint, list_checkpoints, load_params
+from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint, list_checkpoints, load_params, read_model_config
 from ctllm_jax.training.checkpoints.checkpointer import Checkpointer
 from ctllm_jax.training.checkpoints.fingerprint import compare_fingerprints, make_fingerprint
 from ctllm_jax.training.pretrain import prepare_run
@@ -353,3 +353,12 @@ def test_another_number_of_processors_is_told(kept_run, prepare, caplog):
     (directory / "environment.json").write_text(json.dumps({**environment, "cpu_count": 999}))
     prepare(directory)
     assert "was begun on 999 processors and goes on on" in caplog.text
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("model: {vocab_size: 250, num_experts: 8}", r"model\.num_experts=8.* use the version of ctllm_jax that wrote it"),
+    ("model: 3", "model=3 must be a mapping"), ("steps: 3", "describes no model"), ("model: [", "describes no model")])
+def test_a_model_that_this_version_cannot_read(tmp_path, text, message):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"config\.yaml.*{message}"):
+        read_model_config(tmp_path)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import yaml
+from pydantic import ValidationError
 
 from ctllm_jax import sharding
 from ctllm_jax.cluster.distributed import tell_all
@@ -146,7 +147,7 @@ def find_checkpoint(model: str) -> tuple[Path, Kept]:
         refuse_damage(matching[-1])
         raise UserError(f"{matching[-1].path}/meta/metadata is damaged: it does not say what this is a checkpoint of")
     trained = matching[-1].meta.get("fingerprint", {}).get("config", {}).get("model")
-    wanted = ModelConfig(**fill_absent(ModelConfig, trained)) if trained is not None else None
+    wanted = _as_model(trained, matching[-1].path) if trained is not None else None
     if wanted is not None and wanted != (found := read_model_config(run_dir)):
         differing = [f"model.{name}: {value} in the checkpoint, {getattr(found, name)} in config.yaml"
                      for name, value in wanted if getattr(found, name) != value]
@@ -159,8 +160,24 @@ def read_model_config(run_dir: Path) -> ModelConfig:
     """The architecture of a run, or of a Hugging Face folder."""
     if huggingface.is_huggingface(run_dir):
         return huggingface.read_config(run_dir)
-    raw = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    return ModelConfig(**fill_absent(ModelConfig, raw["model"]))
+    path = run_dir / "config.yaml"
+    try:
+        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path} describes no model, and a run's config.yaml does; restore it from a copy") from None
+    return _as_model(model, path)
+
+
+def _as_model(values: Any, path: Path) -> ModelConfig:
+    try:
+        return ModelConfig(**fill_absent(ModelConfig, values))
+    except ValidationError as error:
+        problems = "; ".join(f"model.{'.'.join(map(str, each['loc']))}={each['input']!r:.80}: {each['msg']}"
+                             for each in error.errors())
+        raise UserError(f"{path} describes a model that this version cannot read ({problems}); use the version of"
+                        " ctllm_jax that wrote it") from None
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: model={values!r:.80} must be a mapping of keys to values") from None
 
 
 def identify_model(checkpoint: Kept) -> dict[str, Any]:
