@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
-
 from ctllm_jax.config.base import Section, key, section
 from ctllm_jax.config.model import ModelConfig
 from ctllm_jax.config.pretrain import PretrainConfig
@@ -68,12 +66,11 @@ class DPOConfig(PretrainConfig):
     loss: PreferenceLossConfig = section(PreferenceLossConfig, "the loss")
     warmup_ratio: float | None = key(None, "share of the steps that warm up, in place of optimizer.warmup_steps", ge=0, lt=1)
 
-    @model_validator(mode="after")
-    def _check(self):
-        # A row may be longer than the model's context: each answer is a segment of its own.
-        if self.steps is not None and self.optimizer.warmup_steps >= self.steps and self.optimizer.schedule != "constant":
-            raise ValueError(f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves no step of {self.steps} for schedule={self.optimizer.schedule}: lower optimizer.warmup_steps, or raise steps")
-        return self
+    @property
+    def row_limit(self) -> tuple[int, str] | None:
+        """Each answer of a row has its own positions. The context limits an answer, and so the pairs that a row takes."""
+        most, context = self.data.pairs_per_row, self.model.context_length
+        return None if most is None else (2 * most * context, f"2 answers * data.pairs_per_row={most} * model.context_length={context}")
 
     @property
     def isolated(self) -> bool:

@@ -178,12 +178,22 @@ class PretrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _check(self):
-        if self.model is not None and self.batch.sequence_length > self.model.context_length:
-            raise ValueError(f"batch.sequence_length={self.batch.sequence_length} is above model.context_length={self.model.context_length}")
+    def _check_row(self):
+        limit = self.row_limit if self.model is not None else None
+        if limit is not None and self.batch.sequence_length > limit[0]:
+            raise ValueError(f"batch.sequence_length={self.batch.sequence_length} is above {limit[1]}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_warmup(self):
         if self.steps is not None and self.optimizer.warmup_steps >= self.steps and self.optimizer.schedule != "constant":
             raise ValueError(f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves no step of {self.steps} for schedule={self.optimizer.schedule}: lower optimizer.warmup_steps, or raise steps")
         return self
+
+    @property
+    def row_limit(self) -> tuple[int, str] | None:
+        """The longest row that the model can use, and the keys that it follows from; None: no limit."""
+        return self.model.context_length, f"model.context_length={self.model.context_length}"
 
     @property
     def isolated(self) -> bool:

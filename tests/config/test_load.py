@@ -1,9 +1,15 @@
 """Configs: what arrives, from where, and what is said of what is wrong."""
 
-import pytest
+import importlib
+import pkgutil
 
+import pytest
+from pydantic import model_validator
+
+from ctllm_jax import config
 from ctllm_jax.config import load as loading
 from ctllm_jax.config.base import Section, key, section
+from ctllm_jax.config.dpo import DPOConfig
 from ctllm_jax.config.generate import GenerateConfig
 from ctllm_jax.config.help import describe_keys
 from ctllm_jax.config.load import ConfigError, changeable_paths, find_config, load
@@ -194,6 +200,59 @@ def test_checks_across_keys(base):
     for override, message in cases.items():
         with pytest.raises(ConfigError, match=message):
             load(PretrainConfig, target=base, overrides=[override])
+
+
+@pytest.mark.parametrize("changes", ["", "data.pairs_per_row=2"])
+def test_a_row_of_pairs_may_be_longer_than_the_context(base, changes):
+    overrides = ["init=runs/sft", "data=pairs.jsonl", "batch.sequence_length=256", *filter(None, [changes])]
+    assert load(DPOConfig, target=base, overrides=overrides).batch.sequence_length == 256
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("data.pairs_per_row=1", r"batch.sequence_length=256 is above 2 answers \* data.pairs_per_row=1 \* "
+                             "model.context_length=64"),
+    ("optimizer.warmup_steps=10", "leaves no step of 10"), ("batch.tokens=300", "multiple of sequence_length=256")])
+def test_a_run_on_pairs_keeps_every_check_of_a_run(base, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load(DPOConfig, target=base,
+             overrides=["init=runs/sft", "data=pairs.jsonl", "batch.sequence_length=256", override])
+
+
+def shadowed_validators(schema):
+    """Names of the parents' validators that a schema defines again, so that the parents' own no longer run."""
+    return [f"{schema.__name__}.{name}" for parent in schema.__mro__[1:] if hasattr(parent, "__pydantic_decorators__")
+            for kind in ("field_validators", "model_validators")
+            for name in getattr(parent.__pydantic_decorators__, kind) if name in vars(schema)]
+
+
+def schemas(parent=Section):
+    """Every schema, after all modules that define one have been imported."""
+    for child in parent.__subclasses__():
+        yield child
+        yield from schemas(child)
+
+
+def test_no_schema_shadows_a_validator_of_its_parent():
+    for module in (*(f"config.{found.name}" for found in pkgutil.iter_modules(config.__path__)), "cli.checkpoint"):
+        importlib.import_module(f"ctllm_jax.{module}")
+    ours = {schema for schema in schemas() if schema.__module__.startswith("ctllm_jax.")}
+    assert {DPOConfig, PretrainConfig, GenerateConfig} <= ours
+    assert [name for schema in ours for name in shadowed_validators(schema)] == []
+
+
+def test_a_shadowed_validator_is_found():
+    class Parent(Section):
+        @model_validator(mode="after")
+        def _check(self):
+            raise ValueError("never runs in the child")
+
+    class Child(Parent):
+        @model_validator(mode="after")
+        def _check(self):
+            return self
+
+    Child()
+    assert shadowed_validators(Child) == ["Child._check"]
 
 
 def test_a_text_that_yaml_reads_as_a_number_is_refused_with_a_hint(base):
