@@ -10,7 +10,7 @@ import sys
 
 from fault_matrix.bench import Bench, Done, Lost, NotTried, Outcome, fault, work_again
 from tests.runs import DEBUG, REPOSITORY
-from tests.training.test_checkpoint import FULL_DISK
+from tests.training.test_checkpoint_damage import FULL_DISK
 
 STEPS = 5
 OVERRIDES = ("checkpoint.every=1", "checkpoint.keep_last=9", "optimizer.schedule=constant")
@@ -84,14 +84,14 @@ def read_only(bench: Bench, outcome: Outcome) -> None:
                           "pretrain", DEBUG, f"run.dir={run}", *WHOLE], check=False, stdout=subprocess.PIPE,
                          stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY,
                          env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
-    _judge(bench, outcome, run, Done(ran.returncode, ran.stdout), "cannot be written: Read-only file system")
+    _judge(bench, outcome, run, Done(ran.returncode, ran.stdout), "cannot be written: .*Read-only file system")
 
 
 @fault("other-user", "a run directory, and then its checkpoints alone, of another user (EACCES)")
 def other_user(bench: Bench, outcome: Outcome) -> None:
     """Root without the right to override what a directory allows; others take their own right to write away."""
     root = os.getuid() == 0
-    for part, said in (("", "cannot be written: Permission denied"),
+    for part, said in (("", "cannot be written: .*Permission denied"),
                        ("checkpoints", "could not be written below .*: Permission denied")):
         run = _begin(bench)
         os.chown(run / part, 65534 if root else -1, -1)
