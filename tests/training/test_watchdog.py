@@ -103,23 +103,29 @@ def test_a_peer_of_an_earlier_attempt_is_not_missed_and_one_that_left_says_how(t
     assert found._silent(mine.parent, mine, began=now) and found._status == 2
 
 
-def test_a_first_sign_that_cannot_be_written_is_tried_again(tmp_path, caplog):
+@pytest.mark.parametrize("blocked", ["processes", "processes/lost"])
+def test_first_files_that_cannot_be_written_are_tried_again(tmp_path, caplog, blocked):
     found = Watchdog(WatchdogConfig(), heartbeat_seconds=0.1, directory=tmp_path, ledger=Ledger(), tell=None)
     found._count = 2
-    in_the_way = tmp_path / "processes"
-    in_the_way.write_text("")
+    processes, lost = tmp_path / "processes", tmp_path / "processes/lost"
+    if blocked == "processes":
+        processes.write_text("")  # a file where a folder is needed
+    else:
+        lost.mkdir(parents=True)  # a folder where a file is needed
     waits = []
 
     def wait(seconds):
         waits.append(seconds)
-        if in_the_way.is_file():
-            in_the_way.unlink()
+        if processes.is_file():
+            processes.unlink()
+        elif lost.is_dir():
+            lost.rmdir()
         return len(waits) > 1
 
     found._done.wait = wait
     found._watch_peers()
     assert "no sign of life could be given" in caplog.text
-    assert (in_the_way / "0").is_file() and (in_the_way / "lost").read_text() == ""
+    assert (processes / "0").is_file() and lost.read_text() == ""
 
 
 def test_the_signs_of_a_thousand_processes_cost_each_as_much_as_those_of_two(tmp_path, monkeypatch):

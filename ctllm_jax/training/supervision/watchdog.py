@@ -156,10 +156,11 @@ class Watchdog:
         while not self._done.is_set():
             try:
                 if began is None:
-                    began = self._write_sign().stat().st_mtime
+                    written = self._write_sign().stat().st_mtime
                     if self._index == 0:
                         # Written now, and empty: a network disk may remember for a minute that a file is absent.
                         (folder / LOST).write_text("")
+                    began = written
                 if self._done.wait(self._heartbeat / 10):
                     return
                 os.utime(mine)
