@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs import FAST_COMPILATION
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The tests compile thousands of small programs and run each a few times: compiling fast matters more than running fast.
-os.environ["XLA_FLAGS"] = " ".join([
-    "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")])
+os.environ["XLA_FLAGS"] = " ".join(["--xla_force_host_platform_device_count=8", *FAST_COMPILATION,
+                                    os.environ.get("XLA_FLAGS", "")])
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # An ahead-of-time compile for TPU looks for no metadata server, and does not mind another one at its side.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -9,12 +9,16 @@ import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEBUG = "debug/pretrain"
+# The tests compile thousands of small programs and run each a few times: compiling fast matters more than running fast.
+FAST_COMPILATION = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
+                    "--xla_cpu_use_fusion_emitters=false")
 
 
 def environment(*, devices=1, **more):
     """The environment of a process with so many CPU devices."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-    return {**kept, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    flags = " ".join([f"--xla_force_host_platform_device_count={devices}", *FAST_COMPILATION])
+    return {**kept, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags,
             "PYTHONPATH": str(REPOSITORY), **more}
 
 

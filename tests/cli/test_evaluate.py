@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -101,13 +100,11 @@ def test_mistakes_are_told(tmp_path, words, message):
 
 
 def test_help_and_a_wrong_name_need_no_model_library():
-    began = time.monotonic()
     script = ("import sys; from ctllm_jax.cli import main; main(['evaluate', '--help']); "
               "main(['evaluate', 'ctllm_jax', 'tasks=mmmlu']); "
-              "print([name for name in ('jax', 'torch', 'transformers') if name in sys.modules])")
+              "print([name for name in ('jax', 'torch', 'transformers', 'lm_eval') if name in sys.modules])")
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert shown.stdout.splitlines()[-1] == "[]" and "no task mmmlu; did you mean mmlu" in shown.stderr
-    assert time.monotonic() - began < 60, "lm-eval's index of all tasks was built"
 
 
 def test_names_of_results():

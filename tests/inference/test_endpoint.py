@@ -13,6 +13,7 @@ import pytest
 from ctllm_jax.config.endpoint import EndpointConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.chat import Message
+from ctllm_jax.inference import endpoint
 from ctllm_jax.inference.endpoint import Endpoint, EndpointError, Reply, Request
 from tests.chat_server import KEY, ChatServer, Say, completion
 from tests.runs import REPOSITORY
@@ -155,18 +156,31 @@ def test_tries_end():
 
 
 def test_waits_double_and_are_not_all_the_same():
-    with ChatServer(lambda asked, number: Say(status=500)) as server:
-        failure(server, retries=4, backoff=0.1)
-    times = [asked.time for asked in server.asked]
-    waits = [after - before for before, after in zip(times, times[1:], strict=False)]
-    assert all(0.05 * 2**n <= wait < 0.1 * 2**n + 0.3 for n, wait in enumerate(waits))
-    assert len({round(wait / 2**n, 4) for n, wait in enumerate(waits)}) > 1
+    waits = []
+
+    class Stop(threading.Event):
+        """Records how long it should wait, and does not wait."""
+
+        def wait(self, timeout=None):
+            waits.append(timeout)
+            return False
+
+    with ChatServer(lambda asked, number: Say(status=500)) as server, pytest.raises(EndpointError):
+        client(server, retries=4, backoff=0.1).ask(QUESTION, stop=Stop())
+    waits = [wait for wait in waits if wait]
+    assert len(waits) == 4
+    assert all(0.05 * 2**n <= wait <= 0.1 * 2**n for n, wait in enumerate(waits))
+    assert len({wait / 2**n for n, wait in enumerate(waits)}) > 1
 
 
 @pytest.mark.parametrize("as_date", [False, True])
-def test_retry_after_is_honored_by_all(as_date):
+def test_retry_after_is_honored_by_all(as_date, monkeypatch):
+    noted = threading.Event()
+    monkeypatch.setattr(endpoint.logger, "log", lambda *arguments: noted.set())
+
     def script(asked, number):
         if number:
+            noted.wait(60)  # nobody gets an answer before the first request's has been read
             return "好"
         return Say(status=429, headers={"Retry-After": email.utils.formatdate(time.time() + 2.0, usegmt=True)
                                         if as_date else "1"})
@@ -175,8 +189,8 @@ def test_retry_after_is_honored_by_all(as_date):
         replies = list(client(server, concurrency=2).ask_many([QUESTION] * 4))
     assert all(isinstance(reply, Reply) for reply in replies)
     asked_at = server.asked[0].time
-    # The other thread may have taken a second request before the first one's answer was read.
-    assert sum(asked.time - asked_at < 0.9 for asked in server.asked) <= 3
+    # The other thread has asked once at the same time.
+    assert sum(asked.time - asked_at < 0.9 for asked in server.asked) <= 2
     assert server.asked[-1].time - asked_at > 0.9
 
 
@@ -186,10 +200,8 @@ def test_a_wait_of_a_day_is_not_waited_for():
 
 
 def test_a_body_that_trickles_ends_with_the_timeout():
-    with ChatServer(lambda asked, number: Say("好" * 50, trickle=0.05)) as server:
-        began = time.monotonic()
+    with ChatServer(lambda asked, number: Say("好" * 500, trickle=0.05)) as server:
         assert "no answer within timeout=0.5 s" in failure(server, timeout=0.5, retries=0)
-        assert time.monotonic() - began < 2
 
 
 def test_an_answer_without_end_is_left(monkeypatch):
@@ -372,10 +384,9 @@ assert 'jax' not in sys.modules
 list(endpoint.ask_many([Request([Message('user', text)]) for text in ('bad', 'slow')]))
 """
     def script(asked, number):
-        return Say(status=401) if asked.body["messages"][0]["content"] == "bad" else Say("late", delay=30)
+        return Say(status=401) if asked.body["messages"][0]["content"] == "bad" else Say("late", delay=300)
 
     with ChatServer(script) as server:
-        began = time.monotonic()
         done = subprocess.run([sys.executable, "-c", program, server.base_url], cwd=REPOSITORY, capture_output=True,
-                              text=True, timeout=25)
-    assert time.monotonic() - began < 20 and "401 Unauthorized" in done.stderr
+                              text=True, timeout=120)
+    assert "401 Unauthorized" in done.stderr

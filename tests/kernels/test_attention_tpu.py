@@ -164,8 +164,9 @@ def test_vmap_and_jit():
     pairs = [x.reshape(2, 2, *x.shape[1:]) for x in (*inputs[:3], ids["segment_ids"])]
     y, lse = jax.vmap(lambda *inputs: function(*inputs[:3], {"segment_ids": inputs[3]}))(*pairs)
     together = jax.jit(function)(*inputs[:3], ids)
-    np.testing.assert_array_equal(y.reshape(together[0].shape), together[0])
-    np.testing.assert_array_equal(lse.reshape(together[1].shape), together[1])
+    # The two are different programs, in which XLA may fuse an operation differently: equal to float32's rounding.
+    for apart, whole in zip((y, lse), together, strict=True):
+        np.testing.assert_allclose(apart.reshape(whole.shape), whole, rtol=1e-6, atol=1e-6)
 
 
 def test_on_a_mesh_each_device_has_its_rows_and_heads():

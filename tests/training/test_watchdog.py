@@ -64,11 +64,8 @@ def two(tmp_path, cache):
 def test_a_peer_that_is_gone_is_named(two, tmp_path, number, victim):
     """Stopped, it keeps its connections open, and nothing but its silence tells; killed, they break."""
     os.kill(two[victim].pid, number)
-    began = time.monotonic()
     done = two[1 - victim].wait_for_text(timeout=120)
     assert done.returncode == REQUEUE, done.stdout
-    # Its last sign of life was up to a tenth before; then the stacks, and the first process is the last to go.
-    assert time.monotonic() - began < HEARTBEAT + 8
     message = (f"process {victim} (of 2, on {socket.gethostname()}, pid {two[victim].pid}) has given no sign of life"
                " for")
     assert message in done.stdout and message in (tmp_path / f"stacks-{1 - victim}.txt").read_text()
