@@ -15,6 +15,7 @@ LARGEST = 2**26
 """Bytes of the largest record that is held; longer ones are no web pages."""
 _CHUNK = 2**16
 _LONGEST_HEAD = 2**16
+_REREAD, _REREADS = 2**20, 64  # bytes of a damaged member in which the next one is searched; how often in a file
 _VERSION = b"WARC/"
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 
@@ -190,32 +191,38 @@ def _expanded(raw: BinaryIO, compression: str | None, file: str) -> Iterator[byt
             yield chunk
         return
     form = codec(compression, file)
-    member, data, left = None, b"", b""
+    member, data, left, rereads = None, b"", b"", 0
+    fed = bytearray()  # what the member has been given; its first _REREAD bytes are kept
     while True:
+        damage = None
         if not data and not left and not (left := raw.read(_CHUNK)):
-            if member is not None:
-                yield _Damage("the compressed data ends early")
-            return
+            if member is None:
+                return
+            damage = "the compressed data ends early"
         if not data:
             data, left = left[:form.step], left[form.step:]
-        begins_here = member is None
-        if begins_here:
+        if member is None:
             data = data.lstrip(b"\0")  # Padding after a member.
             if not data:
                 continue
-            member = form.new()
+            member, fed = form.new(), bytearray()
         try:
-            piece = member.decompress(data)
+            piece = member.decompress(data) if data else b""
         except form.error as error:
-            yield _Damage(f"the compressed data is damaged: {error}")
-            left = _from_next_member((data[1:] if begins_here else data) + left, raw, form)
-            member, data = None, b""
-            continue
+            piece, damage = b"", f"the compressed data is damaged: {error}"
         if piece:
             yield piece
-        if member.eof:
+        if damage:
+            yield _Damage(damage)
+            # A damaged member may be decompressed far into those after it before the damage shows.
+            rereads += 1
+            again = len(fed) <= _REREAD if rereads <= _REREADS else not fed
+            left = _from_next_member(((bytes(fed) + data)[1:] if again else data) + left, raw, form)
+            member, data = None, b""
+        elif member.eof:
             member, data = None, member.unused_data
         else:
+            fed += data if len(fed) <= _REREAD else b""
             data = b""
 
 
