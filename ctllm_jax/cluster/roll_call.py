@@ -117,8 +117,17 @@ class _Host:
             for key, _ in self._selector.select(min(self._end, news) - now):
                 problem = self._admit(server) if key.fileobj is server else self._read(key.fileobj)
                 if problem:
+                    self._admit_late(server)
                     return {"problem": problem}
         return {}
+
+    def _admit_late(self, server: socket.socket) -> None:
+        """Wait a little for those that are about to connect: they would wait for a process 0 that has ended."""
+        end = time.monotonic() + _MARGIN
+        with selectors.DefaultSelector() as selector:
+            selector.register(server, selectors.EVENT_READ)
+            while len(self._lines) < self._count - 1 and selector.select(max(0.0, end - time.monotonic())):
+                self._admit(server)
 
     def _admit(self, server: socket.socket) -> None:
         try:
