@@ -349,7 +349,7 @@ def _advice(reason: str) -> str:
 
 def _read_options(config: PrepareConfig) -> tuple[Any, ...]:
     """What decides, beside the input, what is read."""
-    return read.VERSION, config.encoding, config.html, config.max_record_mib
+    return read.VERSION, config.encoding, config.html, config.max_record_mib, config.record_seconds
 
 
 def _read_unit(unit: InputUnit) -> Unit:

@@ -125,6 +125,8 @@ class PrepareConfig(Section):
     links: Links = key("follow", "follow: links below a folder of the input are read, each folder once; skip: they are "
                                  "left out, for input that you do not trust")
     max_record_mib: int = key(16, "MiB of the largest record; a larger one is put aside as bad", ge=1, le=1024)
+    record_seconds: float = key(60.0, "seconds of CPU time that a record of a WARC may take to become text; one that takes "
+                                      "longer is put aside as bad", gt=0)
     html: Literal["resiliparse", "trafilatura"] = key("resiliparse", "takes the main text out of the HTML of a WARC")
     max_bad: int = key(0, "bad records put aside before the command stops; what is good is kept for the next try", ge=0,
                        changeable=True)

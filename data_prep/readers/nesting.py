@@ -26,8 +26,8 @@ _STEPS = {"resiliparse": 10_000_000, "trafilatura": 2_000_000}
 def check_nesting(html: str, extractor: str) -> None:
     """ValueError where a page has more elements, or deeper ones, than its extraction can take in some seconds.
 
-    A few hundred kilobytes of tags that are never closed take minutes and gigabytes otherwise. Time itself is no
-    measure: the same page must be kept on every machine.
+    A few hundred kilobytes of tags that are never closed take minutes and gigabytes otherwise. This is counted, and not
+    measured as time, so that every machine keeps the same pages; `record_seconds` is a second limit, far above it.
     """
     elements, steps, deepest = _work(html)
     if elements > _ELEMENTS[extractor] or steps > _STEPS[extractor]:

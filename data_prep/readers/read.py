@@ -38,7 +38,7 @@ def _records(unit: InputUnit, config: PrepareConfig, quarantine: Quarantine, tal
         return read_text(unit, largest, quarantine, tally)
     from data_prep.readers.web import read_warc
 
-    return read_warc(unit, config.html, largest, quarantine, tally)
+    return read_warc(unit, config.html, largest, config.record_seconds, quarantine, tally)
 
 
 class _NoSample(Exception):

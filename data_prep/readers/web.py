@@ -8,17 +8,17 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.dataset.text import checked_value
 from data_prep.readers import html
 from data_prep.readers.files import open_file
-from data_prep.readers.unit import InputUnit, Quarantine, Tally, check_size
+from data_prep.readers.unit import InputUnit, Quarantine, Tally, check_size, time_limit
 from data_prep.readers.warc import LARGEST, WarcRecord, warc_records
 from data_prep.records import Record
 
 _TYPES = ("conversion", "response")
 
 
-def read_warc(unit: InputUnit, extractor: html.Extractor, largest: int, quarantine: Quarantine,
+def read_warc(unit: InputUnit, extractor: html.Extractor, largest: int, seconds: float, quarantine: Quarantine,
               tally: Tally) -> Iterator[Record]:
-    """The conversion records (WET) and the responses with HTML (WARC) of a file; those of more than `largest` bytes are
-    bad.
+    """The conversion records (WET) and the responses with HTML (WARC) of a file; those of more than `largest` bytes, or
+    that take more than `seconds` of CPU time, are bad.
 
     Records of other types, statuses, media types and codings are counted in `tally.left_out`. A page without main text
     is a record with an empty text.
@@ -35,8 +35,9 @@ def read_warc(unit: InputUnit, extractor: html.Extractor, largest: int, quaranti
                                f"record of type {kind}"] += 1
                 continue
             try:
-                text, encoding = (_conversion(record, largest) if kind == "conversion" else
-                                  _page(record, extractor, largest))
+                with time_limit(seconds):
+                    text, encoding = (_conversion(record, largest) if kind == "conversion" else
+                                      _page(record, extractor, largest))
                 text = checked_value(text, "text")
             except UserError:
                 raise  # A ValueError too, but of the machine and not of the record: a package is missing.

@@ -301,6 +301,29 @@ def test_a_page_that_the_parser_chokes_on_is_put_aside(tmp_path, read, monkeypat
     assert [bad.reason for bad in reading.bad] == ["resiliparse cannot parse the page: no tree"]
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_a_page_that_takes_too_long_is_put_aside(tmp_path, read, monkeypatch, stubborn):
+    """Also where a parser takes every exception for a page that it cannot read, and begins again."""
+    from resiliparse.extract import html2text
+
+    def forever(html, **options):
+        while True:
+            try:
+                while True:
+                    pass
+            except Exception:
+                if not stubborn:
+                    raise
+
+    monkeypatch.setattr(html2text, "extract_plain_text", forever)
+    (tmp_path / "a.warc.gz").write_bytes(archive(lambda writer: response(writer, page().encode())))
+    (tmp_path / "b.wet").write_bytes(archive(conversions("the next file"), gz=False))
+    reading = read([tmp_path], record_seconds=0.2)
+    assert [bad.reason for bad in reading.bad] == ["it takes more than 0.2 s of CPU time, which record_seconds allows"]
+    assert reading.texts == ["the next file"]
+
+
 @settings(max_examples=80, deadline=None)
 @given(at=st.integers(0, 1736), length=st.integers(0, 40), noise=st.binary(max_size=40), gz=st.booleans())
 @example(at=90, length=20, noise=b"\x05\x13\xb9\x8f", gz=True)  # the damaged member decodes to the end of the file
