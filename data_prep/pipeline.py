@@ -154,6 +154,10 @@ class Pipeline:
         read_stage = self.stage("read", *_read_options(self.config))
         kinds = {unit["id"]: unit["kind"] for unit in self.ran.inputs}
         sets = with_thresholds(SETS, config.thresholds)
+        used = {rule_set_name(self.sources[unit["source"]].rules, unit["kind"]) for unit in self.ran.inputs}
+        for name in config.thresholds.keys() - used:
+            logger.warning("filter.thresholds.%s changes nothing: no source has that rule set (in use: %s)", name,
+                           ", ".join(sorted(used)))
         units = []
         for unit, commit in done_before:
             source = self.sources[unit["source"]]

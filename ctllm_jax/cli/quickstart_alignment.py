@@ -97,14 +97,12 @@ def stage_config(schema: type, target: str, *, run: Path, init: Path, data: Path
     Raises:
       UserError: the run directory holds a run that began from another checkpoint of it.
     """
-    import yaml
-
-    from ctllm_jax.config.load import load
+    from ctllm_jax.config.load import load, read_values
     from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint
 
     step = find_checkpoint(str(init))[1].step
     begun = run / "config.yaml"
-    before = str(yaml.safe_load(begun.read_text(encoding="utf-8")).get("init")) if begun.exists() else ""
+    before = str(read_values(begun).get("init")) if begun.exists() else ""
     if "@" in before and before.rpartition("@")[2] != str(step):
         raise UserError(f"{run} began from {before}, and {init} has gone on to step {step:,} since: remove {run}, and"
                         " the same command makes it anew")

@@ -9,7 +9,6 @@ schema and never by YAML. All errors are reported at once.
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +22,11 @@ from pydantic import ValidationError
 
 from ctllm_jax.config.base import Section
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.config.types import is_section, keys_of, named_sections, parse, without_none
+from ctllm_jax.config.types import check_aliases, is_section, keys_of, named_sections, parse, parse_yaml, without_none
 
 COMMAND_LINE = "command line"
-_MOST_NODES = 100_000
+_MOST_FILES, _MOST_INTERPOLATIONS = 64, 16
+"""Files that a config extends, each counted as often as it is named, and `${KEY}` in all of them: both multiply."""
 _ESCAPED = re.compile(r"(?<!\\)(?:\\\\)*\\\$\{")
 _KEY_INTERPOLATION = re.compile(r"\$\{\s*\.*[\w.\[\]-]+\s*\}")
 
@@ -88,6 +88,10 @@ def read_file(path: Path) -> Loaded:
     loaded = Loaded()
     try:
         merged, loaded.origins = _merge_files(path.resolve())
+        found = _ESCAPED.sub("", str(OmegaConf.to_container(merged))).count("${")
+        if found > _MOST_INTERPOLATIONS:
+            raise UserError(f"{_shown(path.resolve())}: {found} times ${{KEY}}, and at most {_MOST_INTERPOLATIONS} are"
+                            " replaced; write the values themselves")
         loaded.values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         where = loaded.origin(error.full_key or "") or _shown(path.resolve())
@@ -95,16 +99,34 @@ def read_file(path: Path) -> Loaded:
     return loaded
 
 
-def _merge_files(path: Path, *, seen: tuple[Path, ...] = ()) -> tuple[DictConfig, dict[str, str]]:
-    """(the values of a file over those that it extends, nothing replaced yet; where each key stands)."""
+def read_values(path: Path) -> dict[str, Any]:
+    """The values of the config.yaml of a run, as it was written. UserError where they cannot be read."""
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no keys")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it from a copy") from None
+    return values
+
+
+def _merge_files(path: Path, *, seen: tuple[Path, ...] = (), read: list[Path] | None = None
+                 ) -> tuple[DictConfig, dict[str, str]]:
+    """(the values of a file over those that it extends, nothing replaced yet; where each key stands).
+
+    `read` collects every file that was read.
+    """
+    read = [] if read is None else read
+    read.append(path)
+    if len(read) > _MOST_FILES:
+        raise UserError(f"{_shown(read[0])}: extends more than {_MOST_FILES - 1} files")
     if path in seen:
         raise UserError(f"{path}: extends itself through {' -> '.join(str(p) for p in seen)}")
     shown = _shown(path)
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text)
-        if root is not None and _count_nodes(root, {}) > _MOST_NODES:
-            raise ValueError(f"its aliases (*NAME) repeat more than {_MOST_NODES:,} values")
+        check_aliases(root)
         is_mapping = root is None or isinstance(root, yaml.MappingNode)
         own = OmegaConf.create(text) if root is not None and is_mapping else OmegaConf.create({})
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
@@ -131,7 +153,7 @@ def _merge_files(path: Path, *, seen: tuple[Path, ...] = ()) -> tuple[DictConfig
         parent_path = path.parent / parent
         if not parent_path.is_file():
             raise UserError(f"{shown}: extends {parent}, and there is no {parent_path}")
-        base, base_origins = _merge_files(parent_path.resolve(), seen=(*seen, path))
+        base, base_origins = _merge_files(parent_path.resolve(), seen=(*seen, path), read=read)
         merged = OmegaConf.merge(merged, base)
         origins.update(base_origins)
     return OmegaConf.merge(merged, own), {**origins, **own_origins}
@@ -214,16 +236,6 @@ def _shown(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-def _count_nodes(node: yaml.Node, known: dict[int, float]) -> float:
-    """How many values a file has once every alias is replaced by what it names; infinite where one holds itself."""
-    if id(node) not in known:
-        known[id(node)] = math.inf
-        children = node.value if isinstance(node, yaml.CollectionNode) else []
-        known[id(node)] = 1 + sum(_count_nodes(part, known) for child in children
-                                  for part in (child if isinstance(child, tuple) else (child,)))
-    return known[id(node)]
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from ctllm_jax.config.base import Section
+
+if TYPE_CHECKING:
+    import yaml
+
+_MOST_NODES = 100_000
+"""Values of a YAML file, once its aliases are replaced."""
 
 
 def is_section(annotation: Any) -> bool:
@@ -164,9 +171,33 @@ def _parse_structure(text: str, annotation: Any) -> Any:
     if is_list and not text.lstrip().startswith("["):
         return text.split(",") if text else []
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except (yaml.YAMLError, RecursionError):
         value = None
     if not isinstance(value, list if is_list else dict):
         raise ValueError(f"needs {describe_type(annotation)}, in YAML's inline form such as {'[a, b]' if is_list else '{key: value}'}")
     return value
+
+
+def parse_yaml(text: str) -> Any:
+    """The values of a YAML text. ValueError where it is none, or where its aliases make it grow beyond all bounds."""
+    import yaml
+
+    check_aliases(yaml.compose(text, Loader=yaml.SafeLoader))
+    return yaml.safe_load(text)
+
+
+def check_aliases(root: yaml.Node | None) -> None:
+    """ValueError where a file has too many values once every alias is replaced by what it names."""
+    if root is not None and _count_nodes(root, {}) > _MOST_NODES:
+        raise ValueError(f"its aliases (*NAME) repeat more than {_MOST_NODES:,} values")
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a file has once every alias is replaced by what it names; infinite where one holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        children = node.value if isinstance(node.value, list) else []
+        known[id(node)] = 1 + sum(_count_nodes(part, known) for child in children
+                                  for part in (child if isinstance(child, tuple) else (child,)))
+    return known[id(node)]

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.evaluate_data import BenchmarkConfig, SuiteConfig
+from ctllm_jax.config.load import read_values
 from ctllm_jax.evaluation import results
 from ctllm_jax.evaluation.judge.judge import Result, read_judged
 from ctllm_jax.evaluation.registry import find_benchmark
@@ -179,7 +178,7 @@ def is_bits(benchmark: str) -> bool:
 def _kind(directory: Path) -> tuple[str, str | None]:
     """What training a run was, and its ratio."""
     path = directory / "config.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_values(path) if path.is_file() else {}
     data, loss = config.get("data") or {}, config.get("loss") or {}
     if "beta" in loss:
         return "dpo", None

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import yaml
 
 from ctllm_jax import sharding
 from ctllm_jax.config.data import DataConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.evaluate import HeldOutConfig
+from ctllm_jax.config.load import read_values
 from ctllm_jax.data.batch import Batch
 from ctllm_jax.data.pretrain import open_held_out_data
 from ctllm_jax.dataset.manifest import find_dataset, read_manifest
@@ -60,7 +60,7 @@ def open_held_out(model_name: str, config: HeldOutConfig, *, run_dir: Path, cont
     Raises:
       UserError: a source that is not there, or none for a model that is no pretraining run.
     """
-    raw = yaml.safe_load(path.read_text(encoding="utf-8")) if (path := run_dir / "config.yaml").is_file() else {}
+    raw = read_values(path) if (path := run_dir / "config.yaml").is_file() else {}
     if not config.sources:
         data = raw.get("data") or {}
         if "loss_on" in data or "beta" in (raw.get("loss") or {}) or data.get("kind") != "mixture":

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import yaml
 
+from ctllm_jax.config.load import read_values
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.data.tokenizer import find_tokenizer
 from ctllm_jax.huggingface.tokenizer import SETTINGS
@@ -51,7 +52,7 @@ def write_merged(checkpoint: Kept, params: Any, directory: Path) -> None:
     if (checkpoint.run_dir / SETTINGS).is_dir():
         shutil.copytree(checkpoint.run_dir / SETTINGS, directory / SETTINGS)
     # Last: a folder is a run directory once it has its config.
-    config = yaml.safe_load((checkpoint.run_dir / "config.yaml").read_text(encoding="utf-8"))
+    config = read_values(checkpoint.run_dir / "config.yaml")
     config |= {"lora": None, "run": {"dir": str(directory)}}
     (directory / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True, sort_keys=False, width=100),
                                            encoding="utf-8")

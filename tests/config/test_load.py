@@ -10,9 +10,10 @@ from ctllm_jax import config
 from ctllm_jax.config import load as loading
 from ctllm_jax.config.base import Section, key, section
 from ctllm_jax.config.dpo import DPOConfig
+from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.generate import GenerateConfig
 from ctllm_jax.config.help import describe_keys
-from ctllm_jax.config.load import ConfigError, changeable_paths, find_config, load
+from ctllm_jax.config.load import ConfigError, changeable_paths, find_config, load, read_file, read_values
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.config.types import fill_absent, keys_of
 
@@ -338,3 +339,27 @@ def test_keys_that_an_earlier_version_did_not_know_have_their_older_value_or_def
         "rules": [{"pattern": "a", "scale": 1.0}]}
     assert fill_absent(Outer, {"inner": {"new": True}, "adapters": None})["adapters"] is None
     assert Outer(required=1).inner.new is True
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{after}: &{after} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, after in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+def test_what_multiplies_is_refused(tmp_path):
+    """Aliases in a run's own config.yaml and on the command line, values of values, and files that extend files."""
+    (tmp_path / "config.yaml").write_text(BOMB)
+    with pytest.raises(UserError, match=r"config.yaml cannot be read \(its aliases .* repeat more than 100,000 values"):
+        read_values(tmp_path / "config.yaml")
+    inline = "[" + ", ".join(line.partition(": ")[2] for line in BOMB.splitlines()) + "]"
+    with pytest.raises(ConfigError, match="repeat more than"):
+        load(PretrainConfig, target="debug/pretrain", overrides=[f"sample.prompts={inline}"])
+    keys = "".join(f"k{index}: ${{k{index - 1}}}${{k{index - 1}}}\n" for index in range(1, 40))
+    (tmp_path / "keys.yaml").write_text(f"k0: xxxxxxxxxx\n{keys}")
+    with pytest.raises(UserError, match=r"keys.yaml: 78 times \$\{KEY\}, and at most 16 are replaced"):
+        read_file(tmp_path / "keys.yaml")
+    (tmp_path / "0.yaml").write_text("seed: 1\n")
+    for index in range(1, 30):
+        (tmp_path / f"{index}.yaml").write_text(f"extends: [{index - 1}.yaml, {index - 1}.yaml]\n")
+    with pytest.raises(UserError, match="29.yaml: extends more than 63 files"):
+        read_file(tmp_path / "29.yaml")

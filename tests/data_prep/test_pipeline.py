@@ -6,7 +6,7 @@ import pytest
 
 from ctllm_jax.config.data import BuildConfig
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.config.prepare import SourceInput
+from ctllm_jax.config.prepare import PrepareConfig, SourceInput
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.dataset.build import build_from_files
 from data_prep.pipeline import prepare
@@ -189,3 +189,10 @@ def test_similar_lines_go_where_the_rule_set_says_so(tmp_path):
     assert [kept.count(twice) for kept in clean_texts(tmp_path / "out").values()] == [1]
     prepare(config(tmp_path, rules="light"))
     assert list(clean_texts(tmp_path / "out").values()) == [text]
+
+
+def test_thresholds_of_a_rule_set_that_no_source_has_are_named(tmp_path, caplog):
+    (tmp_path / "text.jsonl").write_text('{"text": "今天的天气很好，我们去公园里走走。"}\n')
+    prepare(PrepareConfig(input=[str(tmp_path / "text.jsonl")], output=str(tmp_path / "out"), rules="light",
+                          filter={"thresholds": {"web": {"length": {"low": 600}}}}))
+    assert "filter.thresholds.web changes nothing: no source has that rule set (in use: light)" in caplog.text

@@ -50,6 +50,8 @@ _ASIDE = re.compile(r"如果|假如|假设|倘若|要是|若(?:是|能|要|将)|
                     r"|格式(?:为|是|如|:|\s*$)|\bif\b|(?<!\bI )\bwould\b|\bwould have\b|\bcould\b|e\.g\."
                     r"|example|format", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[。!?;\n]|\.\s")
+_LONGEST_SENTENCE = 2000
+"""Characters before a rating in which its sentence is looked for: otherwise the time grows with their square."""
 _AROUND = " \t#-_|`\"'“”「」『』{},。.!;"
 
 
@@ -116,7 +118,7 @@ def _json(text: str) -> dict | None:
 def _spoken(pattern: re.Pattern, text: str) -> Iterator[re.Match]:
     """Matches that do not stand in an example or behind a condition."""
     for match in pattern.finditer(text):
-        sentence = _SENTENCE_END.split(text[:match.start()])[-1]
+        sentence = _SENTENCE_END.split(text[max(0, match.start() - _LONGEST_SENTENCE):match.start()])[-1]
         if not _ASIDE.search(sentence):
             yield match
 

@@ -27,7 +27,7 @@ from ctllm_jax.cluster.distributed import tell_all
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.lora import LoraConfig
 from ctllm_jax.config.model import ModelConfig
-from ctllm_jax.config.types import fill_absent
+from ctllm_jax.config.types import fill_absent, parse_yaml
 from ctllm_jax.huggingface import model as huggingface
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.model.lora import merge
@@ -162,7 +162,7 @@ def read_model_config(run_dir: Path) -> ModelConfig:
         return huggingface.read_config(run_dir)
     path = run_dir / "config.yaml"
     try:
-        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+        model = parse_yaml(path.read_text(encoding="utf-8"))["model"]
     except (yaml.YAMLError, KeyError, TypeError, ValueError):
         raise UserError(f"{path} describes no model, and a run's config.yaml does; restore it from a copy") from None
     return _as_model(model, path)
