@@ -28,7 +28,7 @@ class PairDataConfig(Section):
     tokenizer: str | None = key(None, "tokenizer (.model or tokenizer.json); null: the one of the model that training starts from", local=True)
     template: TemplateConfig | None = key(None, "how messages become ids; null: the one that the model has learned")
     over_length: Literal["drop", "truncate", "raise"] = key("drop", "a pair of more than sequence_length tokens, or an answer beyond the model's context: leave the pair out, cut the ends of its answers off, or fail; counted in the report")
-    pairs_per_row: int | None = key(None, "most pairs of a row; 1 makes a step of as many pairs as the batch has rows. null: as many as fit", ge=1)
+    pairs_per_row: int | None = key(None, "most pairs of a row; 1 makes a step of as many pairs as the batch has rows. null: as many as fit into a row of at most two contexts", ge=1)
     held_out: float = key(0.0, "share of each source's prompts, chosen by a hash of their tokens, whose pairs are only evaluated", ge=0, lt=1)
     epochs: int = key(2, "times that every pair is seen", ge=1, changeable=True)
     reference: str | None = key(None, "file (.npz) of the reference log-probabilities, made where there is none; null: in the folder NAME.reference beside the first source, a file for each reference, tokenizer, template and length", changeable=True)
@@ -67,10 +67,14 @@ class DPOConfig(PretrainConfig):
     warmup_ratio: float | None = key(None, "share of the steps that warm up, in place of optimizer.warmup_steps", ge=0, lt=1)
 
     @property
-    def row_limit(self) -> tuple[int, str] | None:
-        """Each answer of a row has its own positions. The context limits an answer, and so the pairs that a row takes."""
+    def row_limit(self) -> tuple[int, str]:
+        """The longest row that the pairs of a row can fill, since the context limits each answer, and what to change."""
         most, context = self.data.pairs_per_row, self.model.context_length
-        return None if most is None else (2 * most * context, f"2 answers * data.pairs_per_row={most} * model.context_length={context}")
+        limit = 2 * context * (most or 1)
+        if most is None:
+            return limit, (f"2 answers * model.context_length={context}, which hold any pair; to pack more pairs into a longer row,"
+                           f" set data.pairs_per_row, at least {-(-self.batch.sequence_length // limit)}")
+        return limit, f"2 answers * data.pairs_per_row={most} * model.context_length={context}"
 
     @property
     def isolated(self) -> bool:

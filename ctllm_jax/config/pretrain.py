@@ -179,9 +179,8 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _check_row(self):
-        limit = self.row_limit if self.model is not None else None
-        if limit is not None and self.batch.sequence_length > limit[0]:
-            raise ValueError(f"batch.sequence_length={self.batch.sequence_length} is above {limit[1]}")
+        if self.model is not None and self.batch.sequence_length > self.row_limit[0]:
+            raise ValueError(f"batch.sequence_length={self.batch.sequence_length} is above {self.row_limit[1]}")
         return self
 
     @model_validator(mode="after")
@@ -191,8 +190,8 @@ class PretrainConfig(Section):
         return self
 
     @property
-    def row_limit(self) -> tuple[int, str] | None:
-        """The longest row that the model can use, and the keys that it follows from; None: no limit."""
+    def row_limit(self) -> tuple[int, str]:
+        """The longest row that the model can use, and the keys that it follows from."""
         return self.model.context_length, f"model.context_length={self.model.context_length}"
 
     @property

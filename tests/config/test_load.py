@@ -203,20 +203,24 @@ def test_checks_across_keys(base):
             load(PretrainConfig, target=base, overrides=[override])
 
 
-@pytest.mark.parametrize("changes", ["", "data.pairs_per_row=2"])
-def test_a_row_of_pairs_may_be_longer_than_the_context(base, changes):
-    overrides = ["init=runs/sft", "data=pairs.jsonl", "batch.sequence_length=256", *filter(None, [changes])]
-    assert load(DPOConfig, target=base, overrides=overrides).batch.sequence_length == 256
+def load_pairs(base, *overrides):
+    return load(DPOConfig, target=base, overrides=["init=runs/sft", "data=pairs.jsonl", *overrides])
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("data.pairs_per_row=1", r"batch.sequence_length=256 is above 2 answers \* data.pairs_per_row=1 \* "
-                             "model.context_length=64"),
-    ("optimizer.warmup_steps=10", "leaves no step of 10"), ("batch.tokens=300", "multiple of sequence_length=256")])
-def test_a_run_on_pairs_keeps_every_check_of_a_run(base, override, message):
+@pytest.mark.parametrize(("length", "overrides"), [(128, []), (256, ["data.pairs_per_row=2"])])
+def test_a_row_of_pairs_may_be_longer_than_the_context(base, length, overrides):
+    assert load_pairs(base, f"batch.sequence_length={length}", *overrides).batch.sequence_length == length
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["model.context_length=2048", "batch.sequence_length=8192", "batch.tokens=8192"],
+     r"batch.sequence_length=8192 is above 2 answers \* model.context_length=2048, .* data.pairs_per_row, at least 2$"),
+    (["data.pairs_per_row=1", "batch.sequence_length=256"],
+     r"batch.sequence_length=256 is above 2 answers \* data.pairs_per_row=1 \* model.context_length=64"),
+    (["optimizer.warmup_steps=10"], "leaves no step of 10"), (["batch.tokens=300"], "multiple of sequence_length=64")])
+def test_a_run_on_pairs_keeps_every_check_of_a_run(base, overrides, message):
     with pytest.raises(ConfigError, match=message):
-        load(DPOConfig, target=base,
-             overrides=["init=runs/sft", "data=pairs.jsonl", "batch.sequence_length=256", override])
+        load_pairs(base, *overrides)
 
 
 def shadowed_validators(schema):
