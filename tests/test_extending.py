@@ -35,7 +35,7 @@ assert float(preference_loss(same, same, kind="apo_zero", beta=0.1)[0]) == 3.0
 
 # A filter rule: one exclamation mark among four characters.
 assert RULES["exclamation_fraction"].measure(View("好 好 好！")) == 0.25
-assert "exclamation_fraction" in SETS["web"].bounds
+assert [name for name, chosen in SETS.items() if "exclamation_fraction" in chosen.bounds] == ["web"]
 
 # A chat template: only the answer and its end are learned.
 text = ["### Instruction: say hello\\n", "### Response: hello you\\n"] * 20

@@ -26,7 +26,7 @@ def bracket_fraction(view: View) -> float:
     return sum(len(found) - 2 for found in _BRACKETS.findall(view.text)) / len(view.text)
 
 
-@rule("length", "S2", low=50, high=10_000, cost=40, edges=logarithmic(1, 1e6))
+@rule("length", "S2", low=50, high=10_000, cost=40, edges=logarithmic(1, 1e6), domain="any")
 def length(view: View) -> float:
     """Characters of the measured text (NFKC), white space not counted."""
     return float(view.length)

@@ -23,7 +23,7 @@ _GB2312 = re.compile(rb"(?:[\xa1-\xa3\xb0-\xf7][\xa1-\xfe]){2,}")
 _ESCAPES = re.compile(r"\\u[0-9A-Fa-f]{4}|\\x[0-9A-Fa-f]{2}|&#?\w{2,8};|(?:[%=][89A-Fa-f][0-9A-Fa-f]){2,}")
 
 
-@rule("replacement_fraction", "E1", high=0.01, cost=42, edges=_EDGES)
+@rule("replacement_fraction", "E1", high=0.01, cost=42, edges=_EDGES, language="any", domain="any")
 def replacement_fraction(view: View) -> float:
     """U+FFFD, and private-use characters between letters, / characters: each stands for a lost character."""
     count = view.text.count("\ufffd")
@@ -32,13 +32,13 @@ def replacement_fraction(view: View) -> float:
     return min(1.0, count / view.length) if view.length else float(count > 0)
 
 
-@rule("question_mark_fraction", "E2", high=0.15, cost=51, edges=_EDGES)
+@rule("question_mark_fraction", "E2", high=0.15, cost=51, edges=_EDGES, language="any")
 def question_mark_fraction(view: View) -> float:
     """Question marks (? and ？) / characters: a lossy encoder writes one for each character that it does not have."""
     return view.measured.count("?") / view.length if view.length else 0.0
 
 
-@rule("mojibake_fraction", "E3", high=0.02, cost=55, edges=_EDGES)
+@rule("mojibake_fraction", "E3", high=0.02, cost=55, edges=_EDGES, language="any", domain="any")
 def mojibake_fraction(view: View) -> float:
     """Share of the characters that come from decoding with the wrong character set.
 
@@ -63,7 +63,7 @@ def mojibake_fraction(view: View) -> float:
     return min(1.0, count / view.length)
 
 
-@rule("escape_fraction", "E4", high=0.1, cost=44, edges=_EDGES)
+@rule("escape_fraction", "E4", high=0.1, cost=44, edges=_EDGES, language="any")
 def escape_fraction(view: View) -> float:
     r"""Share of the characters in escapes that were not decoded: \u4f60, \xe4, &#20320; and &nbsp;, %E4%BD, =E4=BD."""
     if not view.length or not any(map(view.text.__contains__, ("\\u", "\\x", "&", "%", "="))):

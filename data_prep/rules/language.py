@@ -63,13 +63,13 @@ def packaged() -> Path:
     return Path(spec.origin).parent / "resources" / "lid.176.ftz"
 
 
-@rule("language_score", "C1", low=0.4, cost=130)
+@rule("language_score", "C1", low=0.4, cost=130, language="any")
 def language_score(view: View) -> float:
     """fastText's score of the likeliest language, on the first 300 characters of the raw text, or 3,000 if unsure."""
     return view.language[1]
 
 
-@rule("language", "C1", low=1, cost=131)
+@rule("language", "C1", low=1, cost=131, language="any")
 def language(view: View) -> float:
     """1 if the likeliest language is among those that the set (or the source) keeps, else 0; 1 if it keeps any."""
     return float(not view.languages or view.language[0] in view.languages)

@@ -38,9 +38,10 @@ class Bounds:
 class Rule:
     """One rule.
 
-    `code` is its number in CT-LLM's table (G and F: rules of Gopher and FineWeb for English); `version` counts changes
+    `code` is its number in CT-LLM's table (G: rules of Gopher for English; E: damage); `version` counts changes
     of the value; `cost` orders the rules of a set, cheap ones first (about microseconds for 5,000 characters);
-    `edges` are the histogram edges of a report.
+    `edges` are the histogram edges of a report. `language` (zh, en or any) and `domain` (prose or any) say which text
+    the rule can judge; they explain why a set leaves it out, and put it into no set.
     """
 
     name: str
@@ -50,6 +51,8 @@ class Rule:
     cost: int
     edges: tuple[float, ...]
     measure: Callable[[View], float]
+    language: str = "zh"
+    domain: str = "prose"
 
     @property
     def doc(self) -> str:
@@ -74,12 +77,12 @@ FRACTION = linear(0.0, 1.0)
 
 
 def rule(name: str, code: str, *, low: float = -math.inf, high: float = math.inf, above: bool = False, cost: int,
-         edges: tuple[float, ...] = FRACTION, version: int = 1):
-    """Decorator that registers a function `view -> float` under `name`."""
+         edges: tuple[float, ...] = FRACTION, version: int = 1, language: str = "zh", domain: str = "prose"):
+    """Decorator that registers a function `view -> float` under `name`. No set asks for it before it lists the name."""
     def register(measure: Callable[[View], float]) -> Callable[[View], float]:
         if name in RULES:
             raise ValueError(f"there are two rules {name}")
-        RULES[name] = Rule(name, code, version, Bounds(low, high, above), cost, edges, measure)
+        RULES[name] = Rule(name, code, version, Bounds(low, high, above), cost, edges, measure, language, domain)
         return measure
     return register
 

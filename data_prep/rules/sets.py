@@ -18,7 +18,7 @@ from data_prep.rules import (  # noqa: F401  (they register)
     urls,
 )
 from data_prep.rules.lines import LINE_RULES
-from data_prep.rules.registry import RULES, Bounds, unknown
+from data_prep.rules.registry import RULES, Bounds, Rule, unknown
 
 if TYPE_CHECKING:
     from ctllm_jax.config.prepare import RuleBounds
@@ -43,21 +43,49 @@ class RuleSet:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
 
-_OFF = "off in CT-LLM's release"
-_ENGLISH = [name for name, found in RULES.items() if found.code.startswith("G")]
-_CHINESE = [name for name in RULES if name not in _ENGLISH]
-_REPEATED = [f"repeated_{n}gram_fraction" for n in range(5, 11)]
-_DAMAGE = [name for name, found in RULES.items() if found.code.startswith("E")]
-_DUPLICATES = dict.fromkeys(("duplicate_sentence_fraction", "duplicate_sentence_character_fraction"), _OFF)
+# A set asks for the rules that it lists, and for no other: a new rule joins none by itself.
+_DAMAGE = ("replacement_fraction", "question_mark_fraction", "mojibake_fraction", "escape_fraction")
+_STATISTICS = ("more_line_fraction", "bullet_line_fraction", "bracket_fraction", "length", "word_length",
+               "hash_fraction", "ellipsis_fraction", "digit_fraction", "punctuation_fraction", "distinct_fraction",
+               "entropy", "sentences")
+_LANGUAGE = ("language_score", "language")
+_TOP = ("top_2gram_fraction", "top_3gram_fraction", "top_4gram_fraction")
+_SHORT_REPEATED = ("repeated_5gram_fraction", "repeated_6gram_fraction")
+_REPEATED = ("repeated_7gram_fraction", "repeated_8gram_fraction", "repeated_9gram_fraction",
+             "repeated_10gram_fraction")
+_LONG_TEXT = (*_LANGUAGE, *_STATISTICS, *_DAMAGE, *_TOP, *_REPEATED)
+_ENGLISH = ("english_words", "english_word_length", "english_symbol_fraction", "english_alphabetic_fraction",
+            "english_stop_words", "english_ellipsis_line_fraction", "duplicate_line_fraction",
+            "duplicate_line_character_fraction", "english_top_2gram_fraction", "english_top_3gram_fraction",
+            "english_top_4gram_fraction", "english_repeated_5gram_fraction", "english_repeated_6gram_fraction",
+            "english_repeated_7gram_fraction", "english_repeated_8gram_fraction", "english_repeated_9gram_fraction",
+            "english_repeated_10gram_fraction")
 _PROSE_LINES = ("javascript", "lorem_ipsum", "bad_words")
+_OF_ANOTHER_LANGUAGE = {
+    "en": "for English",
+    "zh": "counts characters, as is right for Chinese; the rules for words stand in its place"}
 
 
 def _rule_set(name: str, names: Sequence[str], left_out: Mapping[str, str], *,
-              changed: Mapping[str, Bounds] | None = None, lines_why: str = "", **fields) -> RuleSet:
-    """A set of the rules `names` but for those left out; line rules that it lacks are left out for `lines_why`."""
-    bounds = {rule: RULES[rule].default for rule in names if rule not in left_out} | dict(changed or {})
+              text: tuple[str, str] = ("zh", "prose"), changed: Mapping[str, Bounds] | None = None,
+              why: str = "not listed", lines_why: str = "", **fields) -> RuleSet:
+    """A set of the rules `names`.
+
+    Args:
+      left_out: rule -> why it is not asked. Any other rule that is not listed is for a text of another language or
+        domain than `text`, or left out for `why`.
+      changed: bounds that are not the rule's own.
+      lines_why: why the line rules that the set lacks are left out.
+    """
+    def reason(rule: Rule) -> str:
+        if rule.domain not in ("any", text[1]):
+            return f"for {rule.domain}"
+        return why if rule.language in ("any", text[0]) else _OF_ANOTHER_LANGUAGE[rule.language]
+
+    bounds = {rule: RULES[rule].default for rule in names} | dict(changed or {})
+    others = {rule: left_out.get(rule) or reason(found) for rule, found in RULES.items() if rule not in bounds}
     missing = {f"line:{rule}": lines_why for rule in LINE_RULES if rule not in fields.get("line_rules", ())}
-    return RuleSet(name, _cheap_first(bounds), left_out={**left_out, **missing}, **fields)
+    return RuleSet(name, _cheap_first(bounds), left_out=others | missing, **fields)
 
 
 def _cheap_first(bounds: Mapping[str, Bounds]) -> dict[str, Bounds]:
@@ -65,41 +93,35 @@ def _cheap_first(bounds: Mapping[str, Bounds]) -> dict[str, Bounds]:
 
 
 def _all() -> list[RuleSet]:
-    no_english = dict.fromkeys(_ENGLISH, "for English")
+    off = dict.fromkeys(("duplicate_sentence_fraction", "duplicate_sentence_character_fraction"),
+                        "off in CT-LLM's release")
+    long = off | dict.fromkeys(_SHORT_REPEATED, "rises with the length of a text, and these are long")
     no_maximum = {"length": Bounds(low=50)}
-    long = dict.fromkeys(_REPEATED[:2], "rises with the length of a text, and these are long")
-    for_code = ("url_blacklist", "length", "replacement_fraction", "mojibake_fraction")
-    for_light = (*for_code, "bracket_fraction", "hash_fraction", _REPEATED[-1])
-    for_english = ("url_blacklist", "language_score", "language", *_ENGLISH, *_DAMAGE)
+    published = ("url_blacklist", *_LANGUAGE, *_STATISTICS, *_TOP, *_SHORT_REPEATED, *_REPEATED)
     verse = "verse, headings and hard-wrapped lines end without a mark, and may be short"
     return [
-        _rule_set("web", _CHINESE, no_english | _DUPLICATES, link_removal=True, line_rules=tuple(LINE_RULES),
+        _rule_set("web", (*published, *_DAMAGE), off, link_removal=True, line_rules=tuple(LINE_RULES),
                   similar_lines=True, languages=("zh",)),
-        _rule_set("map_cc", _CHINESE, no_english | _DUPLICATES | dict.fromkeys(_DAMAGE, "not among CT-LLM's rules"),
-                  link_removal=True, line_rules=tuple(LINE_RULES), similar_lines=True, languages=("zh",),
-                  published=True),
-        _rule_set("book", _CHINESE,
-                  no_english | _DUPLICATES | long | {"url_blacklist": "books have no URL"},
-                  changed=no_maximum, link_removal=True, line_rules=_PROSE_LINES, lines_why=verse, languages=("zh",)),
-        _rule_set("paper", _CHINESE, no_english | _DUPLICATES | long, changed=no_maximum,
-                  link_removal=True, line_rules=_PROSE_LINES,
-                  lines_why="formulas, headings, tables and hard-wrapped lines end without a mark", similar_lines=True,
+        _rule_set("map_cc", published, off | dict.fromkeys(_DAMAGE, "not among CT-LLM's rules"), link_removal=True,
+                  line_rules=tuple(LINE_RULES), similar_lines=True, languages=("zh",), published=True),
+        _rule_set("book", _LONG_TEXT, long | {"url_blacklist": "books have no URL"}, changed=no_maximum,
+                  link_removal=True, line_rules=_PROSE_LINES, lines_why=verse, languages=("zh",)),
+        _rule_set("paper", ("url_blacklist", *_LONG_TEXT), long, changed=no_maximum, link_removal=True,
+                  line_rules=_PROSE_LINES, similar_lines=True, languages=("zh",),
+                  lines_why="formulas, headings, tables and hard-wrapped lines end without a mark"),
+        _rule_set("encyclopedia", ("url_blacklist", *_LONG_TEXT), long, changed=no_maximum, link_removal=True,
+                  line_rules=_PROSE_LINES, lines_why="headings and lists end without a mark", similar_lines=True,
                   languages=("zh",)),
-        _rule_set("encyclopedia", _CHINESE, no_english | _DUPLICATES | long,
-                  changed=no_maximum, link_removal=True, line_rules=_PROSE_LINES,
-                  lines_why="headings and lists end without a mark", similar_lines=True, languages=("zh",)),
-        _rule_set("code", for_code, {name: "for prose" for name in RULES if name not in for_code},
-                  changed={"length": Bounds(low=10)}, lines_why="for prose"),
-        _rule_set("english", for_english, {
-                      name: "counts characters, as is right for Chinese; the rules for words stand in its place"
-                      for name in _CHINESE if name not in for_english},
+        _rule_set("code", ("url_blacklist", "length", "replacement_fraction", "mojibake_fraction"), {},
+                  text=("any", "code"), changed={"length": Bounds(low=10)}, lines_why="for prose"),
+        _rule_set("english", ("url_blacklist", *_LANGUAGE, *_ENGLISH, *_DAMAGE), {}, text=("en", "prose"),
                   link_removal=True, line_rules=tuple(LINE_RULES), similar_lines=True, languages=("en",)),
-        _rule_set("light", for_light, no_english | {
-                      name: "a good text of another kind, short or not Chinese, fails it"
-                      for name in _CHINESE if name not in for_light},
+        _rule_set("light", ("url_blacklist", "length", "bracket_fraction", "hash_fraction", "replacement_fraction",
+                            "mojibake_fraction", "repeated_10gram_fraction"), {},
+                  why="a good text of another kind, short or not Chinese, fails it",
                   # Of English documentation 9 % have more than 0.6 of their characters in repeated 10-grams.
                   changed={"length": Bounds(low=1), "bracket_fraction": Bounds(high=0.5),
-                           "replacement_fraction": Bounds(high=0.05), _REPEATED[-1]: Bounds(high=0.9)},
+                           "replacement_fraction": Bounds(high=0.05), "repeated_10gram_fraction": Bounds(high=0.9)},
                   line_rules=("bad_words",), lines_why="a line may be a whole text"),
         _rule_set("none", (), dict.fromkeys(RULES, "no rules"), lines_why="no rules"),
     ]

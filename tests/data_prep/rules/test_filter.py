@@ -1,5 +1,8 @@
 """The filter as a whole: modes, order, what is written, rule sets, thresholds, explain."""
 
+import dataclasses
+import hashlib
+import json
 import pickle
 import sys
 
@@ -7,7 +10,20 @@ import pytest
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.prepare import RULE_SETS, FilterConfig, RuleBounds
-from data_prep.rules import EMPTY, RULES, SETS, Bounds, Filter, explain, language, normalize, view, with_thresholds
+from data_prep.rules import (
+    EMPTY,
+    RULES,
+    SETS,
+    Bounds,
+    Filter,
+    explain,
+    language,
+    normalize,
+    registry,
+    sets,
+    view,
+    with_thresholds,
+)
 from data_prep.rules.lines import LINE_RULES
 from tests.data_prep.rules.test_release_faults import GOOD, statistics
 
@@ -113,6 +129,35 @@ def test_sets_are_those_of_the_schema_and_name_real_rules():
             f"line:{name}" for name in LINE_RULES if name not in rule_set.line_rules}
         assert not set(rule_set.bounds) & set(rule_set.left_out)
         assert all(rule_set.left_out.values()) and set(rule_set.line_rules) <= {line[5:] for line in lines}
+
+
+def content_of(rule_set):
+    """What a set asks for, as JSON text: a change of a set changes the corpus of everyone who prepares with it."""
+    bounds = {name: [str(found.low), str(found.high), found.above] for name, found in rule_set.bounds.items()}
+    left_out = sorted(rule_set.left_out.items())
+    return json.dumps([bounds, left_out, rule_set.link_removal, rule_set.line_rules, rule_set.similar_lines,
+                       rule_set.languages, rule_set.published], ensure_ascii=False)
+
+
+@pytest.mark.parametrize(("name", "digest"), [
+    ("web", "cd1361adf203b6d7"), ("map_cc", "4a469da9019b267c"), ("book", "2f887479916c3fef"),
+    ("paper", "bc9ae009e7388fec"), ("encyclopedia", "61ce9b5d05edecdf"), ("code", "abd8bb1edc868ab3"),
+    ("english", "0e749d0d7afd7308"), ("light", "4395b4ea4ccd8823"), ("none", "ce85b267cb1b5233")])
+def test_a_set_changes_only_on_purpose(name, digest):
+    content = content_of(SETS[name])
+    assert hashlib.sha256(content.encode()).hexdigest()[:16] == digest, f"{name} now is {content}"
+
+
+@pytest.mark.parametrize(("language", "domain", "code"), [("zh", "prose", "S99"), ("any", "any", "E9"),
+                                                          ("en", "prose", "G99")])
+def test_a_new_rule_joins_no_set(monkeypatch, language, domain, code):
+    monkeypatch.setattr(registry, "RULES", registry.RULES.copy())
+    monkeypatch.setattr(sets, "RULES", registry.RULES)
+    registry.rule("shouting", code, high=0.1, cost=1, language=language, domain=domain)(lambda view: 0.0)
+    for rule_set in sets._all():
+        left_out = dict(rule_set.left_out)
+        assert left_out.pop("shouting")
+        assert dataclasses.replace(rule_set, left_out=left_out) == SETS[rule_set.name], rule_set.name
 
 
 @pytest.mark.parametrize("name", ["web", "map_cc"])
