@@ -23,6 +23,7 @@ from ctllm_jax.training.joins import check_origin
 from ctllm_jax.training.pretrain import Objective
 from ctllm_jax.training.reference import answer_logps
 from ctllm_jax.training.sft import check_template, completed, tokenizer_of
+from ctllm_jax.training.step import STEP_METRICS
 
 
 class Preferences(NamedTuple):
@@ -106,15 +107,18 @@ def make_loss_fn(config: DPOConfig, decoder: Decoder, *, mesh: jax.sharding.Mesh
 
 
 def describe(metrics: dict[str, float]) -> dict[str, float]:
-    """Sums over pairs to means, under TRL's names; NAME/GROUP over that group's pairs, left out where it has none."""
+    """Sums over pairs to means, under TRL's names; NAME/GROUP over that group's pairs, left out where it has none.
+
+    A sum that TRL has no name for is shown as loss/NAME.
+    """
     means = {"pairs": metrics["pairs"]}
     for name, value in metrics.items():
-        if name.startswith(("rewards/", "logps/")):
-            kind, _, rest = name.partition("/")
-            metric, _, group = rest.partition("/")
-            count = metrics[f"pairs/{group}" if group else "pairs"]
-            if count:
-                means[f"{kind}/{metric}/{group}" if group else name] = value / count
+        kind, _, rest = name.partition("/")
+        named = kind in ("rewards", "logps")
+        if kind != "pairs" and name not in STEP_METRICS:
+            group = rest.partition("/")[2] if named else ""
+            if count := metrics[f"pairs/{group}" if group else "pairs"]:
+                means[name if named else f"loss/{name}"] = value / count
     return means
 
 

@@ -13,6 +13,7 @@ from ctllm_jax.model.flops import flops_per_token
 from ctllm_jax.model.lora import count_adapters
 from ctllm_jax.model.parameters import count_parameters
 from ctllm_jax.training.environment import describe_environment
+from ctllm_jax.training.step import STEP_METRICS
 
 if TYPE_CHECKING:
     from ctllm_jax.training.pretrain import Run
@@ -69,8 +70,10 @@ def make_record(run: Run) -> Callable[[int, dict[str, float], dict[str, float]],
         result |= {name: int(metrics[name]) for name in ("bad_steps", "spikes") if name in metrics}
         if run.objective is not None:
             result |= run.objective.describe(metrics)
-        elif config.loss.z_loss:
-            result["z_loss"] = z_loss
+        else:
+            result |= {"z_loss": z_loss} if config.loss.z_loss else {}
+            result |= {f"loss/{name}": value / max(metrics["weight"], 1.0) for name, value in metrics.items()
+                       if name not in STEP_METRICS | {"z_loss", "bytes"}}
         if chip is not None:
             peak = chip.peak_flops * len(devices)
             result |= {"mfu_causal": flops.causal * tokens_per_second / peak,

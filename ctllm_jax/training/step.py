@@ -19,6 +19,8 @@ from ctllm_jax.training.state import State
 
 LossFn = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
 """`(params, frozen, batch) -> (sum of loss, sum of weight, {name: sum})`: sums add up over micro-batches, devices."""
+STEP_METRICS = frozenset(("loss", "weight", "grad_norm", "lr", "skipped", "bad_steps", "spikes"))
+"""Names of the metrics that the step itself makes; no sum of a loss function may have one of them."""
 
 
 def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: Callable, *,
@@ -53,6 +55,9 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
 
     def micro_step(params, frozen, batch):
         (loss, (weight, sums)), grads = differentiate(params, frozen, batch)
+        if taken := sorted(STEP_METRICS & sums.keys()):
+            raise ValueError(f"the loss function returns sums named {', '.join(taken)}, as metrics of the train step"
+                             " are named: give them other names")
         return constrain_grads(grads), {"loss": loss, "weight": weight, **sums}
 
     def train_step(state: State, batch: Any, frozen: Any = None) -> tuple[State, dict[str, jax.Array]]:

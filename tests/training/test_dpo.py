@@ -116,6 +116,12 @@ def test_packed_equals_unpacked(load_data, params, kind):
     assert_same_gradients(grads, alone_grads)
 
 
+def test_a_sum_without_a_name_of_trl_is_shown_too():
+    sums = {"pairs": 4.0, "pairs/zh": 0.0, "rewards/margins": 2.0, "rewards/margins/zh": 0.0, "router": 6.0,
+            "loss": 1.0, "weight": 4.0, "lr": 0.1, "grad_norm": 1.0, "skipped": 0.0, "bad_steps": 0.0}
+    assert describe(sums) == {"pairs": 4.0, "rewards/margins": 0.5, "loss/router": 1.5}
+
+
 def kept_in(folder):
     return f"data.reference={folder / 'reference.npz'}"
 

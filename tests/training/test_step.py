@@ -3,6 +3,7 @@
 import functools
 import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from ctllm_jax.model.decoder import init_params
 from ctllm_jax.model.parameters import decoder_parameters
 from ctllm_jax.training.optimizer import make_optimizer, make_schedule
 from ctllm_jax.training.pretrain import make_decoder, make_loss_fn, place_batch
+from ctllm_jax.training.records import make_record
 from ctllm_jax.training.state import init_state
 from ctllm_jax.training.step import make_train_step, plan_accumulation
 from tests.training.steps import place_state
@@ -138,6 +140,34 @@ def test_a_batch_without_a_weight_changes_nothing_to_nan():
     state, metrics = jax.jit(step)(init_state(params, optimizer), batch, None)
     assert float(metrics["loss"]) == 0
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.params))
+
+
+def take_a_step_that_sums(name):
+    """Metrics of a step whose loss returns one more sum, over rows of one and three tokens."""
+    def loss_fn(params, frozen, batch):
+        return jnp.sum(params["w"] * batch), jnp.sum(batch), {name: 2.0 * jnp.sum(batch)}
+
+    params = {"w": jnp.ones(())}
+    config = make_config().optimizer
+    optimizer = make_optimizer(config, params)
+    step = make_train_step(loss_fn, optimizer, make_schedule(config, steps=10), accumulation=2)
+    _, metrics = jax.jit(step)(init_state(params, optimizer), jnp.array([1.0, 3.0]), None)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def test_a_sum_of_a_loss_that_no_stage_knows_is_in_the_record():
+    config = make_config()
+    data = SyntheticData(sequence_length=64, rows=8, seed=1, vocab_size=250)
+    record = make_record(SimpleNamespace(config=config, data=data, objective=None, start=0))
+    shown = record(1, take_a_step_that_sums("router"), {"step_seconds": 1.0, "data_wait": 0.0})
+    assert shown["loss/router"] == 2.0
+    assert not {"loss/weight", "loss/lr", "loss/z_loss", "loss/bytes"} & shown.keys()
+
+
+@pytest.mark.parametrize("name", ["loss", "lr", "bad_steps"])
+def test_a_sum_that_would_replace_a_metric_of_the_step_is_refused(name):
+    with pytest.raises(ValueError, match=f"sums named {name}, as metrics of the train step are named"):
+        take_a_step_that_sums(name)
 
 
 def test_plan_of_accumulation():
