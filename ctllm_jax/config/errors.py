@@ -1,5 +1,7 @@
 """What a user can mend, told without a traceback."""
 
+from typing import Any
+
 from ctllm_jax.config.statuses import WRONG_INPUT
 
 
@@ -7,3 +9,10 @@ class UserError(ValueError):
     """Wrong input at the user's boundary. The message names the field or file, the value, and what is needed; exit status 2."""
 
     status: int = WRONG_INPUT
+
+
+def check_format(found: Any, *, newest: int, where: object, key: str = "format") -> None:
+    """Refuse a file whose format is none of 1 to `newest`, which this version reads; `found` is what the file states."""
+    if type(found) is not int or not 1 <= found <= newest:
+        raise UserError(f"{where}: {key}={found!r}, this version reads format {newest}"
+                        f"{' and older ones' if newest > 1 else ''}; use the version of ctllm_jax that wrote it")

@@ -21,10 +21,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from ctllm_jax.config.base import Section
-from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.errors import UserError, check_format
 from ctllm_jax.config.types import check_aliases, is_section, keys_of, named_sections, parse, parse_yaml, without_none
 
 COMMAND_LINE = "command line"
+FORMAT, FORMAT_KEY = 1, "config_format"
+"""The format of the configs that this version writes, and the key of a file that states it; without it, format 1."""
 _MOST_FILES, _MOST_INTERPOLATIONS = 64, 16
 """Files that a config extends, each counted as often as it is named, and `${KEY}` in all of them: both multiply."""
 _ESCAPED = re.compile(r"(?<!\\)(?:\\\\)*\\\$\{")
@@ -146,8 +148,9 @@ def _merge_files(path: Path, *, seen: tuple[Path, ...] = (), read: list[Path] | 
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) and "\0" not in parent for parent in parents):
         raise UserError(f"{shown}: extends={parents!r} must be the path of a config, or a list of them")
-    if "extends" in raw:
-        del own["extends"]  # pop would resolve it
+    check_format(raw.get(FORMAT_KEY, 1), newest=FORMAT, where=own_origins.get(FORMAT_KEY, shown), key=FORMAT_KEY)
+    for name in {"extends", FORMAT_KEY} & raw.keys():
+        del own[name]  # pop would resolve it
     merged, origins = OmegaConf.create({}), {}
     for parent in parents:
         parent_path = path.parent / parent
@@ -204,7 +207,7 @@ def load(schema: type[Section], *, target: str | Path | None = None, overrides: 
 
 def to_yaml(config: Section) -> str:
     """A config, resolved, as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), allow_unicode=True, sort_keys=False, width=100)
+    return yaml.safe_dump({FORMAT_KEY: FORMAT, **config.model_dump(mode="json")}, allow_unicode=True, sort_keys=False, width=100)
 
 
 def shared_values(config: Section) -> dict[str, Any]:

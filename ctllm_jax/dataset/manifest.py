@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.errors import UserError, check_format
 from ctllm_jax.storage import open_path
 
 FORMAT = 1
@@ -122,9 +122,7 @@ def manifest_sha256(directory: Path | str) -> str:
 
 
 def _parse(values: Any, path: Path) -> Manifest:
-    found = values.get("format") if isinstance(values, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path}: format={found!r}, this version reads format {FORMAT}")
+    check_format(values.get("format") if isinstance(values, dict) else None, newest=FORMAT, where=path)
     try:
         splits = {name: Split(tuple(Shard(**shard) for shard in split["shards"]))
                   for name, split in values["splits"].items()}

@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.load import FORMAT, FORMAT_KEY
 from ctllm_jax.config.lora import LoraConfig
 from ctllm_jax.data.chat import ChatTemplate
 from ctllm_jax.data.jinja_chat import read_settings
@@ -109,7 +110,8 @@ def import_model(directory: Path, output: Path, *, template: bool = True, vocab_
         shutil.copyfile(tokenizer, made / tokenizer.name)
         keep_settings(made, tokenizer=tokenizer, template=str(directory) if meta["template"] else None)
         # Last: a folder is a run directory once it has its config.
-        told = {"run": {"dir": str(output)}, "imported": str(directory), "model": config.model_dump(mode="json")}
+        told = {FORMAT_KEY: FORMAT, "run": {"dir": str(output)}, "imported": str(directory),
+                "model": config.model_dump(mode="json")}
         (made / "config.yaml").write_text(yaml.safe_dump(told, allow_unicode=True, sort_keys=False), encoding="utf-8")
     return meta
 

@@ -318,6 +318,13 @@ def test_round_trip_through_yaml(tmp_path, base):
     assert load(PretrainConfig, target=again) == config
 
 
+def test_a_config_states_its_format_and_a_newer_one_is_refused_by_name(base):
+    assert loading.to_yaml(load(PretrainConfig, target=base)).startswith("config_format: 1\n")
+    base.write_text(BASE + "config_format: 2\n")
+    with pytest.raises(ValueError, match=r"base.yaml:\d+: config_format=2, this version reads format 1; use"):
+        load(PretrainConfig, target=base)
+
+
 def test_keys_that_an_earlier_version_did_not_know_have_their_older_value_or_default():
     class Rule(Section):
         pattern: str = key(...)

@@ -100,7 +100,19 @@ def test_what_is_restored_is_what_was_saved(make_checkpointer):
         assert jax.tree.structure(restored) == jax.tree.structure(wanted)
         for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
             assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
-    assert checkpointer.read_meta(4) == {"eod_id": 3, "step": 4, "tokens": 4000}
+    assert checkpointer.read_meta(4) == {"eod_id": 3, "format": 1, "step": 4, "tokens": 4000}
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_by_name(tmp_path, make_checkpointer):
+    checkpointer = make_checkpointer(every=1)
+    save(checkpointer, [4])
+    file = tmp_path / "checkpoints/4/meta/metadata"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2}))
+    message = f"{tmp_path}/checkpoints/4: format=2, this version reads format 1; use the version of ctllm_jax"
+    for read in (lambda: checkpointer.read_meta(4), lambda: list_checkpoints(tmp_path),
+                 lambda: find_checkpoint(str(tmp_path))):
+        with pytest.raises(UserError, match=message):
+            read()
 
 
 @pytest.mark.parametrize("optimizer", [False, True])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from ctllm_jax.cli import main
+from ctllm_jax.training.checkpoints.checkpoint import list_checkpoints
 from tests.runs import read_arrays
 
 CONFIG = """
@@ -48,6 +49,16 @@ def test_a_run_of_version_0_1_0_resumes_with_its_data_and_reaches_the_same_weigh
     assert resumed.keys() == expected.keys()
     for name, array in expected.items():  # the CPU that wrote them may round in another order
         np.testing.assert_allclose(resumed[name], array, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_files_without_a_format_are_of_format_1_and_a_newer_one_is_refused(older, capsys):
+    run, config = older
+    assert "format" not in list_checkpoints(run)[-1].meta and "config_format" not in (run / "config.yaml").read_text()
+    described = run / "config.yaml"
+    described.write_text("config_format: 2\n" + described.read_text())
+    assert main(["doctor", str(run)]) == 2 and main(["generate", str(run), "prompt=a"]) == 2
+    said = f"{described}: config_format=2, this version reads format 1"
+    assert said in capsys.readouterr().err
 
 
 def test_every_checkpoint_of_version_0_1_0_is_whole(older, capsys):

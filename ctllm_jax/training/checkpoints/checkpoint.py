@@ -24,7 +24,9 @@ from pydantic import ValidationError
 
 from ctllm_jax import sharding
 from ctllm_jax.cluster.distributed import tell_all
-from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.errors import UserError, check_format
+from ctllm_jax.config.load import FORMAT as CONFIG_FORMAT
+from ctllm_jax.config.load import FORMAT_KEY
 from ctllm_jax.config.lora import LoraConfig
 from ctllm_jax.config.model import ModelConfig
 from ctllm_jax.config.types import fill_absent, parse_yaml
@@ -34,6 +36,7 @@ from ctllm_jax.model.lora import merge
 from ctllm_jax.storage import absolute, in_parallel, is_remote, open_path, read_small
 from ctllm_jax.training.checkpoints.files import (
     CHECKPOINTS,
+    FORMAT,
     MANIFEST,
     MILESTONES,
     find_damage,
@@ -74,7 +77,7 @@ def list_checkpoints(run_dir: Path) -> list[Kept]:
     `meta` is empty where it cannot be read.
 
     Raises:
-      UserError: no run directory there, or a Hugging Face folder that cannot be read.
+      UserError: no run directory there, a checkpoint of a newer format, or a Hugging Face folder that cannot be read.
     """
     if huggingface.is_huggingface(run_dir):
         return [Kept(0, HUGGINGFACE, run_dir, huggingface.read_meta(run_dir))]
@@ -104,6 +107,7 @@ def _read_metas(folders: Sequence[tuple[int, str, Path]]) -> list[Kept]:
                 meta = json.loads(text)
             except ValueError:
                 meta = {}  # damaged: who is about to use it is told
+            check_format(meta.get("format", 1), newest=FORMAT, where=path)
             kept.append(Kept(step, kind, path, meta))
     return kept
 
@@ -162,8 +166,12 @@ def read_model_config(run_dir: Path) -> ModelConfig:
         return huggingface.read_config(run_dir)
     path = run_dir / "config.yaml"
     try:
-        model = parse_yaml(path.read_text(encoding="utf-8"))["model"]
-    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+        check_format(values.get(FORMAT_KEY, 1), newest=CONFIG_FORMAT, where=path, key=FORMAT_KEY)
+        model = values["model"]
+    except UserError:
+        raise
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{path} describes no model, and a run's config.yaml does; restore it from a copy") from None
     return _as_model(model, path)
 

@@ -24,12 +24,12 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from ctllm_jax import storage
 from ctllm_jax.cluster.distributed import tell_all, tell_all_of
-from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.errors import UserError, check_format
 from ctllm_jax.config.pretrain import CheckpointConfig
 from ctllm_jax.config.statuses import REQUEUE
 from ctllm_jax.training.checkpoints import files, objects
 from ctllm_jax.training.checkpoints.arrays import find_structural_damage, refuse_other_arrays
-from ctllm_jax.training.checkpoints.files import CHECKPOINTS, MILESTONES
+from ctllm_jax.training.checkpoints.files import CHECKPOINTS, FORMAT, MILESTONES
 from ctllm_jax.training.checkpoints.manager import Manager
 from ctllm_jax.training.state import State
 
@@ -118,7 +118,7 @@ class Checkpointer:
             self._tolerate(error)
         resumable = (last or step % self.config.every == 0) and step not in self._steps.all_steps()
         milestone = self.is_milestone(step) and step not in self._milestones.all_steps()
-        meta = {**self.meta, "step": step, "tokens": self.tokens_at(step)}
+        meta = {**self.meta, "format": FORMAT, "step": step, "tokens": self.tokens_at(step)}
         saves = []
         if resumable:
             saves.append((self._steps, _items(state, meta, trainer=True)))
@@ -173,7 +173,9 @@ class Checkpointer:
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """What a resumable step says of itself."""
-        return self._steps.restore(step, meta=ocp.args.JsonRestore())["meta"]
+        meta = self._steps.restore(step, meta=ocp.args.JsonRestore())["meta"]
+        check_format(meta.get("format", 1), newest=FORMAT, where=self.run_dir / CHECKPOINTS / str(step))
+        return meta
 
     def restore(self, abstract: State, *, step: int) -> State:
         """The state of a step, laid out as the shardings of `abstract` say, whatever mesh wrote it.
@@ -380,7 +382,8 @@ def _disk_reason(error: BaseException) -> str | None:
 def write_weights(run_dir: Path, params: Any, *, meta: dict[str, Any]) -> None:
     """Keep weights for good, as a milestone at `meta["step"]`."""
     manager = Manager(run_dir / MILESTONES, None)
-    manager.save(meta["step"], ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)))
+    manager.save(meta["step"], ocp.args.Composite(params=ocp.args.StandardSave(params),
+                                                  meta=ocp.args.JsonSave({**meta, "format": FORMAT})))
     manager.wait()
     manager.close()
 

@@ -31,6 +31,8 @@ from ctllm_jax.training.checkpoints import objects
 from ctllm_jax.training.checkpoints.objects import COMMITTED
 
 log = logging.getLogger(__name__)
+FORMAT = 1
+"""The format of the checkpoints that this version writes, in their `meta`; one without it is of format 1."""
 CHECKPOINTS, MILESTONES = "checkpoints", "milestones"
 TRASH, QUARANTINE = "trash", "quarantine"
 MANIFEST = "manifest.json"

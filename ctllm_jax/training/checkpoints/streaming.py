@@ -26,7 +26,7 @@ from ctllm_jax.training.checkpoints.checkpoint import (
     read_tree,
     refuse_damage,
 )
-from ctllm_jax.training.checkpoints.files import write_manifest
+from ctllm_jax.training.checkpoints.files import FORMAT, write_manifest
 
 _CHUNK = 64 << 20
 
@@ -108,7 +108,7 @@ def write_streamed(run_dir: Path, params: dict[str, Any], *, meta: dict[str, Any
         chunked = jax.tree.map(lambda lazy: ocp.SaveArgs(
             chunk_byte_size=_CHUNK, shard_axes=(0,) if len(lazy.shape) > 2 else ()), params)
         checkpointer.save(path, args=ocp.args.Composite(
-            params=ocp.args.PyTreeSave(params, save_args=chunked), meta=ocp.args.JsonSave(meta)))
+            params=ocp.args.PyTreeSave(params, save_args=chunked), meta=ocp.args.JsonSave({**meta, "format": FORMAT})))
     write_manifest(path)
 
 
