@@ -16,12 +16,35 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+
+
+def vary_together(*trees: Any) -> tuple[Any, ...]:
+    """The trees, each array varying over every mesh axis over which one of them varies.
+
+    That is what a `jax.shard_map` with `check_vma=True` asks of the carry of a loop, whose start is a constant, and of
+    the arguments of a `custom_vjp`, whose gradients then get the sums over the axes that an argument was equal along.
+    Elsewhere nothing varies, and this returns the trees as they are.
+    """
+    axes = frozenset[str]().union(*map(_varying_axes, jax.tree.leaves(trees)))
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - _varying_axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, trees)
+
+
+def _varying_axes(x: jax.Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+RingsName = Literal["auto", "off", "remote_copies"]
 
 
 class Rings(NamedTuple):
@@ -41,7 +64,7 @@ class Rings(NamedTuple):
         return bool(self.sizes)
 
 
-def find_rings(mesh: Mesh, axis: str, how: str = "auto") -> Rings:
+def find_rings(mesh: Mesh, axis: str, how: RingsName = "auto") -> Rings:
     """The rings of a mesh axis of TPUs.
 
     Args:

@@ -16,8 +16,9 @@ EXAMPLES = re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?<!-- run -->\n```python\n(.
 ABSENT = ("grain", "tensorflow_datasets", "sentencepiece", "orbax", "pydantic", "omegaconf", "rich", "optax")
 
 
-def test_there_are_five():
-    assert [name for name, _ in EXAMPLES] == ["A plain pytree", "Flax Linen", "Flax NNX", "shard_map", "Packed DPO"]
+def test_there_are_six():
+    assert [name for name, _ in EXAMPLES] == ["A plain pytree", "Flax Linen", "Flax NNX", "shard_map", "Packed DPO",
+                                              "Losses of single examples"]
 
 
 @pytest.mark.parametrize(("name", "source"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
@@ -25,6 +26,6 @@ def test_an_example_runs_as_it_stands(name, source, tmp_path):
     absent = ABSENT if "flax" not in source else tuple(set(ABSENT) - {"orbax", "optax", "rich"})  # flax imports these
     script = f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n{source}"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, text=True, capture_output=True, timeout=300,
-                          env=environment(XLA_FLAGS="--xla_force_host_platform_device_count=8"))
+                          env=environment(devices=8 if name == "shard_map" else 1))
     assert done.returncode == 0, done.stderr
     assert not done.stdout, "an import or a function prints"

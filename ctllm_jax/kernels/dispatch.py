@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 import jax
 from jax.sharding import Mesh
 
-NAMES = ("auto", "pallas", "cudnn", "xla")
+Name = Literal["auto", "pallas", "cudnn", "xla"]
+NAMES = get_args(Name)
 
 
 def find_device(mesh: Mesh | None = None) -> tuple[str, str]:
@@ -24,7 +26,7 @@ class CannotRun(ValueError):
     """A named implementation cannot run where it is asked to, or cannot do what is asked."""
 
 
-def choose(op: str, implementation: str, *, reasons: Mapping[str, str | None], platform: str | None = None) -> str:
+def choose(op: str, implementation: Name, *, reasons: Mapping[str, str | None], platform: str | None = None) -> str:
     """The implementation that runs.
 
     Args:

@@ -13,15 +13,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from ctllm_jax.gathered import Rings, find_rings, gather, scatter_sum
+from ctllm_jax.gathered import Rings, RingsName, find_rings, gather, scatter_sum, vary_together
 
 MASKED = -1e30
+
+
+class Options(TypedDict, total=False):
+    """The options of `token_logps`."""
+
+    chunk_size: int
+    vocab_size: int | None
+    mesh: Mesh | None
+    batch_axes: Sequence[str]
+    fsdp_axis: str | None
+    tensor_axis: str | None
+    rings: RingsName
 
 
 class _Setting(NamedTuple):
@@ -40,7 +52,7 @@ class _Setting(NamedTuple):
 def chunked_cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, weights_BS: jax.Array, *,
                           z_loss: float = 0.0, chunk_size: int = 4096, vocab_size: int | None = None,
                           mesh: Mesh | None = None, batch_axes: Sequence[str] = ("data", "fsdp"),
-                          fsdp_axis: str | None = "fsdp", tensor_axis: str | None = "tensor", rings: str = "auto"
+                          fsdp_axis: str | None = "fsdp", tensor_axis: str | None = "tensor", rings: RingsName = "auto"
                           ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Weighted sum of -log p(target), with z-loss (PaLM, arXiv 2204.02311).
 
@@ -66,23 +78,23 @@ def chunked_cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS:
     setting = _make_setting(hidden_BSD, head_DV, targets_BS, weights_BS, z_loss=z_loss, chunk_size=chunk_size,
                             vocab_size=vocab_size, mesh=mesh, batch_axes=batch_axes, fsdp_axis=fsdp_axis,
                             tensor_axis=tensor_axis, rings=rings)
-    loss, weight, z_part = _loss(setting, hidden_BSD, head_DV, targets_BS, weights_BS)
+    loss, weight, z_part = _loss(setting, *vary_together(hidden_BSD, head_DV, targets_BS, weights_BS))
     return loss, weight, {"z_loss": jax.lax.stop_gradient(z_part)}
 
 
 def token_logps(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, *, chunk_size: int = 4096,
                 vocab_size: int | None = None, mesh: Mesh | None = None,
                 batch_axes: Sequence[str] = ("data", "fsdp"), fsdp_axis: str | None = "fsdp",
-                tensor_axis: str | None = "tensor", rings: str = "auto") -> jax.Array:
+                tensor_axis: str | None = "tensor", rings: RingsName = "auto") -> jax.Array:
     """log p(target) of each token, float32 [B, S], split over the mesh as the targets are.
 
-    Arguments and errors are those of `chunked_cross_entropy`. Reverse-mode differentiable in hidden and head; the
-    backward pass computes each chunk's logits again.
+    Arguments and errors are those of `chunked_cross_entropy`. Reverse-mode differentiable in hidden and head; no
+    forward mode. The backward pass computes each chunk's logits again.
     """
     setting = _make_setting(hidden_BSD, head_DV, targets_BS, targets_BS, z_loss=0.0, chunk_size=chunk_size,
                             vocab_size=vocab_size, mesh=mesh, batch_axes=batch_axes, fsdp_axis=fsdp_axis,
                             tensor_axis=tensor_axis, rings=rings)
-    return _logps(setting, hidden_BSD, head_DV, targets_BS)
+    return _logps(setting, *vary_together(hidden_BSD, head_DV, targets_BS))
 
 
 def _make_setting(hidden_BSD, head_DV, targets_BS, weights_BS, *, z_loss, chunk_size, vocab_size, mesh, batch_axes,
@@ -203,6 +215,7 @@ def _local(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, wa
         return (sums + new_sums, head_grad_DV), logps_C if want == "logps" else hidden_grad_CD
 
     start = (jnp.zeros(3, jnp.float32), jnp.zeros((rows, head_DV.shape[1]), jnp.float32) if with_grads else None)
+    start, _ = vary_together(start, hidden_BSD)
     if chunks == 1:
         (sums, head_grad_DV), per_token = step(start, jax.tree.map(lambda x: x[0], per_chunk))
     else:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
-from ctllm_jax.losses.cross_entropy import token_logps
+from ctllm_jax.losses.cross_entropy import Options, token_logps
 
 
 class Answers(NamedTuple):
@@ -30,6 +30,10 @@ class Answers(NamedTuple):
     reference_logps: Any = None
 
 
+Kind = Literal["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo_sum", "ipo_token_mean", "reference_free", "simpo",
+               "orpo"]
+
+
 class _Kind(NamedTuple):
     reference: bool
     """Scores are ratios to a reference model, which must be given; others must not be given one."""
@@ -39,7 +43,7 @@ class _Kind(NamedTuple):
     """label_smoothing has a meaning."""
 
 
-KINDS = {
+KINDS: dict[Kind, _Kind] = {
     "sigmoid": _Kind(reference=True, mean=False, smoothing=True),
     "sigmoid_norm": _Kind(reference=True, mean=True, smoothing=True),
     "robust": _Kind(reference=True, mean=False, smoothing=True),
@@ -55,7 +59,8 @@ HIGHEST_MEAN_LOGP = -1e-6
 
 
 def sequence_logps(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, weights_BS: jax.Array,
-                   segment_ids_BS: jax.Array, *, num_segments: int, **options: Any) -> tuple[jax.Array, jax.Array]:
+                   segment_ids_BS: jax.Array, *, num_segments: int, **options: Unpack[Options]
+                   ) -> tuple[jax.Array, jax.Array]:
     """Log-probability and length of each packed answer; [B, S, V] logits are never held.
 
     Args:
@@ -63,11 +68,11 @@ def sequence_logps(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Ar
       weights_BS: float32; 1 where the target belongs to an answer, 0 for prompts and padding; not differentiated.
       segment_ids_BS: int32, 1..num_segments in each row, 0 for padding. Higher ids count nowhere.
       num_segments: M, the most segments of a row.
-      options: chunk_size, vocab_size, mesh and its axes, of `token_logps`.
+      options: those of `token_logps`.
 
     Returns:
       (sums of weights · log p [B, M], sums of weights [B, M]), float32; segment i stands at i - 1, and one that a row
-      does not have is 0. Reverse-mode differentiable in hidden and head.
+      does not have is 0. Reverse-mode differentiable in hidden and head; no forward mode.
 
     Raises:
       ValueError: shapes that do not fit, or axes that the mesh does not have.
@@ -119,9 +124,9 @@ def pair_logps(values: Any, pair_ids_BM: jax.Array, is_chosen_BM: jax.Array) -> 
     return chosen, rejected, is_valid_BM.astype(jnp.float32)
 
 
-def preference_loss(chosen: Answers, rejected: Answers, *, kind: str, beta: float, label_smoothing: float = 0.0,
-                    gamma: float = 0.0, sft_weight: float = 0.0, weights: jax.Array | None = None,
-                    group: jax.Array | None = None, groups: Sequence[str] = ()
+def preference_loss(chosen: Answers, rejected: Answers, *, kind: Kind, beta: float | jax.Array,
+                    label_smoothing: float = 0.0, gamma: float = 0.0, sft_weight: float = 0.0,
+                    weights: jax.Array | None = None, group: jax.Array | None = None, groups: Sequence[str] = ()
                     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Weighted sum of the pairs' losses, and sums to watch.
 
@@ -140,7 +145,7 @@ def preference_loss(chosen: Answers, rejected: Answers, *, kind: str, beta: floa
     Args:
       chosen, rejected: every array of one shape P.
       kind: one of `KINDS`.
-      beta: above 0.
+      beta: above 0; a traced one is not checked.
       label_smoothing: share of labels thought wrong, in [0, 0.5); sigmoid, sigmoid_norm, robust, reference_free, simpo.
       gamma: margin of simpo, at least 0.
       sft_weight: adds this times -log p of the chosen answer per token, its own mean for each pair (arXiv 2404.19733).
@@ -224,7 +229,7 @@ def _check(chosen: Answers, rejected: Answers, *, kind, beta, label_smoothing, g
     if kind not in KINDS:
         refuse(f"kind={kind!r} must be one of {', '.join(KINDS)}")
     does = KINDS[kind]
-    if not (beta > 0 and math.isfinite(beta)):
+    if not isinstance(beta, jax.core.Tracer) and not (beta > 0 and math.isfinite(beta)):
         refuse(f"beta={beta} must be above 0")
     if not 0 <= label_smoothing < 0.5:
         refuse(f"label_smoothing={label_smoothing} must be in [0, 0.5)")

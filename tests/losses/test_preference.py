@@ -1,6 +1,7 @@
 """Preference losses: known values, sums that add up, every mesh, padding and extremes; TRL's are in the parity file."""
 
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ctllm_jax.losses.cross_entropy import token_logps
-from ctllm_jax.losses.preference import KINDS, Answers, pair_logps, preference_loss, sequence_logps
+from ctllm_jax.losses.preference import KINDS, Answers, Kind, pair_logps, preference_loss, sequence_logps
 
 B, S, D, V, VOCAB, M = 8, 12, 16, 64, 59, 5
 BETA = 0.1
@@ -57,7 +58,7 @@ def test_known_values(name):
 
 
 def test_every_kind_has_known_values():
-    assert {options["kind"] for options, *_ in KNOWN.values()} == KINDS.keys()
+    assert {options["kind"] for options, *_ in KNOWN.values()} == KINDS.keys() == set(get_args(Kind))
 
 
 def test_known_metrics():
@@ -114,6 +115,14 @@ def test_extremes_are_finite(kind):
     assert grads[0][0] < 0 and grads[1][0] >= 0
     if kind == "sigmoid":
         np.testing.assert_allclose([grads[0][0], grads[1][0]], [-BETA, BETA], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_beta_may_be_traced(kind):
+    pairs, options = answers(kind), options_of(kind)
+    beta = options.pop("beta")
+    loss = jax.jit(lambda beta: preference_loss(*pairs, beta=beta, **options)[0])(beta)
+    assert loss == pytest.approx(float(preference_loss(*pairs, beta=beta, **options)[0]), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

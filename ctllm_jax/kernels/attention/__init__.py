@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ctllm_jax.kernels.attention.cached import cached_attention
-from ctllm_jax.kernels.attention.fused import Kernels, Request, fused_attention
+from ctllm_jax.kernels.attention.fused import NOTHING_SEEN, Kernels, Request, fused_attention
+from ctllm_jax.kernels.attention.general import attention_general
 from ctllm_jax.kernels.attention.xla import attention_xla
-from ctllm_jax.kernels.dispatch import choose, find_device
+from ctllm_jax.kernels.dispatch import CannotRun, Name, choose, find_device
 from ctllm_jax.kernels.hopper import is_hopper
 
 __all__ = ["attention", "cached_attention", "chosen", "make_request"]
@@ -27,7 +29,7 @@ def make_request(*, length: int, heads: int, kv_heads: int, head_dim: int, dtype
                    *find_device(mesh), lse)
 
 
-def chosen(implementation: str = "auto", *, mesh: Mesh | None = None, request: Request | None = None) -> str:
+def chosen(implementation: Name = "auto", *, mesh: Mesh | None = None, request: Request | None = None) -> str:
     """The implementation that `attention` takes: for one request, or, without it, for what an implementation likes.
 
     Raises:
@@ -43,26 +45,58 @@ def chosen(implementation: str = "auto", *, mesh: Mesh | None = None, request: R
     return choose("attention", implementation, reasons=reasons, platform=platform)
 
 
-def attention(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, *,
-              segment_ids: jax.Array | None = None, positions: jax.Array | None = None, causal: bool = True,
-              sliding_window: int | None = None, scale: float | None = None, return_lse: bool = False,
-              implementation: str = "auto", mesh: Mesh | None = None, batch_axes: Sequence[str] = ("data", "fsdp"),
+class Options(TypedDict, total=False):
+    """The options of `attention` beside `return_lse`, which decides what it returns."""
+
+    bias: jax.Array | None
+    segment_ids: jax.Array | None
+    kv_segment_ids: jax.Array | None
+    positions: jax.Array | None
+    kv_positions: jax.Array | None
+    causal: bool
+    sliding_window: int | None
+    scale: float | jax.Array | None
+    implementation: Name
+    mesh: Mesh | None
+    batch_axes: Sequence[str]
+    tensor_axis: str | None
+
+
+@overload
+def attention(query_BSNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array, *,
+              return_lse: Literal[False] = False, **options: Unpack[Options]) -> jax.Array: ...
+
+
+@overload
+def attention(query_BSNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array, *,
+              return_lse: Literal[True], **options: Unpack[Options]) -> tuple[jax.Array, jax.Array]: ...
+
+
+def attention(query_BSNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array, *, bias: jax.Array | None = None,
+              segment_ids: jax.Array | None = None, kv_segment_ids: jax.Array | None = None,
+              positions: jax.Array | None = None, kv_positions: jax.Array | None = None, causal: bool = True,
+              sliding_window: int | None = None, scale: float | jax.Array | None = None, return_lse: bool = False,
+              implementation: Name = "auto", mesh: Mesh | None = None, batch_axes: Sequence[str] = ("data", "fsdp"),
               tensor_axis: str | None = "tensor") -> jax.Array | tuple[jax.Array, jax.Array]:
     """Scaled dot-product attention (arXiv 1706.03762), softmax in float32.
 
-    Arrays are in the order and shapes of `jax.nn.dot_product_attention`.
+    Arrays are in the order and shapes of `jax.nn.dot_product_attention`. Differentiation is reverse mode only, except
+    with a bias or with keys of their own length, segments or positions: these only XLA takes, and forward mode works.
 
     Args:
       query_BSNH: [B, S, N, H], float32 or bfloat16. B and S may be 0.
-      key_BSKH, value_BSKH: [B, S, K, H]; K divides N, and each serves N / K query heads.
+      key_BTKH, value_BTKH: [B, T, K, H]; K divides N, and each serves N / K query heads.
+      bias: floating, [B, N, S, T], each dim of which may be 1; added to the scaled scores. -inf masks a key.
       segment_ids: int [B, S]; a token sees its own segment only, and padding (segment 0) gives zeros. None: one
         segment, no padding, nothing compared.
+      kv_segment_ids: int [B, T], those of the keys; None: `segment_ids`, where T is S.
       positions: int [B, S], what `causal` and `sliding_window` compare instead of a token's place in its row: for rows
         whose tokens do not stand in order. Two tokens of one segment with one position see each other. None, and
         cheaper: the place in the row, which is the same for positions that count up from the start of each segment.
+      kv_positions: int [B, T], those of the keys; None: `positions`, where T is S.
       causal: a token sees none behind it.
       sliding_window: tokens that a token sees, itself included; needs `causal`.
-      scale: of the scores; None: H ** -0.5.
+      scale: of the scores; None: H ** -0.5. An array, which may be traced, multiplies the query in its dtype.
       return_lse: give the log-sum-exp of each query's scores too; differentiable.
       implementation: "auto", or one that must run.
       mesh: batch split over `batch_axes`, heads over `tensor_axis`; a Pallas kernel then runs on each device's part.
@@ -75,10 +109,13 @@ def attention(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array,
     Raises:
       ValueError: shapes, dtypes or mesh axes that do not fit, or an implementation that cannot run here.
     """
-    _check(query_BSNH, key_BSKH, value_BSKH, segment_ids=segment_ids, positions=positions, causal=causal,
-           sliding_window=sliding_window)
+    _check(query_BSNH, key_BTKH, value_BTKH, bias=bias, segment_ids=(segment_ids, kv_segment_ids),
+           positions=(positions, kv_positions), causal=causal, sliding_window=sliding_window)
     batch, length, heads, head_dim = query_BSNH.shape
-    kv_heads = key_BSKH.shape[2]
+    kv_length, kv_heads = key_BTKH.shape[1:3]
+    general = kv_length != length or any(x is not None for x in (bias, kv_segment_ids, kv_positions))
+    if isinstance(scale, jax.Array):
+        query_BSNH, scale = query_BSNH * scale.astype(query_BSNH.dtype), 1.0
     parts = _parts(mesh, tuple(batch_axes), tensor_axis)
     if heads % parts or kv_heads % parts:
         raise ValueError(f"attention: mesh axis {tensor_axis!r} of {parts} must divide {heads} query heads and"
@@ -87,29 +124,39 @@ def attention(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array,
         length=length, heads=heads // parts, kv_heads=kv_heads // parts, head_dim=head_dim, dtype=query_BSNH.dtype.name,
         causal=causal, sliding_window=sliding_window, scale=scale, segments=segment_ids is not None,
         positions=positions is not None, lse=return_lse, mesh=mesh)
-    named, implementation = implementation, chosen(implementation, request=request)
-    if batch * length == 0:  # no kernel has a grid of no blocks
-        y_BSNH, lse_BSN = jnp.zeros_like(query_BSNH), jnp.zeros((batch, length, heads), jnp.float32)
+    if general and implementation in ("pallas", "cudnn"):
+        raise CannotRun(f"attention: implementation={implementation!r} takes no bias, and no keys of their own length,"
+                        " segments or positions; what can: xla")
+    named, chosen_one = implementation, "xla" if general else chosen(implementation, request=request)
+    if batch * length * kv_length == 0:  # no kernel has a grid of no blocks
+        y_BSNH, lse_BSN = jnp.zeros_like(query_BSNH), jnp.full((batch, length, heads), NOTHING_SEEN, jnp.float32)
         return (y_BSNH, lse_BSN) if return_lse else y_BSNH
-    if named == "auto" and implementation == "pallas" and mesh is None and jax.device_count() > 1:
-        implementation = "xla"  # The arrays may be split, which only the partitioner knows, and it splits no kernel.
-    if implementation == "xla":
-        return attention_xla(query_BSNH, key_BSKH, value_BSKH, segment_ids=segment_ids, positions=positions,
+    if named == "auto" and chosen_one == "pallas" and mesh is None and jax.device_count() > 1:
+        chosen_one = "xla"  # The arrays may be split, which only the partitioner knows, and it splits no kernel.
+    if general:
+        y_BSNH, lse_BSN = attention_general(
+            query_BSNH, key_BTKH, value_BTKH, bias_BNST=bias, segment_ids=segment_ids,
+            kv_segment_ids=segment_ids if kv_segment_ids is None else kv_segment_ids, positions=positions,
+            kv_positions=positions if kv_positions is None else kv_positions, causal=causal,
+            sliding_window=sliding_window, scale=request.scale)
+        return (y_BSNH, lse_BSN) if return_lse else y_BSNH
+    if chosen_one == "xla":
+        return attention_xla(query_BSNH, key_BTKH, value_BTKH, segment_ids=segment_ids, positions=positions,
                              causal=causal, sliding_window=sliding_window, scale=request.scale, return_lse=return_lse)
-    if implementation == "cudnn":
+    if chosen_one == "cudnn":
         return jax.nn.dot_product_attention(
-            query_BSNH, key_BSKH, value_BSKH, scale=request.scale, is_causal=causal,
+            query_BSNH, key_BTKH, value_BTKH, scale=request.scale, is_causal=causal,
             local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
             implementation="cudnn")
     y_BSNH, lse_BNS = fused_attention(
-        _pallas_kernels(request.platform), query_BSNH, key_BSKH, value_BSKH, segment_ids=segment_ids,
+        _pallas_kernels(request.platform), query_BSNH, key_BTKH, value_BTKH, segment_ids=segment_ids,
         positions=positions, request=request, mesh=mesh, batch_axes=tuple(batch_axes), tensor_axis=tensor_axis)
     return (y_BSNH, lse_BNS.swapaxes(1, 2)) if return_lse else y_BSNH
 
 
-def _check(query_BSNH, key_BSKH, value_BSKH, *, segment_ids, positions, causal, sliding_window) -> None:
-    """ValueError where shapes, dtypes or options do not fit."""
-    arrays = {"query": query_BSNH, "key": key_BSKH, "value": value_BSKH}
+def _check(query_BSNH, key_BTKH, value_BTKH, *, bias, segment_ids, positions, causal, sliding_window) -> None:
+    """ValueError where shapes, dtypes or options do not fit. Of segments and positions: (of queries, of keys)."""
+    arrays = {"query": query_BSNH, "key": key_BTKH, "value": value_BTKH}
     for name, array in arrays.items():
         if array.ndim != 4:
             raise ValueError(f"attention: {name} {array.shape} must have four dims: [batch, sequence, heads, head dim]")
@@ -118,18 +165,26 @@ def _check(query_BSNH, key_BSKH, value_BSKH, *, segment_ids, positions, causal, 
         if 0 in array.shape[2:]:
             raise ValueError(f"attention: {name} {array.shape} must have at least one head, and its dim be at least 1")
     batch, length, heads, head_dim = query_BSNH.shape
-    kv_heads = key_BSKH.shape[2]
-    if key_BSKH.shape != value_BSKH.shape or (*key_BSKH.shape[:2], key_BSKH.shape[3]) != (batch, length, head_dim):
-        raise ValueError(f"attention: key {key_BSKH.shape} and value {value_BSKH.shape} must both be"
-                         f" [{batch}, {length}, K, {head_dim}], as query is {query_BSNH.shape}")
+    kv_length, kv_heads = key_BTKH.shape[1:3]
+    if key_BTKH.shape != value_BTKH.shape or (key_BTKH.shape[0], key_BTKH.shape[3]) != (batch, head_dim):
+        raise ValueError(f"attention: key {key_BTKH.shape} and value {value_BTKH.shape} must both be"
+                         f" [{batch}, {kv_length}, K, {head_dim}], as query is {query_BSNH.shape}")
     if heads % kv_heads:
         raise ValueError(f"attention: {kv_heads} key and value heads must divide {heads} query heads")
-    for name, ids in (("segment_ids", segment_ids), ("positions", positions)):
-        if ids is not None and ids.shape != (batch, length):
-            raise ValueError(f"attention: {name} {ids.shape} must be {(batch, length)}")
-        if ids is not None and not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise ValueError(f"attention: {name} is {ids.dtype.name} and must be integers")
-    if positions is not None and not causal:
+    for name, (ids, kv_ids) in (("segment_ids", segment_ids), ("positions", positions)):
+        for what, given, wanted in ((name, ids, (batch, length)), (f"kv_{name}", kv_ids, (batch, kv_length))):
+            if given is not None and given.shape != wanted:
+                raise ValueError(f"attention: {what} {given.shape} must be {wanted}")
+            if given is not None and not jnp.issubdtype(given.dtype, jnp.integer):
+                raise ValueError(f"attention: {what} is {given.dtype.name} and must be integers")
+        if (ids is None) != (kv_ids is None) and (ids is None or length != kv_length):
+            raise ValueError(f"attention: {name} and kv_{name} belong together where {length} queries meet"
+                             f" {kv_length} keys, and one of them is missing")
+    if bias is not None and not (jnp.issubdtype(bias.dtype, jnp.floating) and bias.ndim == 4 and all(
+            size in (1, whole) for size, whole in zip(bias.shape, (batch, heads, length, kv_length), strict=True))):
+        raise ValueError(f"attention: bias {bias.shape} of {bias.dtype.name} must be floating, and"
+                         f" {(batch, heads, length, kv_length)} but for dims of 1")
+    if positions[0] is not None and not causal:
         raise ValueError("attention: positions need causal=True: nothing else reads them")
     if sliding_window is not None and not causal:
         raise ValueError(f"attention: sliding_window={sliding_window} needs causal=True")

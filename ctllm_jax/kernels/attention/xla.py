@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ctllm_jax.gathered import vary_together
 from ctllm_jax.kernels.attention.fused import NOTHING_SEEN
 
 MASKED = NOTHING_SEEN
@@ -48,7 +49,7 @@ def attention_xla(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Ar
                   return_lse: bool = False) -> jax.Array | tuple[jax.Array, jax.Array]:
     """As `kernels.attention`."""
     setting = _Setting(causal, sliding_window, scale, positions is not None, return_lse)
-    y_BSNH, lse_BSN = _attend(setting, query_BSNH, key_BSKH, value_BSKH, (segment_ids, positions))
+    y_BSNH, lse_BSN = _attend(setting, *vary_together(query_BSNH, key_BSKH, value_BSKH, (segment_ids, positions)))
     if segment_ids is not None:
         # Padding attends to padding until here, which costs nothing and leaves no row without a key.
         y_BSNH = jnp.where((segment_ids > 0)[:, :, None, None], y_BSNH, 0)
@@ -112,7 +113,7 @@ def _merge_log_sums(log_sums, heads: int, length: int):
         lse_BKGS = jnp.concatenate(parts, axis=3)
     else:
         kv_heads, group = log_sums.shape[2], heads // log_sums.shape[2]
-        lse_BKGS = _from_blocks(log_sums.reshape(*log_sums.shape[:3], group, LOOPED_BLOCK), 3, length)
+        lse_BKGS = from_blocks(log_sums.reshape(*log_sums.shape[:3], group, LOOPED_BLOCK), 3, length)
     return lse_BKGS.reshape(lse_BKGS.shape[0], kv_heads * group, length).swapaxes(1, 2)
 
 
@@ -256,7 +257,7 @@ def _backward_unrolled(setting, query_BSNH, key_BSKH, value_BSKH, ids, y_BSNH, l
 # needs none here.
 
 
-def _in_blocks(x, dim: int, fill=0):
+def in_blocks(x, dim: int, fill=0):
     """Pad a dim to whole blocks and split it: [blocks, …, LOOPED_BLOCK, …]."""
     blocks = -(-x.shape[dim] // LOOPED_BLOCK)
     padding = [(0, blocks * LOOPED_BLOCK - x.shape[dim] if i == dim else 0) for i in range(x.ndim)]
@@ -264,8 +265,8 @@ def _in_blocks(x, dim: int, fill=0):
     return jnp.moveaxis(x.reshape(*x.shape[:dim], blocks, LOOPED_BLOCK, *x.shape[dim + 1:]), dim, 0)
 
 
-def _from_blocks(x, dim: int, length: int):
-    """The inverse of `_in_blocks`."""
+def from_blocks(x, dim: int, length: int):
+    """The inverse of `in_blocks`."""
     x = jnp.moveaxis(x, 0, dim)
     x = x.reshape(*x.shape[:dim], -1, *x.shape[dim + 2:])
     return jax.lax.slice_in_dim(x, 0, length, axis=dim)
@@ -273,19 +274,19 @@ def _from_blocks(x, dim: int, length: int):
 
 def _rows_in_blocks(x_BSNH, kv_heads: int):
     """[B, S, N, H] -> [blocks, B, K, R, H]."""
-    x = _in_blocks(_split_heads(x_BSNH, kv_heads), 3)
+    x = in_blocks(_split_heads(x_BSNH, kv_heads), 3)
     return x.reshape(*x.shape[:3], -1, x.shape[-1])
 
 
 def _from_rows_in_blocks(x, length: int):
     """The inverse of `_rows_in_blocks`."""
-    return _merge_heads(_from_blocks(x.reshape(*x.shape[:3], -1, LOOPED_BLOCK, x.shape[-1]), 3, length))
+    return _merge_heads(from_blocks(x.reshape(*x.shape[:3], -1, LOOPED_BLOCK, x.shape[-1]), 3, length))
 
 
 def _keys_in_blocks(key_BSKH, value_BSKH, ids):
     """Keys and values [blocks, B, K, T, H], segments (-1: padding of the last block) and positions [blocks, B, T]."""
-    ids = tuple(None if x is None else _in_blocks(x, 1, fill=fill) for x, fill in zip(ids, (-1, LAST), strict=True))
-    return *(_in_blocks(x.swapaxes(1, 2), 2) for x in (key_BSKH, value_BSKH)), ids
+    ids = tuple(None if x is None else in_blocks(x, 1, fill=fill) for x, fill in zip(ids, (-1, LAST), strict=True))
+    return *(in_blocks(x.swapaxes(1, 2), 2) for x in (key_BSKH, value_BSKH)), ids
 
 
 def _seen_blocks(setting, block, blocks: int):
@@ -322,7 +323,7 @@ def _forward_looped(setting, query_BSNH, key_BSKH, value_BSKH, ids):
             return new_highest, sums * decay + jnp.sum(exps, axis=-1, keepdims=True), mixed * decay + part
 
         ones = (*query.shape[:-1], 1)
-        start = jnp.full(ones, MASKED), jnp.zeros(ones), jnp.zeros(query.shape)
+        start, _ = vary_together((jnp.full(ones, MASKED), jnp.zeros(ones), jnp.zeros(query.shape)), query)
         highest, sums, mixed = jax.lax.fori_loop(*_seen_blocks(setting, block, len(keys)), over_keys, start)
         return None, ((mixed / sums).astype(query.dtype), jnp.squeeze(highest + jnp.log(sums), 3))
 
@@ -337,7 +338,7 @@ def _backward_looped(setting, query_BSNH, key_BSKH, value_BSKH, ids, y_BSNH, log
     keys, values, ids = _keys_in_blocks(key_BSKH, value_BSKH, ids)
     lse_cotangents = None
     if lse_cotangent_BKGS is not None:
-        lse_cotangents = _in_blocks(lse_cotangent_BKGS, 3).reshape(log_sums.shape)
+        lse_cotangents = in_blocks(lse_cotangent_BKGS, 3).reshape(log_sums.shape)
 
     def over_queries(grads, inputs):
         block, query, *rest = inputs
@@ -351,13 +352,14 @@ def _backward_looped(setting, query_BSNH, key_BSKH, value_BSKH, ids, y_BSNH, log
             return (query_grad + query_part, key_grads.at[key_block].add(key_part),
                     value_grads.at[key_block].add(value_part))
 
-        start = (jnp.zeros(query.shape), *grads)
+        start, _ = vary_together((jnp.zeros(query.shape), *grads), query)
         query_grad, *grads = jax.lax.fori_loop(*_seen_blocks(setting, block, len(keys)), over_keys, start)
         return tuple(grads), query_grad.astype(query.dtype)
 
+    start, _ = vary_together((jnp.zeros(keys.shape), jnp.zeros(values.shape)), keys)
     (key_grads, value_grads), query_grads = jax.lax.scan(
-        over_queries, (jnp.zeros(keys.shape), jnp.zeros(values.shape)),
+        over_queries, start,
         (jnp.arange(len(queries)), queries, outputs, log_sums, cotangents, lse_cotangents))
     return (_from_rows_in_blocks(query_grads, length),
-            _from_blocks(key_grads, 2, length).astype(key_BSKH.dtype).swapaxes(1, 2),
-            _from_blocks(value_grads, 2, length).astype(value_BSKH.dtype).swapaxes(1, 2))
+            from_blocks(key_grads, 2, length).astype(key_BSKH.dtype).swapaxes(1, 2),
+            from_blocks(value_grads, 2, length).astype(value_BSKH.dtype).swapaxes(1, 2))

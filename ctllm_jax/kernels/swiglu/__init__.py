@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ctllm_jax.kernels.dispatch import choose
+from ctllm_jax.kernels.dispatch import Name, choose
 from ctllm_jax.kernels.hopper import is_hopper
 from ctllm_jax.kernels.swiglu.blocks import CHIPS, find_chip
 from ctllm_jax.kernels.swiglu.measured import MEASURED
@@ -21,7 +21,7 @@ from ctllm_jax.kernels.swiglu.xla import activate, swiglu_xla
 __all__ = ["activate", "chosen", "shape_class", "sharded_swiglu", "swiglu"]
 
 
-def chosen(implementation: str = "auto", *, device: jax.Device | None = None, dtype: str = "bfloat16",
+def chosen(implementation: Name = "auto", *, device: jax.Device | None = None, dtype: str = "bfloat16",
            shape: tuple[int, int, int] | None = None, recompute: bool = True) -> str:
     """The implementation that `swiglu` takes.
 
@@ -61,9 +61,9 @@ def shape_class(tokens: int, hidden: int, ffn: int) -> str:
                     for letter, size in (("t", tokens), ("d", hidden), ("f", ffn)))
 
 
-def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, implementation: str = "auto",
+def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, implementation: Name = "auto",
            recompute: bool = True) -> jax.Array:
-    """silu(x · gate) ⊙ (x · up), the activation in float32.
+    """silu(x · gate) ⊙ (x · up), the activation in float32. Differentiation is reverse mode only.
 
     Args:
       x: [..., D], float32 or bfloat16; any of its dims may be 0.
@@ -87,7 +87,7 @@ def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, implementation
 
 
 def sharded_swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, mesh: Mesh, batch_axes: tuple[str, ...],
-                   weight_axis: str, tensor_axis: str, implementation: str = "auto",
+                   weight_axis: str, tensor_axis: str, implementation: Name = "auto",
                    recompute: bool = True, project: Callable | None = None) -> jax.Array:
     """`swiglu` of arrays on a mesh: B over `batch_axes`, D of the weights over `weight_axis`, F over `tensor_axis`.
 
@@ -134,7 +134,7 @@ def _check(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array) -> None:
                          f" as x is {x.shape}")
 
 
-def _choose_for(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, implementation: str, *, device: jax.Device | None,
+def _choose_for(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, implementation: Name, *, device: jax.Device | None,
                 recompute: bool, split: tuple[int, int] = (1, 1)) -> str:
     """`chosen` for these arrays, of which a device has one part in `split` of the tokens and of F."""
     dtypes = sorted({str(array.dtype) for array in (x, gate_DF, up_DF)})

@@ -7,6 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ctllm_jax.gathered import vary_together
+
 
 def swiglu_xla(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array) -> jax.Array:
     """As `kernels.swiglu`."""
@@ -15,16 +17,20 @@ def swiglu_xla(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array) -> jax.Array:
     return activate(jnp.dot(x_TD, gate_DF), jnp.dot(x_TD, up_DF)).reshape(*x.shape[:-1], gate_DF.shape[1])
 
 
-# Plain differentiation keeps gate, up, the sigmoid and two products, in float32; a sigmoid costs less than them.
-@jax.custom_vjp
 def activate(gate: jax.Array, up: jax.Array) -> jax.Array:
     """silu(gate) ⊙ up in float32, returned in their dtype; its backward pass keeps gate and up alone."""
+    return _activate(*vary_together(gate, up))
+
+
+# Plain differentiation keeps gate, up, the sigmoid and two products, in float32; a sigmoid costs less than them.
+@jax.custom_vjp
+def _activate(gate, up):
     gate_f32 = gate.astype(jnp.float32)
     return (gate_f32 * jax.nn.sigmoid(gate_f32) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
 def _forward(gate, up):
-    return activate(gate, up), (gate, up)
+    return _activate(gate, up), (gate, up)
 
 
 def activation_gradient(gate: jax.Array, up: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -42,4 +48,4 @@ def _backward(residuals, cotangent):
     return activation_gradient(*residuals, cotangent)
 
 
-activate.defvjp(_forward, _backward)
+_activate.defvjp(_forward, _backward)
