@@ -3,6 +3,7 @@
 import ast
 import configparser
 import importlib.metadata
+import itertools
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from ctllm_jax.config.extras import EXTRAS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -100,12 +103,74 @@ def test_the_version_stands_in_one_place(wheel):
     assert f"\nversion: {__version__}\n" in (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")
 
 
-def test_whatever_is_imported_is_declared():
+def read_setup() -> configparser.ConfigParser:
     setup = configparser.ConfigParser()
     setup.read(REPOSITORY / "setup.cfg", encoding="utf-8")
+    return setup
+
+
+def names_in(requirements: str) -> set[str]:
+    return {re.match(r"[\w\-]+", line).group().lower() for line in requirements.splitlines() if line.strip()}
+
+
+def test_the_core_is_small_and_the_extras_of_commands_have_the_rest_in_them():
+    setup = read_setup()
+    assert names_in(setup["options"]["install_requires"]) == {"jax", "flax", "optax", "numpy"}
+    for extra in ("quickstart", "prep", "eval", "dev", "serve", "ray"):
+        included = re.search(r"ctllm-jax\[([\w,]+)\]", setup["options.extras_require"][extra])
+        assert included and "train" in included.group(1).split(","), extra
+
+
+def test_the_table_of_extras_names_those_of_setup():
+    extras = read_setup()["options.extras_require"]
+    for extra, modules in EXTRAS.items():
+        declared = names_in(extras[extra])
+        for module in modules:
+            assert DISTRIBUTIONS.get(module, module).replace("_", "-") in declared, f"{module} is not in [{extra}]"
+
+
+BROUGHT_BY_THE_CORE = {"absl", "orbax", "rich", "tensorstore", "yaml"}
+"""What optax and flax need themselves."""
+# Begins a program that finds nothing but the core.
+CORE = f"""import sys
+class Core:
+    def __init__(self, finders):
+        self.finders = finders
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in {({*itertools.chain(*EXTRAS.values())} - BROUGHT_BY_THE_CORE)!r}:
+            return next(filter(None, (finder.find_spec(name, path, target) for finder in self.finders)), None)
+sys.meta_path[:] = [Core(sys.meta_path[:])]
+"""
+
+
+def test_single_functions_need_the_core_alone():
+    run(sys.executable, "-c", CORE + "import ctllm_jax.kernels, ctllm_jax.losses.preference, ctllm_jax.model.decoder",
+        cwd=REPOSITORY)
+
+
+@pytest.mark.parametrize("module", ["data.sft", "dataset.reader", "evaluation.figures", "huggingface.model",
+                                    "inference.engine", "preflight.plan", "training.step",
+                                    "training.checkpoints.checkpoint"])
+def test_an_import_without_its_extra_names_it(module):
+    result = subprocess.run([sys.executable, "-c", f"{CORE}import ctllm_jax.{module}"], cwd=REPOSITORY, text=True,
+                            capture_output=True, timeout=60)
+    assert result.stderr.splitlines()[-1] == ("ModuleNotFoundError: the package array_record is not installed: "
+                                              "pip install 'ctllm-jax[train]'")
+
+
+@pytest.mark.parametrize("command", [["pretrain", "debug/pretrain"], ["prepare", "--help"], ["serve", "runs/x"],
+                                     ["doctor"], ["quickstart"]], ids=lambda words: words[0])
+def test_a_command_without_its_extra_names_it_in_one_line(command):
+    program = f"{CORE}from ctllm_jax.cli import main; sys.exit(main({command!r}))"
+    result = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, text=True, capture_output=True, timeout=60)
+    assert re.fullmatch(r"error: the package \w+ is not installed: pip install 'ctllm-jax\[train\]'\n", result.stderr)
+    assert result.returncode == 2 and not result.stdout
+
+
+def test_whatever_is_imported_is_declared():
+    setup = read_setup()
     requirements = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
-    declared = {re.match(r"[\w\-]+", line).group().lower() for lines in requirements
-                for line in lines.splitlines() if line.strip()}
+    declared = {name for lines in requirements for name in names_in(lines)}
     undeclared = set()
     for folder in ("ctllm_jax", "data_prep"):
         for path in (REPOSITORY / folder).rglob("*.py"):
@@ -131,11 +196,11 @@ def test_constraints_pin_what_setup_asks_for(name):
             (exact,) = pin.specifier
             assert exact.operator == "==" and pin.url is None, line
             pins[pin.name] = exact.version
-    setup = configparser.ConfigParser()
-    setup.read(REPOSITORY / "setup.cfg", encoding="utf-8")
+    setup = read_setup()
     extras = setup["options.extras_require"]
     for group in [setup["options"]["install_requires"],
-                  *(extras[extra] for extra in ("dev", "prep", "eval", "parity", "tpu", "quickstart", "tb", "docs"))]:
+                  *(extras[extra] for extra in ("train", "dev", "prep", "eval", "parity", "tpu", "quickstart", "tb",
+                                                "docs"))]:
         for requirement in map(Requirement, filter(None, map(str.strip, group.splitlines()))):
             if requirement.name == "ctllm-jax":
                 continue  # an extra that has another in it

@@ -120,6 +120,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError):
+            from ctllm_jax.config.extras import explain_missing
+
+            if missing := explain_missing(error):
+                return _complain(missing)
         from ctllm_jax.cli.outputs import explain, explain_unexpected
         from ctllm_jax.storage import describe_failure
 

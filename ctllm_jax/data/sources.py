@@ -22,6 +22,8 @@ from ctllm_jax.storage import is_remote, open_path
 
 _TFDS_FILE, _SHARDS = "dataset_info.json", "shards"
 logger = logging.getLogger(__name__)
+_BYTES_SINCE = "0.1.0"
+"""The version since which the same text gives the same dataset: runs of it resume on what was prepared for them."""
 
 
 class OpenedSource(NamedTuple):
@@ -120,13 +122,11 @@ def _from_tfds(name: str, path: Path, source: SourceConfig, config: DataConfig, 
 def _options(path: Path, files: list[Path], source: SourceConfig, config: DataConfig,
              tokenizer: Tokenizer, sequence_length: int) -> BuildConfig:
     """How a source is prepared, and where: the directory is named by all that decides its bytes."""
-    from ctllm_jax import __version__
-
     record_tokens = BuildConfig.model_fields["record_tokens"].default
     if sequence_length % record_tokens and record_tokens % sequence_length:
         record_tokens = sequence_length
     key = {"text": _content_sha256(files), "text_field": source.text_field, "record_tokens": record_tokens,
-           "tokenizer": tokenizer.sha256, "version": __version__}
+           "tokenizer": tokenizer.sha256, "version": _BYTES_SINCE}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
     output = Path(config.cache_dir) / name
     logger.info("%s, tokenized, is %s", path, output)

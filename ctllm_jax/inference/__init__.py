@@ -1,1 +1,5 @@
 """From weights to text."""
+
+from ctllm_jax.config.extras import need_train
+
+need_train()

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+import ctllm_jax
 from ctllm_jax.config.data import DataConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.pretrain import open_held_out_data, open_training_data
@@ -60,6 +61,14 @@ def test_text_is_prepared_once_and_read_like_any_dataset(data_config, make_texts
     held_out = open_held_out_data(config, split="validation", sequence_length=64, rows=2, max_tokens=64,
                                   vocab_size=330)
     assert len(list(held_out["zh"])) == 1
+
+
+def test_a_new_version_finds_what_an_earlier_one_prepared(data_config, make_texts, tmp_path, monkeypatch):
+    config = data_config(write_jsonl(tmp_path / "a.jsonl", make_texts(40)))
+    directory = opened(config).directory
+    monkeypatch.setattr(ctllm_jax, "__version__", "99.0.0")
+    assert opened(config).directory == directory
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [directory.name]
 
 
 def test_content_tokenizer_and_options_name_the_directory(data_config, make_texts, tmp_path):
