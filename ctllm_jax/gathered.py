@@ -16,15 +16,18 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar, TypeVarTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+Index = TypeVar("Index", jax.Array, int)
+Trees = TypeVarTuple("Trees")
 
-def vary_together(*trees: Any) -> tuple[Any, ...]:
+
+def vary_together(*trees: *Trees) -> tuple[*Trees]:
     """The trees, each array varying over every mesh axis over which one of them varies.
 
     That is what a `jax.shard_map` with `check_vma=True` asks of the carry of a loop, whose start is a constant, and of
@@ -219,7 +222,7 @@ def _part_of(array: jax.Array, start: jax.Array, size: int, half: slice, *, dim:
     return along[:, half] if dim == 0 else along[half]
 
 
-def _neighbor(index: jax.Array | int, sizes: tuple[int, ...], number: int, way: int) -> jax.Array | int:
+def _neighbor(index: Index, sizes: tuple[int, ...], number: int, way: int) -> Index:
     """The next device (`way` 1) of one of the rings, or the one before (-1), counted along the mesh axis."""
     left, ring = math.prod(sizes[number + 1:]), sizes[number]  # `left` devices lie between neighbors
     digit = index // left % ring

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.config import JsonDict
+from pydantic.fields import FieldInfo
 
 from ctllm_jax.config.control import find_control
 
@@ -29,7 +31,7 @@ class Section(BaseModel):
     @classmethod
     def _refuse_control_characters(cls, value: Any, info: ValidationInfo) -> Any:
         """Values reach job scripts, paths, logs and pages, where a line end or an escape would become a command."""
-        prose = bool((cls.model_fields[info.field_name].json_schema_extra or {}).get("prose"))
+        prose = bool(info.field_name and marks_of(cls.model_fields[info.field_name]).get("prose"))
         for text in _texts(value):
             found = find_control(text, prose=prose)
             if found is not None:
@@ -37,6 +39,11 @@ class Section(BaseModel):
                                  + ("only line ends and tabs are allowed here" if prose
                                     else "write the value as one line of plain text"))
         return value
+
+
+def marks_of(field: FieldInfo) -> JsonDict:
+    """The marks of a key, such as `changeable` and `older`."""
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -55,7 +62,7 @@ def _texts(value: Any) -> Iterator[str]:
 def key(default: Any = ..., meaning: str = "", *, changeable: bool = False, local: bool = False, text: bool = False,
         prose: bool = False, output: str | None = None, older: Any = ..., **constraints) -> Any:
     """A key of a section: its default (`...` if it must be given), its meaning, its marks, and pydantic's constraints."""
-    marks = {name: on for name, on in (("changeable", changeable), ("local", local), ("text", text),
+    marks: JsonDict = {name: on for name, on in (("changeable", changeable), ("local", local), ("text", text),
                                        ("prose", prose or text), ("output", output)) if on}
     if older is not ...:
         marks["older"] = older

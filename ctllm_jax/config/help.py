@@ -20,5 +20,5 @@ def describe_keys(schema: type[Section], *, width: int = 100) -> str:
         default = describe_default(info)
         facts.append(default if default == "required" else f"default {default}")
         lines.append(f"  {path} ({'; '.join(fact for fact in facts if fact)})")
-        lines += textwrap.wrap(info.description, width, initial_indent="      ", subsequent_indent="      ")
+        lines += textwrap.wrap(info.description or "", width, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)

@@ -13,17 +13,19 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from ctllm_jax.config.base import Section
 from ctllm_jax.config.errors import UserError, check_format
 from ctllm_jax.config.types import check_aliases, is_section, keys_of, named_sections, parse, parse_yaml, without_none
 
+S = TypeVar("S", bound=Section)
 COMMAND_LINE = "command line"
 FORMAT, FORMAT_KEY = 1, "config_format"
 """The format of the configs that this version writes, and the key of a file that states it; without it, format 1."""
@@ -90,11 +92,11 @@ def read_file(path: Path) -> Loaded:
     loaded = Loaded()
     try:
         merged, loaded.origins = _merge_files(path.resolve())
-        found = _ESCAPED.sub("", str(OmegaConf.to_container(merged))).count("${")
+        found = _ESCAPED.sub("", str(_plain(merged))).count("${")
         if found > _MOST_INTERPOLATIONS:
             raise UserError(f"{_shown(path.resolve())}: {found} times ${{KEY}}, and at most {_MOST_INTERPOLATIONS} are"
                             " replaced; write the values themselves")
-        loaded.values = OmegaConf.to_container(merged, resolve=True)
+        loaded.values = _plain(merged, resolve=True)
     except OmegaConfBaseException as error:
         where = loaded.origin(error.full_key or "") or _shown(path.resolve())
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
@@ -136,7 +138,8 @@ def _merge_files(path: Path, *, seen: tuple[Path, ...] = (), read: list[Path] | 
         raise UserError(f"{shown}: not a readable YAML file: {error}{hint}") from None
     if not is_mapping:
         raise UserError(f"{shown}: a config is a mapping of keys to values; found a {root.id}")
-    raw = OmegaConf.to_container(own)
+    assert isinstance(own, DictConfig)
+    raw = _plain(own)
     own_origins = {key: f"{shown}:{line}" for key, line in _lines(root)}
     # Before anything else, since merging into an interpolation resolves it.
     problems = [f"{key} ({own_origins.get(key, shown)}): {text} is not supported: only ${{KEY}}, the value of another key "
@@ -151,15 +154,27 @@ def _merge_files(path: Path, *, seen: tuple[Path, ...] = (), read: list[Path] | 
     check_format(raw.get(FORMAT_KEY, 1), newest=FORMAT, where=own_origins.get(FORMAT_KEY, shown), key=FORMAT_KEY)
     for name in {"extends", FORMAT_KEY} & raw.keys():
         del own[name]  # pop would resolve it
-    merged, origins = OmegaConf.create({}), {}
+    merged, origins = OmegaConf.create({}), dict[str, str]()
     for parent in parents:
         parent_path = path.parent / parent
         if not parent_path.is_file():
             raise UserError(f"{shown}: extends {parent}, and there is no {parent_path}")
         base, base_origins = _merge_files(parent_path.resolve(), seen=(*seen, path), read=read)
-        merged = OmegaConf.merge(merged, base)
+        merged = _merge(merged, base)
         origins.update(base_origins)
-    return OmegaConf.merge(merged, own), {**origins, **own_origins}
+    return _merge(merged, own), {**origins, **own_origins}
+
+
+def _plain(config: DictConfig, *, resolve: bool = False) -> dict[str, Any]:
+    values = OmegaConf.to_container(config, resolve=resolve)
+    assert isinstance(values, dict)
+    return {str(name): value for name, value in values.items()}
+
+
+def _merge(config: DictConfig, over: DictConfig) -> DictConfig:
+    merged = OmegaConf.merge(config, over)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _other_interpolations(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -175,7 +190,7 @@ def _other_interpolations(tree: Any, path: str = "") -> Iterator[tuple[str, str]
             yield path, tree
 
 
-def load(schema: type[Section], *, target: str | Path | None = None, overrides: Sequence[str] = ()) -> Section:
+def load(schema: type[S], *, target: str | Path | None = None, overrides: Sequence[str] = ()) -> S:
     """The validated config of a command.
 
     Args:
@@ -353,7 +368,7 @@ def _nearest(schema: type[Section], path: str) -> str:
     return f"; did you mean {near[0]}?" if near else "; --help lists the keys"
 
 
-def _explain(schema: type[Section], loaded: Loaded, detail: dict[str, Any]) -> str:
+def _explain(schema: type[Section], loaded: Loaded, detail: ErrorDetails) -> str:
     """One of pydantic's errors as a line: key, value, origin, what is needed."""
     path = ".".join(str(part) for part in detail["loc"])
     kind, context = detail["type"], detail.get("ctx", {})

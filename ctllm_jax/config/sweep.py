@@ -66,8 +66,8 @@ def plan_sweep(stage: str, targets: Sequence[str], overrides: Sequence[str]) -> 
     """
     if not targets:
         raise UserError(f"sweep {stage} needs a config, such as configs/quickstart/{stage}.yaml, or several")
-    common, varied, directory = _sorted_out(overrides)
-    directory = Path(directory or f"runs/{_stem(targets, stage)}-sweep")
+    common, varied, named = _sorted_out(overrides)
+    directory = Path(named or f"runs/{_stem(targets, stage)}-sweep")
     choices = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
     names = _run_names(targets, choices)
     problems: dict[str, list[str]] = {}

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
-from ctllm_jax.config.base import Section
+from ctllm_jax.config.base import Section, marks_of
 
 if TYPE_CHECKING:
     import yaml
@@ -89,7 +88,7 @@ def describe_default(field: FieldInfo) -> str:
     """A key's default, or `required`."""
     if field.is_required():
         return "required"
-    value = field.default if field.default is not PydanticUndefined else field.default_factory()
+    value = field.get_default(call_default_factory=True, validated_data={})
     if isinstance(value, Section):
         return ""
     if value is None or isinstance(value, bool):
@@ -99,7 +98,7 @@ def describe_default(field: FieldInfo) -> str:
 
 def mark(field: FieldInfo, name: str) -> bool:
     """Whether a key carries a mark: `changeable`, `local`, `text`."""
-    return bool((field.json_schema_extra or {}).get(name))
+    return bool(marks_of(field).get(name))
 
 
 def fill_absent(schema: type[Section], values: dict[str, Any]) -> dict[str, Any]:
@@ -114,11 +113,11 @@ def fill_absent(schema: type[Section], values: dict[str, Any]) -> dict[str, Any]
         inner = (typing.get_args(annotation) or (None,))[0] if typing.get_origin(annotation) is list else None
         if is_section(annotation) and (isinstance(values.get(name), dict) or name not in values and not optional):
             filled[name] = fill_absent(annotation, values.get(name, {}))
-        elif is_section(inner) and isinstance(values.get(name), list):
+        elif inner is not None and is_section(inner) and isinstance(values.get(name), list):
             filled[name] = [fill_absent(inner, entry) for entry in values[name]]
         elif name not in values and not field.is_required():
             default = field.get_default(call_default_factory=True)
-            filled[name] = (field.json_schema_extra or {}).get("older", default)
+            filled[name] = marks_of(field).get("older", default)
     return filled
 
 

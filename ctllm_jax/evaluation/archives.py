@@ -56,7 +56,8 @@ class _BadRows:
     """Rows that are not as they should be, all told at the end."""
 
     def __init__(self, path: Path):
-        self.path, self.lines = path, []
+        self.path = path
+        self.lines: list[str] = []
 
     def add(self, place: str, complaint: str) -> None:
         self.lines.append(f"{place}: {complaint}")
@@ -83,12 +84,12 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
                         yield info.filename, archive.read(info)
         else:
             with tarfile.open(path) as archive:
-                for info in sorted(archive.getmembers(), key=lambda info: info.name):
-                    if not (info.isfile() or info.isdir()):
-                        raise UserError(f"{path}: {info.name} is a link or a device; a benchmark has only files")
-                    if info.isfile():
-                        _check_member(path, info.name, info.size)
-                        yield info.name, archive.extractfile(info).read()
+                for member in sorted(archive.getmembers(), key=lambda member: member.name):
+                    if not (member.isfile() or member.isdir()):
+                        raise UserError(f"{path}: {member.name} is a link or a device; a benchmark has only files")
+                    if (file := archive.extractfile(member)) is not None:  # None: a folder
+                        _check_member(path, member.name, member.size)
+                        yield member.name, file.read()
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError) as error:
         raise UserError(f"{path} cannot be read as a .zip or .tar ({error}); download it again") from None
 

@@ -32,8 +32,9 @@ def limited(*, read_timeout: float, max_connections: int) -> type[H11Protocol]:
             self._for_reader: asyncio.TimerHandle | None = None
             self._follow()
             if len(self.connections) > max_connections:
-                waiting = [each for each in self.connections if each._for_head is not None]
-                min(waiting, key=lambda each: each._for_head.when())._end(b"503 Service Unavailable")
+                waiting = [(each._for_head.when(), each) for each in self.connections
+                           if isinstance(each, Protocol) and each._for_head is not None]
+                min(waiting, key=lambda found: found[0])[1]._end(b"503 Service Unavailable")
 
         def connection_lost(self, exc: Exception | None) -> None:
             for timer in (self._for_head, self._for_reader):
@@ -68,7 +69,8 @@ def limited(*, read_timeout: float, max_connections: int) -> type[H11Protocol]:
                 self._for_head = None
 
         def _end(self, status: bytes) -> None:
-            self._for_head.cancel()
+            if self._for_head is not None:
+                self._for_head.cancel()
             self._for_head = None
             if self.transport.is_closing():  # what was sent last was not taken
                 self.transport.abort()

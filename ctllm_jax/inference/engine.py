@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -106,7 +106,7 @@ class Engine:
         """Line a request up; its number. ValueError as of `check`."""
         self.check(request)
         number = next(self._numbers)
-        text = self._tokenizer and TextStream(self._tokenizer, request.prompt, stop=request.stop)
+        text = None if self._tokenizer is None else TextStream(self._tokenizer, request.prompt, stop=request.stop)
         self._jobs[number] = job = Job(number, request, text)
         self._waiting.append(job)
         self.counts["requests"] += 1
@@ -202,10 +202,11 @@ class Engine:
         """The next part, padded to `size`, of the prompts of these slots: one of them, or up to `TOGETHER`."""
         rows = 1 if len(group) == 1 else TOGETHER
         part = cache.Part(np.zeros((rows, size), np.int32), np.full(rows, len(self._slots), np.int32),
-                          *np.zeros((2, rows), np.int32), np.ones(rows, np.int32), np.zeros((rows, size), np.int32))
+                          np.zeros(rows, np.int32), np.zeros(rows, np.int32), np.ones(rows, np.int32),
+                          np.zeros((rows, size), np.int32))
         starts = []
         for row, slot in enumerate(group):
-            job, prompt = slot.job, slot.job.request.prompt
+            job, prompt = slot.current, slot.current.request.prompt
             # A part ends within the slot, though what pads it would not: it begins earlier then, with what is there.
             start = min(job.written, self._length - size)
             tokens, targets = prompt[start:start + size], prompt[start + 1:start + size + 1]
@@ -217,14 +218,14 @@ class Engine:
                 seen_V[list(prompt)] = True
                 self._cache = cache.mark_seen(self._cache, np.int32(slot.place), seen_V)
             starts.append(start)
-        jobs = [slot.job for slot in group]
+        jobs = [slot.current for slot in group]
         drawn, scores, self._cache = cache.prefill(
             self._decoder, self._params, self._cache, part, _sampling(jobs, rows), mesh=self._mesh,
             span=schedule.smallest(self._spans, int(part.start.max()) + size), scores=jobs[0].request.score_prompt)
         drawn, scores = jax.device_get((drawn, scores))
         events = []
         for row, (slot, start) in enumerate(zip(group, starts, strict=True)):
-            job, count = slot.job, int(part.count[row])
+            job, count = slot.current, int(part.count[row])
             self.counts["prefill_tokens"] += start + count - job.written
             if scores is not None:
                 job.add_scores(scores, row, start=start, count=count)
@@ -238,7 +239,8 @@ class Engine:
 
     def _decode(self) -> list[Event]:
         shape = len(self._slots)
-        rows = cache.Rows(*np.zeros((3, shape), np.int32), np.full((shape, MOST_STOP_IDS), -1, np.int32))
+        zeros = [np.zeros(shape, np.int32) for _ in range(3)]
+        rows = cache.Rows(zeros[0], zeros[1], zeros[2], np.full((shape, MOST_STOP_IDS), -1, np.int32))
         jobs: list[Job | None] = [None] * shape
         longest = 0
         for slot in self._slots:
@@ -257,13 +259,13 @@ class Engine:
         for slot in self._slots:
             if (job := jobs[slot.place]) is not None:
                 steps = range(min(self._steps, int(rows.left[slot.place])))
-                tokens = [tuple(array[step, slot.place] for array in drawn) for step in steps]
-                events.append(self._take(slot, tokens, fed=True))
+                events.append(self._take(slot, [tuple(array[step, slot.place] for array in drawn) for step in steps],
+                                         fed=True))
         return events
 
     def _take(self, slot: Slot, drawn: list[tuple[Any, ...]], *, fed: bool = False) -> Event:
         """What tokens mean for the request in a slot: text, or its end. An error ends this request alone."""
-        number = slot.job.number
+        number = slot.current.number
         try:
             return self._read(slot, drawn, fed=fed)
         except Exception:
@@ -279,7 +281,7 @@ class Engine:
         Args:
           fed: before each of these tokens was drawn, the one before it went into the cache.
         """
-        job, tokens, texts, finish = slot.job, [], [], None
+        job, tokens, texts, finish = slot.current, [], [], None
         prompt, job.scores = (job.scored(), None) if job.scores is not None else (None, job.scores)
         if not job.request.max_tokens:
             finish = "length"
@@ -314,7 +316,7 @@ class Engine:
         return Event(job.number, tuple(tokens), "".join(texts), finish, prompt)
 
 
-def _sampling(jobs: list[Job | None], rows: int) -> Sampling:
+def _sampling(jobs: Sequence[Job | None], rows: int) -> Sampling:
     """How each of these draws, and `None` and what is beyond them not at all."""
     sampling = Sampling(*np.zeros((1, rows), np.float32), np.zeros(rows, np.int32), np.ones(rows, np.float32),
                         np.zeros(rows, np.float32), np.ones(rows, np.float32), *np.zeros((3, rows), np.uint32),

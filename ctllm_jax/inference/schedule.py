@@ -79,6 +79,12 @@ class Slot:
     job: Job | None = None
     used: int = 0
 
+    @property
+    def current(self) -> Job:
+        """Who uses it, of a slot that is used."""
+        assert self.job is not None
+        return self.job
+
 
 def spans(length: int) -> list[int]:
     """All spans of slots of this length."""

@@ -268,6 +268,8 @@ def _chunk(setting: _Setting, hidden_CD, targets_C, weights_C, head_DV, *, first
     logits_grad_CV = (exps_CV * slope_C1 - jnp.where(is_target_CV, weights_C[:, None], 0)).astype(hidden_CD.dtype)
     hidden_grad_CD = jnp.dot(logits_grad_CV, head_DV.T, preferred_element_type=jnp.float32)
     if rings:
+        assert setting.fsdp_axis is not None, "there are rings of an axis alone"
+
         def block(start, size, half):
             rows_CD = jax.lax.dynamic_slice_in_dim(hidden_CD, start, size, 1)
             return jnp.dot(rows_CD.T, logits_grad_CV[:, half], preferred_element_type=jnp.float32)

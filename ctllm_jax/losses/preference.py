@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import Literal, NamedTuple, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,12 @@ class Answers(NamedTuple):
     reference model, not differentiated; None for losses without one.
     """
 
-    logps: Any
-    lengths: Any
-    reference_logps: Any = None
+    logps: jax.Array
+    lengths: jax.Array
+    reference_logps: jax.Array | None = None
 
 
+Values = TypeVar("Values")
 Kind = Literal["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo_sum", "ipo_token_mean", "reference_free", "simpo",
                "orpo"]
 
@@ -94,7 +95,7 @@ def sequence_logps(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Ar
     return sum_segments(weights_BS * logps_BS), sum_segments(weights_BS)
 
 
-def pair_logps(values: Any, pair_ids_BM: jax.Array, is_chosen_BM: jax.Array) -> tuple[Any, Any, jax.Array]:
+def pair_logps(values: Values, pair_ids_BM: jax.Array, is_chosen_BM: jax.Array) -> tuple[Values, Values, jax.Array]:
     """The chosen and the rejected side of each pair, at the place of its chosen segment.
 
     Args:
@@ -177,7 +178,7 @@ def preference_loss(chosen: Answers, rejected: Answers, *, kind: Kind, beta: flo
     return jnp.sum(weights * losses), jnp.sum(weights), metrics
 
 
-def _losses(chosen: Answers, rejected: Answers, kind: str, *, beta, label_smoothing, gamma) -> jax.Array:
+def _losses(chosen: Answers, rejected: Answers, kind: Kind, *, beta, label_smoothing, gamma) -> jax.Array:
     """The loss of each pair [P]; options as checked."""
     mean = KINDS[kind].mean
     chosen_scores, rejected_scores = _scores(chosen, mean=mean), _scores(rejected, mean=mean)
@@ -208,7 +209,7 @@ def _log_odds(mean_logps: jax.Array) -> jax.Array:
     return mean_logps - jnp.log(-jnp.expm1(mean_logps))
 
 
-def _metrics(chosen: Answers, rejected: Answers, kind: str, *, beta) -> dict[str, jax.Array]:
+def _metrics(chosen: Answers, rejected: Answers, kind: Kind, *, beta) -> dict[str, jax.Array]:
     """What is watched of each pair [P], under TRL's names."""
     mean = KINDS[kind].mean and not KINDS[kind].reference
     chosen_rewards, rejected_rewards = beta * _scores(chosen, mean=mean), beta * _scores(rejected, mean=mean)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,13 @@ from ctllm_jax import kernels
 from ctllm_jax.kernels.attention import cached_attention
 from ctllm_jax.kernels.swiglu import activate
 from ctllm_jax.model.lora import adapter_output
-from ctllm_jax.model.parameters import ONES, ZEROS, Parameter, block_parameters, decoder_parameters
+from ctllm_jax.model.parameters import ONES, Parameter, block_parameters, decoder_parameters
 from ctllm_jax.model.rope import apply_rope, rope_angles
+
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
+
+    from ctllm_jax.config.model import ModelConfig
 
 SAVED_NAMES = ("query", "key", "value", "attention_output", "attention_log_sums")
 """What `remat="attention"` keeps of a block, beside its input: all that the backward pass of attention reads. The last
@@ -40,7 +45,7 @@ class Cache(NamedTuple):
     length: jax.Array
 
 
-def make_cache(config: Any, *, rows: int, length: int, dtype: Any) -> Cache:
+def make_cache(config: ModelConfig, *, rows: int, length: int, dtype: DTypeLike) -> Cache:
     """An empty cache for `rows` rows of at most `length` tokens."""
     shape = (config.num_layers, rows, config.num_kv_heads, length, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((rows,), jnp.int32))
@@ -49,14 +54,14 @@ def make_cache(config: Any, *, rows: int, length: int, dtype: Any) -> Cache:
 def initializer(path: str, parameter: Parameter) -> Callable[[jax.Array], jax.Array]:
     """`key -> array`, float32. Each path folds its own number into the key: no parameter depends on another's."""
     def init(key: jax.Array) -> jax.Array:
-        if parameter.init in (ONES, ZEROS):
+        if isinstance(parameter.init, str):
             return jnp.full(parameter.shape, float(parameter.init == ONES), jnp.float32)
         key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         return parameter.init * jax.random.normal(key, parameter.shape, jnp.float32)
     return init
 
 
-def init_params(config: Any, key: jax.Array) -> dict[str, Any]:
+def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """All parameters, float32: a pure function of the config and the key, to be jitted with the mesh's shardings."""
     return init_table(decoder_parameters(config), key)
 
@@ -92,7 +97,7 @@ class Block(nn.Module):
       cache_span: of a cache, attention looks at so many slots only; None: at all. No row may be longer.
     """
 
-    config: Any
+    config: ModelConfig
     attention: Callable = kernels.attention
     swiglu: Callable = kernels.swiglu
     project: Callable = project
@@ -169,8 +174,8 @@ class Decoder(nn.Module):
       embed: `(embedding_VD, tokens_BS) -> [B, S, D]`, for an embedding that is split over a mesh; None: a plain lookup.
     """
 
-    config: Any
-    dtype: Any = jnp.float32
+    config: ModelConfig
+    dtype: DTypeLike = jnp.float32
     attention: Callable = kernels.attention
     swiglu: Callable = kernels.swiglu
     project: Callable = project
@@ -216,7 +221,7 @@ class Decoder(nn.Module):
             return self.constrain(x_BSD), layer_cache
 
         apply_block = self._rematerialised(apply_block)
-        layer_caches = None
+        layer_caches: Sequence[jax.Array] = ()
         if self.scan_layers:
             def step(x_BSD, layer):
                 params, keys_values = layer
@@ -228,7 +233,7 @@ class Decoder(nn.Module):
             slices = [jax.lax.split(stack, [1] * config.num_layers) for stack in leaves]
             outputs = []
             for layer in range(config.num_layers):
-                params = structure.unflatten([jnp.squeeze(parts[layer], 0) for parts in slices])
+                params = jax.tree.unflatten(structure, [jnp.squeeze(parts[layer], 0) for parts in slices])
                 layer_cache = cache and (cache.key[layer], cache.value[layer], cache.length)
                 x_BSD, layer_cache = apply_block(params, x_BSD, layer_cache)
                 outputs.append(layer_cache)
@@ -236,7 +241,8 @@ class Decoder(nn.Module):
                 layer_caches = jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
         if cache is not None:
             new_B = jnp.sum(segment_ids_BS > 0, axis=1) if segment_ids_BS is not None else tokens_BS.shape[1]
-            cache = Cache(*layer_caches, cache.length + jnp.asarray(new_B, jnp.int32))
+            key, value = layer_caches
+            cache = Cache(key, value, cache.length + jnp.asarray(new_B, jnp.int32))
         return rms_norm(x_BSD, final_norm_D, eps=config.norm_eps), cache
 
     def _block(self) -> Block:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ctllm_jax.model.lora import count_adapters
 from ctllm_jax.model.parameters import count_parameters
+
+if TYPE_CHECKING:
+    from ctllm_jax.config.lora import LoraConfig
+    from ctllm_jax.config.model import ModelConfig
 
 
 class FlopsPerToken(NamedTuple):
@@ -15,7 +19,7 @@ class FlopsPerToken(NamedTuple):
     full: float
 
 
-def flops_per_token(config: Any, *, sequence_length: int, lora: Any = None) -> FlopsPerToken:
+def flops_per_token(config: ModelConfig, *, sequence_length: int, lora: LoraConfig | None = None) -> FlopsPerToken:
     """FLOPs of one trained token: 6 for each matmul parameter, 12·N·H·S for each layer's attention (PaLM, appendix B).
 
     `full` counts attention to all S tokens, `causal` half of that; with a sliding window both see at most the window.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,15 @@ import jax.numpy as jnp
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.model.parameters import ZEROS, Parameter, block_parameters, decoder_parameters, paths
 
+if TYPE_CHECKING:
+    from ctllm_jax.config.lora import LoraConfig
+    from ctllm_jax.config.model import ModelConfig
+
 PROJECTIONS = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
 """What can be adapted -> how many of its first dims are inputs; the others are outputs."""
 
 
-def lora_parameters(config: Any, lora: Any) -> dict[str, Any]:
+def lora_parameters(config: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
     """The tree of all adapters, `{blocks: {query: {a: [L, in …, R], b: [L, R, out …]}, …}}`, as in `model.parameters`.
 
     A begins as a normal of PEFT's variance, 1 / (3 · inputs), and B as zeros: the first step has the base's outputs.
@@ -49,7 +53,7 @@ def lora_parameters(config: Any, lora: Any) -> dict[str, Any]:
     return {"blocks": adapters}
 
 
-def count_adapters(config: Any, lora: Any) -> int:
+def count_adapters(config: ModelConfig, lora: LoraConfig) -> int:
     """Number of parameters that are trained."""
     return sum(parameter.size for parameter in paths(lora_parameters(config, lora)).values())
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ctllm_jax.config.model import ModelConfig
 
 ONES, ZEROS = "ones", "zeros"
 
@@ -27,7 +30,7 @@ class Parameter:
         return math.prod(self.shape)
 
 
-def block_parameters(config: Any) -> dict[str, Parameter]:
+def block_parameters(config: ModelConfig) -> dict[str, Parameter]:
     """The parameters of one block, without the leading L.
 
     Args:
@@ -57,10 +60,10 @@ def block_parameters(config: Any) -> dict[str, Parameter]:
     return table
 
 
-def decoder_parameters(config: Any) -> dict[str, Any]:
+def decoder_parameters(config: ModelConfig) -> dict[str, Any]:
     """The tree of all parameters: `{embedding, blocks: {...}, final_norm, head}`; no head where it is tied."""
     V, D, L = config.padded_vocab_size, config.hidden_size, config.num_layers
-    table = {
+    table: dict[str, Any] = {
         "embedding": Parameter((V, D), ("vocab", "embed"), config.init_std),
         "blocks": {
             name: Parameter((L, *parameter.shape), ("layers", *parameter.dims), parameter.init)
@@ -75,12 +78,12 @@ def decoder_parameters(config: Any) -> dict[str, Any]:
 
 def paths(tree: dict[str, Any], prefix: str = "") -> dict[str, Parameter]:
     """The table flattened: `blocks/query` -> Parameter."""
-    flat = {}
+    flat: dict[str, Parameter] = {}
     for name, entry in tree.items():
         flat |= paths(entry, f"{prefix}{name}/") if isinstance(entry, dict) else {prefix + name: entry}
     return flat
 
 
-def count_parameters(config: Any) -> int:
+def count_parameters(config: ModelConfig) -> int:
     """Number of parameters, the padded rows of the vocabulary included."""
     return sum(parameter.size for parameter in paths(decoder_parameters(config)).values())

@@ -17,6 +17,7 @@ import math
 import os
 import time
 import uuid
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,7 +66,7 @@ class MetricsWriter:
         self._steps = steps
         self._status: dict[str, Any] = {"step": 0, "steps": steps, "state": "running", "loss": None}
         self._sinks: list[Sink] = []
-        self._file = None
+        self._file: _Parts | FileIO | None = None
         if process_index != 0:
             return
         self._directory = open_path(run_dir)
@@ -77,7 +78,7 @@ class MetricsWriter:
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / METRICS
         self._file = open(path, "ab+", buffering=0)
-        self._end_torn_line()
+        _end_torn_line(self._file)
         if tensorboard:
             self._add_sink("tensorboard", lambda: TensorBoardSink(self._directory))
         if wandb_project is not None:
@@ -114,14 +115,8 @@ class MetricsWriter:
     def _append(self, record: dict[str, Any]) -> None:
         data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
         # A full disk takes a part and tells so by the count alone; the next call raises.
-        while data:
+        while data and self._file is not None:
             data = data[self._file.write(data):]
-
-    def _end_torn_line(self) -> None:
-        if self._file.seek(0, os.SEEK_END):
-            self._file.seek(-1, os.SEEK_END)
-            if self._file.read(1) != b"\n":
-                self._file.write(b"\n")
 
     def _update_status(self, record: dict[str, Any]) -> None:
         if record["event"] not in ("start", "train", "end"):
@@ -226,6 +221,13 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
                   for name, value in values.items()}
     return {name: float(value) for name, value in parts.items()
             if isinstance(value, int | float) and not isinstance(value, bool)}
+
+
+def _end_torn_line(file: FileIO) -> None:
+    if file.seek(0, os.SEEK_END):
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
 
 
 class TensorBoardSink:

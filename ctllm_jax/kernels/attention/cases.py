@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from ctllm_jax.kernels.attention import attention, make_request
 from ctllm_jax.kernels.attention.fused import Request
 from ctllm_jax.kernels.attention.host import attention_float64
+from ctllm_jax.kernels.dispatch import Name
 from ctllm_jax.kernels.registry import Bench, Check, Compile
 from ctllm_jax.kernels.topology import find_topology
 
@@ -24,7 +25,7 @@ TOLERANCES = {"float32": 2e-5, "bfloat16": 0.02}
 """Largest error, relative to the largest number of its array (at least 1)."""
 
 # name -> (S, N, K, H, packed, other options): whole and odd lengths, groups, one document and many, each direction.
-CHECKS = {
+CHECKS: dict[str, tuple[int, int, int, int, bool, dict[str, int]]] = {
     "one document": (1024, 4, 4, 128, False, {}),
     "packed": (1024, 4, 4, 128, True, {}),
     "packed, GQA, odd length": (777, 4, 2, 128, True, {}),
@@ -113,13 +114,12 @@ def benches(*, lengths: list[int], heads: int, kv_heads: int, head_dim: int, row
         for packed in (False, True):
             for backward in (False, True):
                 request = make_request(length=length, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
-                options = {"rows": rows, "packed": packed, "backward": backward}
                 sizes = {"length": length, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype,
-                         **options}
+                         "rows": rows, "packed": packed, "backward": backward}
                 yield Bench("attention", f"S {length}, {'packed' if packed else 'one document'},"
                             f" {'forward + backward' if backward else 'forward'}",
                             _flops(request, rows, backward=backward), ("pallas", "cudnn", "xla"),
-                            partial(_prepare, request, **options), sizes)
+                            partial(_prepare, request, rows=rows, packed=packed, backward=backward), sizes)
 
 
 def _flops(request: Request, rows: int, *, backward: bool) -> float:
@@ -128,7 +128,7 @@ def _flops(request: Request, rows: int, *, backward: bool) -> float:
     return 2 * scores * request.head_dim * (7 if backward else 2)
 
 
-def _prepare(request: Request, implementation: str, *, rows: int, packed: bool, backward: bool):
+def _prepare(request: Request, implementation: Name, *, rows: int, packed: bool, backward: bool):
     (*inputs, cotangent), ids = draw_inputs(request.length, request.heads, request.kv_heads, request.head_dim,
                                             dtype=request.dtype, packed=packed, rows=rows)
     function = partial(attention, implementation=implementation, **ids)

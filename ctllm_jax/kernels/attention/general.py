@@ -29,8 +29,8 @@ def attention_general(query_BSNH: jax.Array, key_BTKH: jax.Array, value_BTKH: ja
         scores = jnp.einsum("BSKGH,BTKH->BKGST", query, key_BTKH, preferred_element_type=jnp.float32) * scale
         if bias_BNST is not None:
             bias = bias_BNST.astype(jnp.float32)
-            scores += bias[:, :, None] if bias.shape[1] == 1 else bias.reshape(
-                bias.shape[0], kv_heads, -1, *bias.shape[2:])
+            rows, bias_heads, *rest = bias.shape
+            scores += bias.reshape(rows, min(bias_heads, kv_heads), -1, *rest)
         distances_BST = places_BS[:, :, None] - places_BT[:, None]
         mask_BST = distances_BST >= 0 if causal else jnp.ones((1, length, kv_length), bool)
         if sliding_window is not None:
@@ -51,5 +51,11 @@ def attention_general(query_BSNH: jax.Array, key_BTKH: jax.Array, value_BTKH: ja
     by_query = bias_BNST is not None and bias_BNST.shape[2] > 1
     blocks = [None if x is None else in_blocks(x, dim) for x, dim in (
         (query_BSNH, 1), (places_BS, 1), (segment_ids, 1), (bias_BNST if by_query else None, 2))]
-    y, lse = jax.lax.map(jax.checkpoint(lambda block: attend(*block[:3], block[3] if by_query else bias_BNST)), blocks)
+
+    @jax.checkpoint
+    def attend_block(block):
+        query, places, segments, bias = block
+        return attend(query, places, segments, bias if by_query else bias_BNST)
+
+    y, lse = jax.lax.map(attend_block, blocks)
     return from_blocks(y, 1, length), from_blocks(lse, 1, length)

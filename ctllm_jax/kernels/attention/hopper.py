@@ -77,7 +77,8 @@ def backward(request: Request, query_BSNH: jax.Array, key_BSKH: jax.Array, value
     grads = attention_backward(query, key, value, segments, cotangent, jnp.pad(lse_BNS, room),
                                jnp.pad(delta_BNS, room), causal=request.causal, sliding_window=request.sliding_window,
                                scale=request.scale, blocks=blocks)
-    return tuple(grad[:, :length] for grad in grads)
+    query_grad, key_grad, value_grad = (grad[:, :length] for grad in grads)
+    return query_grad, key_grad, value_grad
 
 
 def _room_for_a_block(arrays: tuple[jax.Array, ...], segment_ids_BS: jax.Array | None, *, blocks: HopperBlocks):

@@ -49,11 +49,11 @@ def attention_backward(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: j
               key_ids_BP)
     options = dict(group_size=heads // kv_heads, causal=causal, sliding_window=sliding_window, scale=scale,
                    blocks=blocks)
-    seen = dict(causal=causal, sliding_window=sliding_window)
+    seen = partial(visible_blocks, key_ids_BP, causal=causal, sliding_window=sliding_window)
 
     groups, columns, stages = blocks.of("dkv")
     tiles = -(-length // (groups * ROWS))
-    bounds = visible_blocks(key_ids_BP, query_block=columns, key_block=groups * ROWS, by_key=True, **seen)
+    bounds = seen(query_block=columns, key_block=groups * ROWS, by_key=True)
     held = plgpu.SMEM((groups, ROWS, head_dim), dtype, transforms=tiled())
     streamed = plgpu.SMEM((stages, columns, head_dim), dtype, transforms=tiled())
     numbers, ids = (plgpu.SMEM((stages, columns), kind) for kind in (jnp.float32, jnp.int32))
@@ -72,7 +72,7 @@ def attention_backward(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: j
 
     groups, columns, stages = blocks.of("dq")
     tiles = -(-length // (groups * ROWS))
-    bounds = visible_blocks(key_ids_BP, query_block=groups * ROWS, key_block=columns, **seen)
+    bounds = seen(query_block=groups * ROWS, key_block=columns)
     held = plgpu.SMEM((groups, ROWS, head_dim), dtype, transforms=tiled())
     streamed = plgpu.SMEM((stages, columns, head_dim), dtype, transforms=tiled())
     numbers, ids = (plgpu.SMEM((groups, ROWS), kind) for kind in (jnp.float32, jnp.int32))

@@ -50,7 +50,7 @@ def hide_unseen(scores_RC: jax.Array, *, row_start, column_start, row_ids, colum
       row_start, column_start: where they stand in the sequence.
       row_ids, column_ids: references to their segments; a query of none has another number than a key of none.
     """
-    shape = scores_RC.shape
+    shape = scores_RC.shape[0], scores_RC.shape[1]
     row_ids_R, column_ids_C = plgpu.load(row_ids, (), layout=BY_ROW), plgpu.load(column_ids, (), layout=BY_COLUMN)
     same = broadcast_columns(row_ids_R, shape) == broadcast_rows(column_ids_C, shape)
     scores_RC = jnp.where(same, scores_RC, -jnp.inf)

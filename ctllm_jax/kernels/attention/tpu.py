@@ -5,6 +5,7 @@ Legend: B batch, S sequence, N query heads, K kv heads, H head dim, P parts of t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -50,9 +51,10 @@ def forward(request: Request, query_BSNH: jax.Array, key_BSKH: jax.Array, value_
     ids = _pad_ids(segment_ids_BS, positions_BS, length)
     ranges = find_ranges(request, *_tables(segment_ids_BS, positions_BS, length), length=length,
                          query_block=blocks.query, key_block=blocks.key)
+    query, key, value = (_heads_first(x, length) for x in (query_BSNH, key_BSKH, value_BSKH))
     y_BNSH, lse_BN1S = forward_kernel(
-        request, blocks, ranges, *(_heads_first(x, length) for x in (query_BSNH, key_BSKH, value_BSKH)), ids,
-        vmem_limit=CHIPS[chip].vmem_limit, cost=_cost(request, query_BSNH.shape[0], matmuls=2), interpret=interpret)
+        request, blocks, ranges, query, key, value, ids, vmem_limit=CHIPS[chip].vmem_limit,
+        cost=_cost(request, query_BSNH.shape[0], matmuls=2), interpret=interpret)
     return y_BNSH.swapaxes(1, 2)[:, :request.length], lse_BN1S[:, :, 0, :request.length]
 
 
@@ -71,32 +73,32 @@ def backward(request: Request, query_BSNH: jax.Array, key_BSKH: jax.Array, value
     query, key, value, cotangent = (
         _heads_first(x, length) for x in (query_BSNH, key_BSKH, value_BSKH, cotangent_BSNH.astype(query_BSNH.dtype)))
     padding = [(0, 0), (0, 0), (0, length - request.length)]
-    numbers = [jnp.pad(x, padding)[:, :, None] for x in (lse_BNS, delta_BNS)]
-    options = {"vmem_limit": CHIPS[chip].vmem_limit, "interpret": interpret,
-               "cost": _cost(request, query_BSNH.shape[0], matmuls=5, parts=parts)}
+    lse, delta = (jnp.pad(x, padding)[:, :, None] for x in (lse_BNS, delta_BNS))
+    kernel = partial(backward_kernel, vmem_limit=CHIPS[chip].vmem_limit, interpret=interpret,
+                     cost=_cost(request, query_BSNH.shape[0], matmuls=5, parts=parts))
     if parts == 1:
-        grads = backward_kernel(request, blocks, ranges, jnp.int32(0), query, key, value, cotangent, *numbers, ids,
-                                None, **options)
+        grads = kernel(request, blocks, ranges, jnp.int32(0), query, key, value, cotangent, lse, delta, ids, None)
     else:
         def one_part(query_grad_BNSH, inputs):
             part, key_BKMH, value_BKMH, key_ids = inputs
-            query_grad_BNSH, *others = backward_kernel(
-                request, blocks, ranges, part, query, key_BKMH, value_BKMH, cotangent, *numbers,
-                [(of_queries, of_keys) for (of_queries, _), of_keys in zip(ids, key_ids, strict=True)], query_grad_BNSH,
-                **options)
+            query_grad_BNSH, *others = kernel(
+                request, blocks, ranges, part, query, key_BKMH, value_BKMH, cotangent, lse, delta,
+                [(of_queries, of_keys) for (of_queries, _), of_keys in zip(ids, key_ids, strict=True)], query_grad_BNSH)
             return query_grad_BNSH, others
 
         in_parts = (_split(key, parts), _split(value, parts), [_split(of_keys, parts) for _, of_keys in ids])
         query_grad, others = jax.lax.scan(one_part, jnp.zeros(query.shape, jnp.float32),
                                           (jnp.arange(parts, dtype=jnp.int32), *in_parts))
         grads = query_grad, *(_merge(x) for x in others)
-    return tuple(grad.swapaxes(1, 2)[:, :request.length].astype(x.dtype)
-                 for grad, x in zip(grads, (query_BSNH, key_BSKH, value_BSKH), strict=True))
+    query_grad, key_grad, value_grad = (grad.swapaxes(1, 2)[:, :request.length].astype(x.dtype)
+                                        for grad, x in zip(grads, (query_BSNH, key_BSKH, value_BSKH), strict=True))
+    return query_grad, key_grad, value_grad
 
 
 def _prepare(request, blocks, segment_ids_BS, rows: int):
     """The request as the kernels take it, the chip, and its blocks, checked."""
     chip = find_chip(request.device_kind)
+    assert chip is not None, "`refusal` names a device that is no TPU"
     blocks = choose_blocks(request, chip) if blocks is None else blocks
     check_blocks(blocks, request, chip)
     if segment_ids_BS is None and not request.causal:

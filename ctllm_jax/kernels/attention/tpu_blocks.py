@@ -68,7 +68,7 @@ def choose_blocks(request: Request, chip: str) -> Blocks:
     length = _round_up(request.length, LANES)
     table = CHIPS[chip].blocks
     width = max(1, request.head_dim * _itemsize(request) // 256)
-    chosen = {}
+    chosen: dict[str, int] = {}
     for prefix in ("", "backward_"):
         query, key = (min(getattr(table, prefix + name), length) for name in ("query", "key"))
         # A matmul of float32 goes through the MXU six times, so smaller blocks lose little, and they fit.

@@ -293,7 +293,7 @@ def _seen_blocks(setting, block, blocks: int):
     """The blocks of keys that a block of queries sees, as (first, end)."""
     if setting.positions:
         return 0, blocks
-    first = 0
+    first: jax.Array | int = 0
     if setting.sliding_window is not None:
         first = jnp.maximum(0, setting.first_key(block * LOOPED_BLOCK) // LOOPED_BLOCK)
     return first, block + 1 if setting.causal else blocks

@@ -36,7 +36,8 @@ def benches(*, lengths: list[int], rows: int, hidden: int, ffn: int, dtype: str,
     for length in lengths:
         sizes = {"tokens": rows * length, "hidden": hidden, "ffn": ffn, "dtype": dtype}
         yield Bench("ring", f"T {rows * length}, gradient of {hidden} x {ffn}", 2.0 * rows * length * hidden * ffn,
-                    ("pallas", "xla"), partial(_prepare, **sizes), sizes)
+                    ("pallas", "xla"),
+                    partial(_prepare, tokens=rows * length, hidden=hidden, ffn=ffn, dtype=dtype), sizes)
 
 
 def compiles(*, chips: list[str]) -> Iterator[Compile]:

@@ -150,6 +150,6 @@ def _run(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, name: str, devic
         from ctllm_jax.kernels.swiglu.hopper import swiglu_hopper
 
         return swiglu_hopper(x, gate_DF, up_DF, recompute=recompute, multiprocessors=device.core_count)
-    if name == "pallas":
-        return swiglu_tpu(x, gate_DF, up_DF, chip=find_chip(device.device_kind), recompute=recompute)
+    if name == "pallas" and (chip := find_chip(device.device_kind)):
+        return swiglu_tpu(x, gate_DF, up_DF, chip=chip, recompute=recompute)
     return swiglu_xla(x, gate_DF, up_DF)

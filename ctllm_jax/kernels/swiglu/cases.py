@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from ctllm_jax.kernels.dispatch import Name
 from ctllm_jax.kernels.registry import Bench, Check, Compile
 from ctllm_jax.kernels.swiglu import swiglu, tpu
-from ctllm_jax.kernels.swiglu.blocks import Blocks, choose_blocks, find_chip
+from ctllm_jax.kernels.swiglu.blocks import Blocks, Chip, choose_blocks, find_chip
 from ctllm_jax.kernels.topology import find_topology
 
 TOLERANCES = {"float32": 2e-5, "bfloat16": 0.02}
@@ -83,15 +84,14 @@ def benches(*, lengths: list[int], rows: int, hidden: int, ffn: int, dtype: str,
             yield Bench("swiglu", f"T {rows * length} x {hidden} x {ffn}, "
                         f"{'forward + backward' if backward else 'forward'}{kept}",
                         2.0 * rows * length * hidden * ffn * (6 if backward else 2), ("pallas", "xla"),
-                        partial(_prepare, backward=backward, recompute=recompute, **sizes), sizes)
+                        partial(_prepare, backward=backward, recompute=recompute, tokens=rows * length, hidden=hidden,
+                                ffn=ffn, dtype=dtype), sizes)
 
 
-def _prepare(implementation: str, *, tokens, hidden, ffn, dtype, backward: bool, recompute: bool):
+def _prepare(implementation: Name, *, tokens, hidden, ffn, dtype, backward: bool, recompute: bool):
     inputs = draw_inputs(tokens, hidden, ffn, dtype=dtype)
-    options = {"implementation": implementation, "recompute": recompute}
-    if backward:
-        return jax.jit(partial(_both, **options)), tuple(inputs)
-    return jax.jit(partial(swiglu, **options)), tuple(inputs[:3])
+    function = partial(_both if backward else swiglu, implementation=implementation, recompute=recompute)
+    return jax.jit(function), tuple(inputs if backward else inputs[:3])
 
 
 def compiles(*, chips: list[str]) -> Iterator[Compile]:
@@ -99,21 +99,21 @@ def compiles(*, chips: list[str]) -> Iterator[Compile]:
     for name in chips:
         device = find_topology(name)[0]
         chip = find_chip(device.device_kind)
+        assert chip is not None, f"{name} has no block sizes"
         for tokens, hidden, ffn, dtype in COMPILES:
             itemsize = jnp.dtype(dtype).itemsize
             blocks = choose_blocks(chip, tokens=tokens, hidden=hidden, ffn=ffn, itemsize=itemsize)
             for way in ("forward", "backward"):
                 yield Compile(name, "swiglu", f"{way}, T {tokens}, D {hidden}, F {ffn}, {dtype}",
                               sum(blocks.vmem(hidden=hidden, itemsize=itemsize).values()),
-                              partial(_lower, device, blocks, (tokens, hidden, ffn), dtype, way))
+                              partial(_lower, device, chip, blocks, (tokens, hidden, ffn), dtype, way))
 
 
-def _lower(device: jax.Device, blocks: Blocks, sizes: tuple[int, int, int], dtype: str, way: str):
+def _lower(device: jax.Device, chip: Chip, blocks: Blocks, sizes: tuple[int, int, int], dtype: str, way: str):
     tokens, hidden, ffn = sizes
     place = SingleDeviceSharding(device)
     x, gate, up, dh = (jax.ShapeDtypeStruct(shape, dtype, sharding=place)
                        for shape in ((tokens, hidden), (hidden, ffn), (hidden, ffn), (tokens, ffn)))
-    chip = find_chip(device.device_kind)
     if way == "forward":
         return jax.jit(partial(tpu.swiglu_tpu, chip=chip, blocks=blocks)).lower(x, gate, up)
     plan = tpu.Plan(blocks, chip.vmem_bytes, recompute=True)

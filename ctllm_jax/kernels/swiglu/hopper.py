@@ -182,7 +182,7 @@ def swiglu_arrays(mode: str, x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Arr
     row_tiles, column_tiles = -(-tokens // rows), -(-ffn // columns)
     weights = plgpu.SMEM((stages, DEPTH, columns), dtype, transforms=tiled())
     written = plgpu.SMEM((buffers(mode), blocks.groups, ROWS, CHUNK), dtype, transforms=tiled())
-    scratch = dict(
+    scratch: dict[str, pl.MemoryRef | plgpu.Barrier | list[pl.MemoryRef]] = dict(
         x=plgpu.SMEM((stages, rows, DEPTH), dtype, transforms=tiled()), gate=weights, up=weights,
         written=[written] * MODES[mode],
         ready=plgpu.Barrier(num_arrivals=3, num_barriers=stages),  # x, gate, up
