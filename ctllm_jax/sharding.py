@@ -15,7 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ctllm_jax import kernels
 from ctllm_jax.config.errors import UserError
-from ctllm_jax.gathered import find_rings, gathered_matmul
+from ctllm_jax.gathered import RingsName, find_rings, gathered_matmul
+from ctllm_jax.kernels.dispatch import Name
 
 AXES = ("replica", "data", "fsdp", "tensor")
 COPIES = ("replica", "data")
@@ -52,9 +53,8 @@ def make_mesh(sizes: dict[str, int | None], devices: Sequence[jax.Device] | None
     """
     devices = list(jax.devices() if devices is None else devices)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    asked = {axis: sizes.get(axis, 1) for axis in AXES}
-    if asked["replica"] is None:
-        asked["replica"] = nodes or (1 if devices[0].platform == "cpu" else slices)
+    replicas = nodes or (1 if devices[0].platform == "cpu" else slices)
+    asked = {axis: replicas if (size := sizes.get(axis, 1)) is None else size for axis in AXES}
     given = math.prod(size for size in asked.values() if size != -1)
     shape = tuple(len(devices) // given if size == -1 else size for size in asked.values())
     if math.prod(shape) != len(devices):
@@ -145,9 +145,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def local_rows(mesh: Mesh, rows: int) -> list[int]:
     """The rows of a global batch [rows, …] that this process's devices hold, ascending."""
-    held = set()
+    held: set[int] = set()
     for index in batch_sharding(mesh).addressable_devices_indices_map((rows,)).values():
-        held.update(range(*index[0].indices(rows)))
+        if index is not None:
+            held.update(range(*index[0].indices(rows)))
     return sorted(held)
 
 
@@ -172,7 +173,7 @@ def embed_tokens(embedding_VD: jax.Array, tokens_BS: jax.Array, *, mesh: Mesh, d
 
 
 def project(x: jax.Array, weights: Sequence[jax.Array], dims: Sequence[tuple[str | None, ...]], *,
-            mesh: Mesh, keep: bool = False, rings: str = "auto") -> list[jax.Array]:
+            mesh: Mesh, keep: bool = False, rings: RingsName = "auto") -> list[jax.Array]:
     """As `model.decoder.project`, of weights that are split over the mesh as RULES say: x·W for each.
 
     Each device gathers what others hold of a weight along fsdp, and gets its part of the gradient's sum; only that part
@@ -207,7 +208,7 @@ def project(x: jax.Array, weights: Sequence[jax.Array], dims: Sequence[tuple[str
 
 # Equal arguments give one function: a decoder made again has the compiled programs of the one before.
 @functools.cache
-def attention_on(mesh: Mesh | None, *, implementation: str) -> Callable[..., jax.Array]:
+def attention_on(mesh: Mesh | None, *, implementation: Name) -> Callable[..., jax.Array]:
     """Attention for a decoder on this mesh, or for one without, whose arrays lie anywhere."""
     if mesh is None:
         # As with SwiGLU below.
@@ -217,7 +218,7 @@ def attention_on(mesh: Mesh | None, *, implementation: str) -> Callable[..., jax
 
 
 @functools.cache
-def swiglu_on(mesh: Mesh | None, *, implementation: str, recompute: bool, rings: str = "auto"
+def swiglu_on(mesh: Mesh | None, *, implementation: Name, recompute: bool, rings: RingsName = "auto"
               ) -> Callable[..., jax.Array]:
     """`(x_BSD, gate_DF, up_DF) -> [B, S, F]` for a decoder on this mesh, or for one without, whose arrays lie anywhere.
 

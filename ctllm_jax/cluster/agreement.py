@@ -97,6 +97,7 @@ def _exchange(values: dict[str, Any]) -> str:
     from jax._src import distributed
 
     client = distributed.global_state.client
+    assert client is not None, "several processes have joined"
     index, prefix = jax.process_index(), f"ctllm_jax/agreement/{number}"
     text = json.dumps(values, sort_keys=True, default=str)
     client.key_value_set(f"{prefix}/text/{index}", text)
@@ -108,7 +109,7 @@ def _exchange(values: dict[str, Any]) -> str:
     groups: dict[str, list[int]] = {}
     for key, value in hashes:
         groups.setdefault(value, []).append(int(key.rpartition("/")[2]))
-    texts = []
+    texts: list[tuple[list[int], dict[str, Any]]] = []
     for members in sorted(map(sorted, groups.values()), key=lambda members: (-len(members), members)):
         if len(groups) > 1 and len(texts) < _MOST_GROUPS:
             said = json.loads(client.blocking_key_value_get(f"{prefix}/text/{members[0]}", 60_000))

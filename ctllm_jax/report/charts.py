@@ -104,7 +104,7 @@ def smoothed(values: Sequence[float | None], at: Sequence[int]) -> list[float | 
     shrink towards both ends, where the mean is the value itself.
     """
     reach = max(1, len(values) // 100)
-    means = []
+    means: list[float | None] = []
     for index in at:
         if values[index] is None:
             means.append(None)
