@@ -66,10 +66,9 @@ class DPOConfig(PretrainConfig):
     loss: PreferenceLossConfig = section(PreferenceLossConfig, "the loss")
     warmup_ratio: float | None = key(None, "share of the steps that warm up, in place of optimizer.warmup_steps", ge=0, lt=1)
 
-    @property
-    def row_limit(self) -> tuple[int, str]:
+    def row_limit(self, context: int) -> tuple[int, str]:
         """The longest row that the pairs of a row can fill, since the context limits each answer, and what to change."""
-        most, context = self.data.pairs_per_row, self.model.context_length
+        most = self.data.pairs_per_row
         limit = 2 * context * (most or 1)
         if most is None:
             return limit, (f"2 answers * model.context_length={context}, which hold any pair; to pack more pairs into a longer row,"

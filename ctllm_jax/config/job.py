@@ -82,7 +82,6 @@ def plan_job(schema: type[Section], words: Sequence[str], overrides: Sequence[st
     stage = next((override.removeprefix(_STAGE) for override in reversed(ours) if override.startswith(_STAGE)), None)
     site = next((override.removeprefix(_SITE) for override in reversed(ours) if override.startswith(_SITE)), None)
     job, problems = _load(schema, target=site, overrides=ours)
-    stage = stage if job is None else job.job.stage
     if not words:
         raise UserError(f"a job needs the config of its run, such as configs/small/150m.yaml (the stage is {_STAGE}…)")
     if len(words) > 1:
@@ -90,12 +89,13 @@ def plan_job(schema: type[Section], words: Sequence[str], overrides: Sequence[st
         raise UserError(f"a job runs one config; {' and '.join(words[1:])} is left over{hint}")
     target = words[0]
     find_config(target)
+    stage = stage if job is None else job.job.stage
     config, more = _load(STAGES.get(stage or "pretrain", PretrainConfig), target=target, overrides=theirs)
     if problems or more:
         raise ConfigError([*problems, *more])
     if not config.run.dir:
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": default_run_dir(target)})})
-    return Job(job.job, TrainingCommand(stage, target, theirs, config))
+    return Job(job.job, TrainingCommand(job.job.stage, target, theirs, config))
 
 
 def _load(schema: type[Section], **what: Any) -> tuple[Any, list[str]]:

@@ -137,7 +137,7 @@ def _merge_files(path: Path, *, seen: tuple[Path, ...] = (), read: list[Path] | 
         hint = "; the two characters themselves are written \\${" if "${" in str(error) else ""
         raise UserError(f"{shown}: not a readable YAML file: {error}{hint}") from None
     if not is_mapping:
-        raise UserError(f"{shown}: a config is a mapping of keys to values; found a {root.id}")
+        raise UserError(f"{shown}: a config is a mapping of keys to values; found a {getattr(root, 'id', None)}")
     assert isinstance(own, DictConfig)
     raw = _plain(own)
     own_origins = {key: f"{shown}:{line}" for key, line in _lines(root)}

@@ -179,8 +179,10 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _check_row(self):
-        if self.model is not None and self.batch.sequence_length > self.row_limit[0]:
-            raise ValueError(f"batch.sequence_length={self.batch.sequence_length} is above {self.row_limit[1]}")
+        if self.model is not None:
+            limit, keys = self.row_limit(self.model.context_length)
+            if self.batch.sequence_length > limit:
+                raise ValueError(f"batch.sequence_length={self.batch.sequence_length} is above {keys}")
         return self
 
     @model_validator(mode="after")
@@ -189,10 +191,9 @@ class PretrainConfig(Section):
             raise ValueError(f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves no step of {self.steps} for schedule={self.optimizer.schedule}: lower optimizer.warmup_steps, or raise steps")
         return self
 
-    @property
-    def row_limit(self) -> tuple[int, str]:
-        """The longest row that the model can use, and the keys that it follows from."""
-        return self.model.context_length, f"model.context_length={self.model.context_length}"
+    def row_limit(self, context: int) -> tuple[int, str]:
+        """The longest row that a model of this context can use, and the keys that it follows from."""
+        return context, f"model.context_length={context}"
 
     @property
     def isolated(self) -> bool:

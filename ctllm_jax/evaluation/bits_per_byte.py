@@ -25,8 +25,13 @@ def make_evaluation_step(loss_fn: Callable, *, out_sharding: Any) -> Callable:
 
 
 def text_figures(sums: Mapping[str, float]) -> dict[str, float]:
-    """Sums over text to `loss` (nats a token), `tokens`, `bits_per_byte` and `bytes`; without bytes, no bits."""
+    """Sums over text to `loss` (nats a token), `tokens`, `bits_per_byte` and `bytes`; without bytes, no bits.
+
+    Any other sum of the loss function is `loss/NAME`, a token's share, as in the records of training.
+    """
     figures = {"loss": sums["loss"] / sums["weight"], "tokens": sums["weight"]}
+    figures |= {f"loss/{name}": value / sums["weight"] for name, value in sums.items()
+                if name not in ("loss", "weight", "bytes", "z_loss")}
     if sums.get("bytes"):
         figures |= {"bits_per_byte": sums["loss"] / math.log(2) / sums["bytes"], "bytes": sums["bytes"]}
     return figures

@@ -14,7 +14,7 @@ from ctllm_jax.data.batch import Batch
 from ctllm_jax.data.pretrain import open_held_out_data
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.dataset.reader import Dataset
-from ctllm_jax.evaluation.bits_per_byte import evaluate_sources, make_evaluation_step
+from ctllm_jax.evaluation.bits_per_byte import evaluate_sources, make_evaluation_step, text_figures
 from ctllm_jax.model.decoder import Decoder, head_weights, init_params
 from ctllm_jax.training.pretrain import make_decoder, make_loss_fn, place_batch
 from tests.small_text import VOCABULARY, make_corpus
@@ -168,3 +168,8 @@ def test_a_million_batches_lose_no_digits():
 
     results = evaluate_sources(step, None, {"big": [None] * 1001}, place=lambda batch: batch)
     assert results["big"]["tokens"] == 1001 * 2**24 and results["big"]["bytes"] == 3003
+
+
+def test_a_sum_that_text_does_not_have_is_shown_too():
+    sums = {"loss": 8.0, "weight": 4.0, "bytes": 0.0, "z_loss": 1.0, "router": 6.0}
+    assert text_figures(sums) == {"loss": 2.0, "tokens": 4.0, "loss/router": 1.5}
