@@ -23,7 +23,16 @@ from pydantic_core import ErrorDetails
 
 from ctllm_jax.config.base import Section
 from ctllm_jax.config.errors import UserError, check_format
-from ctllm_jax.config.types import check_aliases, is_section, keys_of, named_sections, parse, parse_yaml, without_none
+from ctllm_jax.config.types import (
+    check_aliases,
+    is_section,
+    key_lines,
+    keys_of,
+    named_sections,
+    parse,
+    parse_yaml,
+    without_none,
+)
 
 S = TypeVar("S", bound=Section)
 COMMAND_LINE = "command line"
@@ -94,8 +103,7 @@ def read_file(path: Path) -> Loaded:
         merged, loaded.origins = _merge_files(path.resolve())
         found = _ESCAPED.sub("", str(_plain(merged))).count("${")
         if found > _MOST_INTERPOLATIONS:
-            raise UserError(f"{_shown(path.resolve())}: {found} times ${{KEY}}, and at most {_MOST_INTERPOLATIONS} are"
-                            " replaced; write the values themselves")
+            raise UserError(f"{_shown(path.resolve())}: {found} times ${{KEY}}, and at most {_MOST_INTERPOLATIONS} are replaced; write the values themselves")
         loaded.values = _plain(merged, resolve=True)
     except OmegaConfBaseException as error:
         where = loaded.origin(error.full_key or "") or _shown(path.resolve())
@@ -140,7 +148,7 @@ def _merge_files(path: Path, *, seen: tuple[Path, ...] = (), read: list[Path] | 
         raise UserError(f"{shown}: a config is a mapping of keys to values; found a {getattr(root, 'id', None)}")
     assert isinstance(own, DictConfig)
     raw = _plain(own)
-    own_origins = {key: f"{shown}:{line}" for key, line in _lines(root)}
+    own_origins = {key: f"{shown}:{line}" for key, line in key_lines(root)}
     # Before anything else, since merging into an interpolation resolves it.
     problems = [f"{key} ({own_origins.get(key, shown)}): {text} is not supported: only ${{KEY}}, the value of another key "
                 "of the config, is replaced; write the value itself, or \\${ for these two characters"
@@ -254,18 +262,6 @@ def _shown(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            path = f"{prefix}{name.value}"
-            yield path, name.start_mark.line + 1
-            yield from _lines(value, f"{path}.")
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield f"{prefix}{index}", value.start_mark.line + 1
-            yield from _lines(value, f"{prefix}{index}.")
 
 
 def _shorthand(schema: type[Section], value: Any) -> dict[str, Any] | None:

@@ -200,3 +200,18 @@ def _count_nodes(node: yaml.Node, known: dict[int, float]) -> float:
         known[id(node)] = 1 + sum(_count_nodes(part, known) for child in children
                                   for part in (child if isinstance(child, tuple) else (child,)))
     return known[id(node)]
+
+
+def key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """(dotted key, line from 1) of every value of a YAML file."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            path = f"{prefix}{name.value}"
+            yield path, name.start_mark.line + 1
+            yield from key_lines(value, f"{path}.")
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield f"{prefix}{index}", value.start_mark.line + 1
+            yield from key_lines(value, f"{prefix}{index}.")
