@@ -48,7 +48,7 @@ def make_config(*overrides: str) -> Any:
     from ctllm_jax.config.dpo import DPOConfig
     from ctllm_jax.config.load import load
     from ctllm_jax.config.pretrain import PretrainConfig
-    from ctllm_jax.training.sft import completed
+    from ctllm_jax.training.tuning import completed
 
     model = load(PretrainConfig, target="ct_llm_2b/pretrain").model
     kernels = ["compute.attention=xla", "compute.swiglu=xla"]
@@ -59,7 +59,7 @@ def make_config(*overrides: str) -> Any:
 def make_objective(config: Any, *, reference_dtype: str | None = None, whole_logits: bool = False) -> Any:
     """DPO's objective; with a `reference_dtype` the reference model is `frozen`, and runs inside the step."""
     from ctllm_jax.training.dpo import describe, make_loss_fn
-    from ctllm_jax.training.pretrain import Objective
+    from ctllm_jax.training.objective import Objective
     from ctllm_jax.training.reference import answer_logps
 
     def make(config, decoder, mesh):
@@ -110,7 +110,7 @@ def measure_step(config: Any, mesh: Any, options: dict[str, Any]) -> dict[str, f
     import jax
     import jax.numpy as jnp
 
-    from ctllm_jax.training.pretrain import plan_step
+    from ctllm_jax.training.run import plan_step
 
     plan = plan_step(config, mesh, objective=make_objective(config, **options))
     frozen = None
@@ -128,8 +128,8 @@ def measure_reference_pass(config: Any, mesh: Any) -> dict[str, float]:
     import jax
 
     from ctllm_jax import sharding
-    from ctllm_jax.training.pretrain import make_decoder, plan_step
     from ctllm_jax.training.reference import answer_logps
+    from ctllm_jax.training.run import make_decoder, plan_step
 
     plan = plan_step(config, mesh, objective=make_objective(config))
     decoder = make_decoder(config, mesh).clone(remat="none")

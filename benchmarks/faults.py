@@ -124,7 +124,7 @@ def prepare(scratch: Path) -> None:
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT)}
     sys.path.insert(0, str(ROOT))
-    for module in ("ctllm_jax.cli.data", "ctllm_jax.cli.pretrain", "ctllm_jax.training.pretrain", "fault_matrix"):
+    for module in ("ctllm_jax.cli.data", "ctllm_jax.cli.pretrain", "ctllm_jax.trainer.trainer", "fault_matrix"):
         importlib.import_module(module)
 
 

@@ -32,7 +32,7 @@ def compile_step(config_name: str, slice_name: str, attention: str, overrides: l
     from ctllm_jax import sharding
     from ctllm_jax.config.load import load
     from ctllm_jax.config.pretrain import PretrainConfig
-    from ctllm_jax.training.pretrain import plan_step
+    from ctllm_jax.training.run import plan_step
 
     config = load(PretrainConfig, target=config_name, overrides=[f"compute.attention={attention}", *overrides])
     devices = topologies.get_topology_desc(platform="tpu", topology_name=slice_name).devices

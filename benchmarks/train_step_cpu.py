@@ -54,7 +54,7 @@ def make_ours(dtype: str, batches: list) -> tuple[Callable[[], float], dict[str,
     from ctllm_jax import sharding
     from ctllm_jax.config.pretrain import PretrainConfig
     from ctllm_jax.data.batch import Batch
-    from ctllm_jax.training.pretrain import place_batch, plan_step
+    from ctllm_jax.training.run import place_batch, plan_step
 
     config = PretrainConfig.model_validate(
         SETTINGS | {"compute": {"dtype": dtype, "remat": "none", "scan_layers": False, "loss_chunk": 1024}}

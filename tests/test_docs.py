@@ -21,7 +21,8 @@ from ctllm_jax.config.load import find_config, load
 from ctllm_jax.config.prepare import PrepareConfig
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.config.sft import SFTConfig
-from ctllm_jax.config.sweep import STAGES, split_values
+from ctllm_jax.config.stages import STAGES
+from ctllm_jax.config.sweep import split_values
 from ctllm_jax.config.types import keys_of
 from tests.runs import cached, environment
 
@@ -166,7 +167,7 @@ def test_commands_actions_configs_and_keys_exist(shown, monkeypatch):
         return
     if words and words[0] in STAGES or action in STAGES:
         # The words of runs, behind `sweep` or `data inspect`, whose data and model are not here.
-        schema = STAGES[action if action in STAGES else words.pop(0)]
+        schema = STAGES[action if action in STAGES else words.pop(0)].schema
         overrides = [word for word in overrides if word.partition("=")[0] not in InspectConfig.model_fields]
         overrides = [f"{key.removeprefix('vary.')}={split_values(text)[0] if key.startswith('vary.') else text}"
                      for key, _, text in (word.partition("=") for word in overrides)]

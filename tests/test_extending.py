@@ -19,7 +19,7 @@ from ctllm_jax import cli
 from ctllm_jax.config.load import ConfigError, load
 from ctllm_jax.config.pretrain import OptimizerConfig
 from ctllm_jax.config.sft import TemplateConfig
-from ctllm_jax.config.sweep import STAGES
+from ctllm_jax.config.stages import STAGES
 from ctllm_jax.data.chat import Message, open_template
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.losses.preference import Answers, preference_loss
@@ -48,16 +48,17 @@ assert learned[-1] == tokenizer.eos_id and tokenizer.decode(learned[:-1]).strip(
 
 # A stage: its command is known, and it needs a model.
 assert cli.main(["adapt", "--help"]) == 0
-assert load(STAGES["adapt"], target="configs/debug/pretrain.yaml", overrides=["init=runs/base"]).init == "runs/base"
+adapt = STAGES["adapt"].schema
+assert load(adapt, target="configs/debug/pretrain.yaml", overrides=["init=runs/base"]).init == "runs/base"
 try:
-    load(STAGES["adapt"], target="configs/debug/pretrain.yaml")
+    load(adapt, target="configs/debug/pretrain.yaml")
 except ConfigError as error:
     assert "init" in str(error)
 else:
     raise AssertionError("a stage that needs a model started without one")
 
 # A variation of the model, and an optimizer for it.
-config = load(STAGES["pretrain"], target="configs/debug/pretrain.yaml", overrides=["model.qk_norm=true"]).model
+config = load(STAGES["pretrain"].schema, target="configs/debug/pretrain.yaml", overrides=["model.qk_norm=true"]).model
 params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 assert params["blocks"]["query_norm"].shape == (config.num_layers, config.head_dim)
 tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)

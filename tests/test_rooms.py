@@ -13,8 +13,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Top floor to ground; a room imports those that stand after it.
-ROOMS = ["__main__", "cli", "evaluation", "preflight", "inference", "training", "huggingface", "data", "model",
-         "sharding", "cluster", "dataset", "kernels", "losses", "gathered", "ring_copies", "report",
+ROOMS = ["__main__", "cli", "trainer", "evaluation", "preflight", "inference", "training", "huggingface", "data",
+         "model", "sharding", "cluster", "dataset", "kernels", "losses", "gathered", "ring_copies", "report",
          "storage", "config"]
 
 # What data_prep may use of the package, and who may use data_prep.

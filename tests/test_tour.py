@@ -29,7 +29,7 @@ def top_level_names(path: Path) -> set[str]:
 def test_the_tour_follows_the_code_in_its_order():
     files = [Path(file).stem for file, *_ in TOUR]
     order = ["model", "parameters", "decoder", "cross_entropy", "step", "optimizer", "loop", "batch", "packing",
-             "sharding", "pretrain"]
+             "sharding", "run", "trainer"]
     assert [file for file in files[:files.index("prepare")] if file in order][:len(order)] == order
 
 

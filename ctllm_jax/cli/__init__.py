@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ctllm_jax.config.stages import STAGES
 from ctllm_jax.config.statuses import DONE, FAILED, INTERRUPTED, REQUEUE, WRONG_INPUT
 
 if TYPE_CHECKING:
@@ -26,10 +27,8 @@ COMMANDS = {
     "tokenizer": "train a SentencePiece tokenizer on text",
     "prepare": "raw text to a corpus: filtered, deduplicated, tokenized, packed",
     "data": "look at a dataset (inspect), check its sums (verify)",
-    "pretrain": "train a model from a config, or go on with a run",
-    "sft": "teach a pretrained model to answer, from dialogues",
+    **{stage.name: stage.summary for stage in STAGES.values()},
     "pairs": "preference pairs for dpo, from good answers and a weaker model or an endpoint",
-    "dpo": "teach a tuned model which answers are preferred, from pairs",
     "sweep": "several runs of a stage in turn, and what they come to beside each other",
     "lora": "trained adapters: merge them into their base",
     "import-hf": "a run directory from a Hugging Face model (Llama, Mistral, Qwen2)",
@@ -230,7 +229,7 @@ def _prepare_compiler(config: Any, target: str) -> None:
 
 def _context(command: str, action: str | None, targets: list[str], overrides: list[str], options: list[str],
              config: Any) -> Context:
-    from ctllm_jax.cli.terminal import SafeConsole
+    from ctllm_jax.report.terminal import SafeConsole
 
     console = SafeConsole(soft_wrap=not sys.stdout.isatty(), highlight=False)
     from ctllm_jax.training.supervision.goodput import process_began

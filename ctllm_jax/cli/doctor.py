@@ -14,7 +14,7 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import load
 from ctllm_jax.config.load import to_yaml as section_to_yaml
 from ctllm_jax.config.pretrain import PretrainConfig, default_run_dir
-from ctllm_jax.config.sweep import STAGES
+from ctllm_jax.config.stages import STAGES
 
 if TYPE_CHECKING:
     from ctllm_jax.cli import Context
@@ -51,7 +51,7 @@ def configure(action: str | None, words: Sequence[str], overrides: Sequence[str]
         if theirs:
             raise UserError(f"{theirs[0]}: a key of a run, and no CONFIG is given, such as configs/small/150m.yaml")
         return Doctor(doctor, None)
-    config = load(STAGES[doctor.stage], target=words[0], overrides=theirs)
+    config = load(STAGES[doctor.stage].schema, target=words[0], overrides=theirs)
     if not config.run.dir:
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": default_run_dir(words[0])})})
     return Doctor(doctor, config)

@@ -37,7 +37,7 @@ def run(context: Context) -> int:
     from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint
     from ctllm_jax.training.conversion import check_new, export_adapters, export_model
     from ctllm_jax.training.joins import check_base_model
-    from ctllm_jax.training.sft import open_text
+    from ctllm_jax.training.tuning import open_text
 
     _, kept = find_checkpoint(context.targets[0])
     check_new(output)

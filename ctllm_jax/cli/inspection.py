@@ -14,6 +14,7 @@ from rich.text import Text
 from ctllm_jax.cli.data import SEGMENT_STYLES, describe, print_rows, signs, table
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.inspect import InspectConfig, Inspection
+from ctllm_jax.config.stages import STAGES
 from ctllm_jax.data.batch import Batch
 
 _ROW = {"dialogues": 1024, "pairs": 2048}
@@ -66,30 +67,21 @@ def inspect_file(path: Path, kind: str, config: InspectConfig, console: Console)
                                   keep_pairs=True, **options)
     except UserError as error:
         raise UserError(str(error).removeprefix("data.sources.data: ")) from None
-    return _show(data, 1, config, console, name=str(path))
+    return _show(data, 1, config, console, stage="sft" if kind == "dialogues" else "dpo", name=str(path))
 
 
 def inspect_run(inspection: Inspection, console: Console) -> int:
     """The rows of a run, from the first step on, or what it holds out."""
-    from ctllm_jax.training.dpo import open_preferences
-    from ctllm_jax.training.sft import open_tuning
-
     keys, config = inspection.keys, inspection.run
-    if inspection.stage == "sft":
-        data = open_tuning(config, keep_dialogues=True).data
-    elif inspection.stage == "dpo":
-        data = open_preferences(config, keep_pairs=True).data
-    else:
-        return _show_text(config, keys, console)
-    return _show(data, config.batch.rows, keys, console, name="this run")
+    data = STAGES[inspection.stage].open(config, keep_texts=True).data
+    if hasattr(data, "template"):
+        return _show(data, config.batch.rows, keys, console, stage=inspection.stage, name="this run")
+    return _show_text(data, config, keys, console)
 
 
-def _show_text(config: Any, keys: InspectConfig, console: Console) -> int:
-    from ctllm_jax.data.pretrain import open_training_data
+def _show_text(data: Any, config: Any, keys: InspectConfig, console: Console) -> int:
     from ctllm_jax.data.tokenizer import load_tokenizer
 
-    data = open_training_data(config.data, sequence_length=config.batch.sequence_length, rows=config.batch.rows,
-                              seed=config.seed, vocab_size=config.model.vocab_size)
     if data.tokenizer_path is None:
         raise UserError("the data is synthetic: its tokens are random, and have no text")
     rows = ((each.index, each.row) for each in _rows(data, config.batch.rows, keys))
@@ -98,17 +90,13 @@ def _show_text(config: Any, keys: InspectConfig, console: Console) -> int:
     return 0
 
 
-def _show(data: Any, rows: int, config: InspectConfig, console: Console, *, name: str) -> int:
+def _show(data: Any, rows: int, config: InspectConfig, console: Console, *, stage: str, name: str) -> int:
     """The counts, then rows of dialogues or pairs."""
     from ctllm_jax.data.preference import PreferenceData
     from ctllm_jax.data.tokenizer import load_tokenizer
 
     of_pairs = isinstance(data, PreferenceData)
-    if of_pairs:
-        from ctllm_jax.cli.dpo import show_data
-    else:
-        from ctllm_jax.cli.sft import show_data
-    show_data(data.report, console)
+    STAGES[stage].print_data(data, console)
     writer = Writer(data.template, colors=console.color_system is not None)
     console.print(writer.legend(of_pairs))
     shown = 0

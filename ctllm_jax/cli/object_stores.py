@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.stages import STAGES
 from ctllm_jax.storage import is_remote, open_path
 
 TARGET = "TARGET"
 _EVERYTHING = r".*"
-_TRAINED = r"run\.dir|init|compute\.compilation_cache"
 ALLOWED = {
-    "pretrain": _TRAINED + r"|data\.sources\..*\.path", "sft": _TRAINED,
+    **{stage.name: stage.object_stores for stage in STAGES.values()},
     "checkpoint": TARGET, "report": rf"{TARGET}|output", "export-hf": TARGET, "generate": TARGET, "chat": TARGET,
     "serve": TARGET, "prepare": r"input\.\d+",
     # They read the config alone; `job gke` mounts the buckets.

@@ -54,19 +54,6 @@ def run_in_processes(context: Context) -> int | None:
         return processes.wait()
 
 
-def join(config: Any, *, command: str) -> None:
-    """Join the other processes of a training command, if there are any, and compare what they are about to do.
-
-    Raises:
-      UserError: some did not arrive, or they differ in command, config, version, code or devices; says who.
-    """
-    if distributed.initialize(config.distributed.heartbeat_seconds) > 1:
-        from ctllm_jax.cluster.agreement import check_same, describe_program
-        from ctllm_jax.config.load import shared_values
-
-        check_same({**describe_program(), "command": command, **shared_values(config)}, what="command, config and code")
-
-
 def share_devices(environment: Mapping[str, str], processes: int) -> list[dict[str, str]]:
     """What differs in the environment of each process: who it is, and which devices are its own.
 

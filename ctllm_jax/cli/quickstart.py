@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctllm_jax.cli.outputs import check_writable
-from ctllm_jax.cli.pretrain import dry_run, train, with_run_dir
 from ctllm_jax.cli.quickstart_alignment import align
 from ctllm_jax.cli.stages import Stages, write_json
+from ctllm_jax.cli.training import dry_run, with_run_dir
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.report.page import write_report
@@ -73,8 +73,10 @@ def run(context: Context) -> int:
     measured = stages.run("baselines", root / "baselines.json", lambda path: measure(root, path))
     baselines = json.loads(measured.read_text())
     stages.write_baselines(baselines)
+    from ctllm_jax.trainer import train
+
     started = time.monotonic()
-    train(config, console, next_command=False)
+    train(config, console=console, next_command=False)
     stages.done("training", time.monotonic() - started)
     write_report([directory], directory / "report.html")
     show_bits(directory, baselines, console)

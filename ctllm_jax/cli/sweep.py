@@ -16,8 +16,9 @@ from ctllm_jax.cli.outputs import check_writable
 from ctllm_jax.cli.processes import shell_status, start_child
 from ctllm_jax.cluster import distributed
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.stages import STAGES
 from ctllm_jax.config.statuses import DONE, FAILED, INTERRUPTED, REQUEUE
-from ctllm_jax.config.sweep import STAGES, Sweep, SweepRun, plan_sweep, run_key, to_yaml
+from ctllm_jax.config.sweep import Sweep, SweepRun, plan_sweep, run_key, to_yaml
 from ctllm_jax.report.run import read_run
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ def dry_run(sweep: Sweep, state: State, console: Any) -> int:
         else:
             now = "goes on" if any((directory / "checkpoints").glob("[0-9]*")) else "starts"
         try:
-            config, data = _opened(sweep.stage, each.config)
+            config, data, *_ = STAGES[sweep.stage].open(each.config)
         except UserError as error:
             problems.append(f"{each.name}: {error}")
             continue
@@ -248,19 +249,3 @@ def dry_run(sweep: Sweep, state: State, console: Any) -> int:
     if problems:
         raise UserError("\n  ".join(["the data of these runs cannot be opened:", *problems]))
     return 0
-
-
-def _opened(stage: str, config: Any) -> tuple[Any, Any]:
-    """(config without gaps, its data) of a run."""
-    if stage == "sft":
-        from ctllm_jax.training.sft import open_tuning
-
-        return open_tuning(config)[:2]
-    if stage == "dpo":
-        from ctllm_jax.training.dpo import open_preferences
-
-        return open_preferences(config)[:2]
-    from ctllm_jax.data.pretrain import open_training_data
-
-    return config, open_training_data(config.data, sequence_length=config.batch.sequence_length, rows=config.batch.rows,
-                                      seed=config.seed, vocab_size=config.model.vocab_size)

@@ -16,8 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ctllm_jax.cluster import distributed
 from ctllm_jax.cluster.roll_call import name_numbers
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.load import shared_values
 from ctllm_jax.report.run import flatten
 
 Opened = TypeVar("Opened")
@@ -27,6 +29,17 @@ _POLL, _LONGEST_POLL = 0.05, 1.0
 _MOST_GROUPS, _MOST_KEYS = 8, 20
 """Of the values that differ, and of the keys: how many are named."""
 _numbers = itertools.count()
+
+
+def join(config: Any, *, command: str) -> None:
+    """Join the other processes of a training command, if there are any, and compare what they are about to do.
+
+    Raises:
+      UserError: some did not arrive, or they differ in command, config, version, code or devices; the message names
+        them.
+    """
+    if distributed.initialize(config.distributed.heartbeat_seconds) > 1:
+        check_same({**describe_program(), "command": command, **shared_values(config)}, what="command, config and code")
 
 
 def check_same(values: dict[str, Any], *, what: str) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from ctllm_jax.config.base import Section, key
+from ctllm_jax.config.stages import StageName
 
 
 class DoctorConfig(Section):
     """Keys of the doctor itself; all others are those of the run."""
 
-    stage: Literal["pretrain", "sft", "dpo"] = key("pretrain", "the command that CONFIG is for")
+    stage: StageName = key("pretrain", "the command that CONFIG is for")
     timeout: float = key(60, "seconds that a check may take", gt=0)
     output: str | None = key(None, "JSON file to write the findings into", output="file")

@@ -11,7 +11,7 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.config.sft import TemplateConfig
-from ctllm_jax.config.sweep import STAGES
+from ctllm_jax.config.stages import STAGES
 
 
 class InspectConfig(Section):
@@ -59,7 +59,7 @@ def plan_inspection(words: Sequence[str], overrides: Sequence[str]) -> Inspectio
     if len(rest) != 1:
         raise UserError(f"data inspect {stage} needs one config, such as configs/quickstart/{stage}.yaml"
                         f"{'; found ' + ' '.join(rest) if rest else ''}")
-    schema = STAGES[stage]
+    schema = STAGES[stage].schema
     own = [override for override in overrides if _first(override) in InspectConfig.model_fields
            and _first(override) not in schema.model_fields]
     keys = load(InspectConfig, overrides=own)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import create_model
 
@@ -16,7 +16,7 @@ from ctllm_jax.config.base import Section, key, section
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import ConfigError, find_config, load
 from ctllm_jax.config.pretrain import PretrainConfig, default_run_dir
-from ctllm_jax.config.sweep import STAGES
+from ctllm_jax.config.stages import STAGES, StageName
 
 PREFIX = "job."
 _SITE = f"{PREFIX}site="
@@ -26,7 +26,7 @@ _STAGE = f"{PREFIX}stage="
 class JobConfig(Section):
     """What jobs of every kind of cluster have in common."""
 
-    stage: Literal["pretrain", "sft", "dpo"] = key("pretrain", "the command that the job runs")
+    stage: StageName = key("pretrain", "the command that the job runs")
     site: str | None = key(None, "YAML file with keys of `job:` that are the same for all jobs of a cluster; the command line wins")
     output: str | None = key(None, "file that the job is written to; null: it is printed", output="file")
 
@@ -90,7 +90,7 @@ def plan_job(schema: type[Section], words: Sequence[str], overrides: Sequence[st
     target = words[0]
     find_config(target)
     stage = stage if job is None else job.job.stage
-    config, more = _load(STAGES.get(stage or "pretrain", PretrainConfig), target=target, overrides=theirs)
+    config, more = _load(STAGES.get(stage, STAGES["pretrain"]).schema, target=target, overrides=theirs)
     if problems or more:
         raise ConfigError([*problems, *more])
     if not config.run.dir:

@@ -15,14 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ctllm_jax.config.dpo import DPOConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.folders import files_below
 from ctllm_jax.config.load import ConfigError, changeable_paths, load
 from ctllm_jax.config.pretrain import PretrainConfig, RunConfig
-from ctllm_jax.config.sft import SFTConfig
+from ctllm_jax.config.stages import STAGES
 
-STAGES: dict[str, type[PretrainConfig]] = {"pretrain": PretrainConfig, "sft": SFTConfig, "dpo": DPOConfig}
 VARY = "vary."
 _LONGEST_NAME = 120
 
@@ -75,7 +73,7 @@ def plan_sweep(stage: str, targets: Sequence[str], overrides: Sequence[str]) -> 
     for name, (target, choice) in zip(names, itertools.product(targets, choices), strict=True):
         own = (*common, *(f"{key}={value}" for key, value in choice.items()))
         try:
-            config = load(STAGES[stage], target=target, overrides=own)
+            config = load(STAGES[stage].schema, target=target, overrides=own)
         except ConfigError as error:
             found = error.problems
         except UserError as error:

@@ -55,8 +55,8 @@ class SFTData:
     """
 
     def __init__(self, config: SFTDataConfig, *, tokenizer: Tokenizer, sequence_length: int, rows: int, seed: int,
-                 vocab_size: int, keep_dialogues: bool = False):
-        self.template = open_template(config.template or TemplateConfig(), tokenizer)
+                 vocab_size: int, template: ChatTemplate | None = None, keep_dialogues: bool = False):
+        self.template = template or open_template(config.template or TemplateConfig(), tokenizer)
         found = tokenize_sources(config, self.template, sequence_length=sequence_length, seed=seed)
         self.examples, self._held_out, self.report = found.trained, found.held_out, found.report
         self.dialogues: list[Dialogue] | None = found.dialogues if keep_dialogues else None

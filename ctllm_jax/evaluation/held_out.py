@@ -37,7 +37,7 @@ from ctllm_jax.evaluation.scoring import Scorer
 from ctllm_jax.inference.model import Model
 from ctllm_jax.losses.cross_entropy import chunked_cross_entropy
 from ctllm_jax.model.decoder import Decoder, head_weights
-from ctllm_jax.training.pretrain import place_batch
+from ctllm_jax.training.run import place_batch
 
 logger = logging.getLogger(__name__)
 _BYTES_A_TOKEN = 16

@@ -19,7 +19,7 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.pretrain import LoopTasksConfig, PretrainConfig
 
 if TYPE_CHECKING:
-    from ctllm_jax.training.pretrain import Run
+    from ctllm_jax.training.run import Run
 
 SEED = 1234
 """Of drawn examples: lm-eval's own default, and that of `evaluate`."""
@@ -73,7 +73,7 @@ def make_benchmarks(run: Run, opened: dict[str, Any], *,
     from ctllm_jax.evaluation.figures import to_event
     from ctllm_jax.evaluation.harness import HarnessModel
     from ctllm_jax.inference.model import Model
-    from ctllm_jax.training.pretrain import make_decoder
+    from ctllm_jax.training.run import make_decoder
 
     wanted: LoopTasksConfig = run.config.evaluation.tasks
     tokenizer, decoder = load_tokenizer(run.data.tokenizer_path), make_decoder(run.config).clone(remat="none")

@@ -29,7 +29,7 @@ from ctllm_jax.inference.schedule import rounded
 from ctllm_jax.model.decoder import Decoder, init_params
 from ctllm_jax.model.parameters import decoder_parameters
 from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint, load_params, load_whole, read_model_config
-from ctllm_jax.training.sft import check_template, open_text
+from ctllm_jax.training.tuning import check_template, open_text
 
 Drawing = TypeVar("Drawing", bound=DrawingConfig)
 

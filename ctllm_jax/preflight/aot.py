@@ -25,7 +25,7 @@ from ctllm_jax.preflight.hlo import Collective, Large, Program
 from ctllm_jax.preflight.plan import memory_bytes
 from ctllm_jax.preflight.roofline import Roofline, roofline
 from ctllm_jax.training.environment import choose_implementations
-from ctllm_jax.training.pretrain import plan_step
+from ctllm_jax.training.run import plan_step
 
 RESERVED = 0.25 * 2**30
 """Bytes of a TPU's memory that its runtime keeps for itself (libtpu has 15.75 of 16 GiB on v5e)."""

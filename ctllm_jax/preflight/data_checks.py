@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.stages import STAGES
 from ctllm_jax.preflight.doctor import FAIL, OK, WARN, Finding, Subject
 
 
@@ -20,7 +21,7 @@ def check_dataset(subject: Subject) -> list[Finding]:
     if missing:
         shown = ", ".join(f"{name}={path}" for name, path in missing)
         return [Finding("dataset", FAIL, f"not there: {shown}", "data.sources.NAME.path=DIR, mounted on every machine")]
-    if subject.stage != "pretrain":
+    if not STAGES[subject.stage].plans_without_data:
         return [Finding("dataset", OK, f"{len(config.data.sources)} sources are there; {subject.stage} … --dry-run "
                                        "reads them")]
     from ctllm_jax.dataset.manifest import find_dataset

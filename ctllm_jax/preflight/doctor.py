@@ -125,11 +125,11 @@ def _in_process(name: str, subject: Subject, seconds: float) -> list[Finding]:
 
 def be_child() -> None:
     """In a process of its own: the check whose name and stage are the arguments, the config on standard input."""
-    from ctllm_jax.config.sweep import STAGES
+    from ctllm_jax.config.stages import STAGES
     from ctllm_jax.preflight.checks import CHECKS
 
     name, stage = sys.argv[1:3]
     values: Any = json.load(sys.stdin)
-    config = None if values is None else STAGES[stage].model_validate(values)
+    config = None if values is None else STAGES[stage].schema.model_validate(values)
     found = _safely(name, CHECKS[name], Subject(config, stage, os.environ))
     sys.stdout.write(f"{json.dumps(as_json(found))}\n")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,67 +12,47 @@ import numpy as np
 from ctllm_jax.config.dpo import DPOConfig, PreferenceLossConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.data.batch import Batch
-from ctllm_jax.data.chat import open_template
 from ctllm_jax.data.preference import PreferenceData
-from ctllm_jax.data.tokenizer import load_tokenizer
-from ctllm_jax.huggingface.tokenizer import kept_template
 from ctllm_jax.losses.preference import KINDS, Answers, pair_logps, preference_loss
 from ctllm_jax.model.decoder import Decoder
-from ctllm_jax.model.lora import lora_parameters
-from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint, read_model_config
-from ctllm_jax.training.joins import check_origin
-from ctllm_jax.training.pretrain import Objective
-from ctllm_jax.training.reference import answer_logps
-from ctllm_jax.training.sft import check_template, completed, tokenizer_of
+from ctllm_jax.training.objective import Objective, Opened
+from ctllm_jax.training.reference import answer_logps, attach_reference
 from ctllm_jax.training.step import STEP_METRICS
+from ctllm_jax.training.tuning import completed, take_over
 
 
-class Preferences(NamedTuple):
-    """A config without gaps, its pairs, its objective, and what its checkpoints say of the template."""
+def open_stage(config: DPOConfig, *, directory: Path | None = None, keep_texts: bool = False) -> Opened:
+    """Take over from `config.init` what the config leaves open, and from the pairs the number of steps.
 
-    config: DPOConfig
-    data: PreferenceData
-    objective: Objective
-    meta: dict[str, Any]
+    The log-probabilities of the reference are not there yet: `prepare` of the result computes them.
 
-
-def open_preferences(config: DPOConfig, *, keep_pairs: bool = False) -> Preferences:
-    """Take from `config.init` what the config leaves open, and from the data the steps; the reference is not there yet.
-
-    With `keep_pairs` the data also has the texts that it was made from.
+    Args:
+      directory: the run directory, which nothing here needs.
+      keep_texts: also keep the pairs that the rows are made of.
 
     Raises:
-      UserError: no such MODEL, one of another template or architecture, pairs that do not fit, or a loss whose options
-        contradict each other.
+      UserError: no such MODEL, one with another template or architecture, pairs that do not fit, or a loss whose
+        options contradict each other.
     """
     check_loss(config.loss)
-    source, _ = find_checkpoint(config.init)
-    model = config.model or read_model_config(source)
-    if config.lora is not None:
-        lora_parameters(model, config.lora)  # before the data, which may take minutes
-    tokenizer = load_tokenizer(config.data.tokenizer or tokenizer_of(source, config.init))
-    kept = check_origin(config, model, tokenizer=tokenizer.path)
-    known = kept.meta.get("template")
-    if config.data.template is None and not known:
-        problem = kept.meta.get("template_problem")
-        why = f"has a chat template that cannot be trained with ({problem})" if problem else (
-            "was not taught to answer and has no template")
-        raise UserError(f"init={config.init} {why}: tune it first (launch.py sft), or give data.template")
-    template_config = config.data.template or kept_template(source, known)
-    template = open_template(template_config, tokenizer)
-    check_template(known, template_config, template, name=f"init={config.init}", field="data.template",
-                   allow=config.allow_mismatch)
-    data = PreferenceData(config.data, template=template, tokenizer=tokenizer,
-                          sequence_length=config.batch.sequence_length, context_length=model.context_length,
-                          rows=config.batch.rows, seed=config.seed, vocab_size=model.vocab_size,
-                          keep_pairs=keep_pairs)
+    start = take_over(config, fallback=None)
+    data = PreferenceData(config.data, template=start.template, tokenizer=start.tokenizer,
+                          sequence_length=config.batch.sequence_length, context_length=start.model.context_length,
+                          rows=config.batch.rows, seed=config.seed, vocab_size=start.model.vocab_size,
+                          keep_pairs=keep_texts)
     steps = config.steps or data.steps
     optimizer = config.optimizer.model_dump()
     if config.warmup_ratio is not None:
         optimizer["warmup_steps"] = int(config.warmup_ratio * steps)
-    whole = completed(config, model=model.model_dump(), steps=steps, optimizer=optimizer)
-    meta = {"template": {"config": template_config.model_dump(mode="json"), "fingerprint": template.fingerprint()}}
-    return Preferences(whole, data, make_objective(data), meta)
+    whole = completed(config, model=start.model.model_dump(), steps=steps, optimizer=optimizer)
+    objective = make_objective(data)
+
+    def prepare(directory: Path, progress: Callable[[str], None], beat: Callable[[], None]) -> str:
+        found = attach_reference(whole, data, objective, directory=directory, stage=progress, beat=beat)
+        return (f"reference: {found['answers']:,} answers, {found['how']}; checked to {found['difference']:.1e} nats"
+                f" a token (at most {found['tolerance']:.1e})")
+
+    return Opened(whole, data, objective, start.meta, prepare if needs_reference(config) else None)
 
 
 def needs_reference(config: DPOConfig) -> bool:
@@ -86,7 +67,7 @@ def make_objective(data: PreferenceData) -> Objective:
     def make(config: DPOConfig, decoder: Decoder, mesh: jax.sharding.Mesh | None) -> Callable:
         return make_loss_fn(config, decoder, mesh=mesh, groups=groups)
 
-    return Objective(make, describe, data.num_segments)
+    return Objective(make, describe, num_segments=data.num_segments)
 
 
 def make_loss_fn(config: DPOConfig, decoder: Decoder, *, mesh: jax.sharding.Mesh | None,
@@ -130,3 +111,29 @@ def check_loss(config: PreferenceLossConfig) -> None:
         jax.eval_shape(lambda: preference_loss(answers, answers, **config.model_dump()))
     except ValueError as error:
         raise UserError(f"loss: {error}") from None
+
+
+def print_data(report: dict[str, Any], console: Any) -> None:
+    """Print what was read from each source, and what was left out and why."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("source", "group", "layout", "read", "left out", "cut", "pairs", "tokens", "learned",
+                  box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    lines = []
+    for name, source in report["sources"].items():
+        reasons = {**source["dropped"], "over-length prompt": source["over_length_prompt"],
+                   "over-length": source["over_length"], "equal as tokens": source["equal_ids"]}
+        if any(reasons.values()):
+            left_out = ", ".join(f"{count:,} ({reason})" for reason, count in reasons.items() if count)
+            lines.append(f"left out of {name}: {left_out}")
+        table.add_row(name, source["group"], ", ".join(source["layouts"]), f"{source['read']:,}",
+                      f"{sum(reasons.values()):,}", *(f"{source[figure]:,}" for figure in
+                                                      ("cut", "pairs", "tokens", "learned_tokens")))
+    console.print(table)
+    for line in lines:
+        console.print(Text(line))
+    console.print(f"{report['rows_per_epoch']:,} rows of at most {report['num_segments'] // 2} pairs, "
+                  f"{report['filled']:.1%} full; {report['steps_per_epoch']:,} steps an epoch; "
+                  f"{report['held_out']:,} pairs held out")

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ctllm_jax.config.pretrain import OptimizerConfig, PretrainConfig
+from ctllm_jax.config.stages import STAGES
 from ctllm_jax.storage import is_remote
 from ctllm_jax.training.checkpoints.files import CHECKPOINTS, list_steps
 from ctllm_jax.training.optimizer import make_schedule
 
 SMOOTH = 0.01
 """Share of the peak learning rate up to which a change is no jump."""
-_STAGES = ("pretrain", "sft", "dpo")
 
 
 class Rates(NamedTuple):
@@ -80,6 +80,6 @@ def describe_jump(config: PretrainConfig, *, run_dir: Path, step: int, before: i
 def _command(new_dir: str) -> str:
     """The command line of this process, with another run directory."""
     words = [word for word in sys.argv[1:] if not word.startswith(("run.dir=", "run="))]
-    if not words or words[0] not in _STAGES:
+    if not words or words[0] not in STAGES:
         return f"the same command, with run.dir={shlex.quote(new_dir)}"
     return f"python launch.py {shlex.join([*words, f'run.dir={new_dir}'])}"

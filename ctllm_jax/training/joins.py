@@ -35,8 +35,12 @@ _NO_FUNCTION = {"vocab_multiple", "init_std", "context_length"}
 logger = logging.getLogger(__name__)
 
 
+class Mismatch(UserError):
+    """Two things that a command joins would compute something else together than each alone."""
+
+
 def refuse(differences: Sequence[str], *, what: str, allow: bool | None) -> None:
-    """UserError with these differences, or a warning with them where the key `allow_mismatch` allows them.
+    """`Mismatch` with these differences, or a warning with them where the key `allow_mismatch` allows them.
 
     `allow` is its value; None for a command that has no such key.
     """
@@ -44,7 +48,7 @@ def refuse(differences: Sequence[str], *, what: str, allow: bool | None) -> None
         return
     told = "\n  ".join([f"{what}:", *differences])
     if not allow:
-        raise UserError(told + f"\nmake them equal, or accept the differences with {KEY}=true" * (allow is not None))
+        raise Mismatch(told + f"\nmake them equal, or accept the differences with {KEY}=true" * (allow is not None))
     logger.warning("%s=true: %s", KEY, told)
 
 

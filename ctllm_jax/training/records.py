@@ -6,17 +6,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
 from ctllm_jax.cluster.chips import find_chip
 from ctllm_jax.model.flops import flops_per_token
 from ctllm_jax.model.lora import count_adapters
 from ctllm_jax.model.parameters import count_parameters
 from ctllm_jax.training.environment import describe_environment
-from ctllm_jax.training.step import STEP_METRICS
 
 if TYPE_CHECKING:
-    from ctllm_jax.training.pretrain import Run
+    from ctllm_jax.training.run import Run
 
 _FULL = 0.99
 """Rows of which so large a share is tokens count as full."""
@@ -58,22 +56,11 @@ def make_record(run: Run) -> Callable[[int, dict[str, float], dict[str, float]],
         since = before if before < step else step - 1  # after a rollback the step falls
         tokens, before = run.data.tokens_at(step), step
         tokens_per_second = (tokens - run.data.tokens_at(since)) / (step - since) / timing["step_seconds"]
-        # The trained loss has the z-loss in it; what is shown, and paid in bits, is the cross-entropy alone.
-        z_loss = metrics.get("z_loss", 0.0) / max(metrics["weight"], 1.0)
-        loss = metrics["loss"] - z_loss
-        result = {"step": step, "tokens": tokens, "loss": loss}
-        if metrics.get("bytes"):
-            result["bits_per_byte"] = loss * metrics["weight"] / np.log(2) / metrics["bytes"]
-        result |= {"grad_norm": metrics["grad_norm"], "lr": metrics["lr"], "tokens_per_second": tokens_per_second,
-                   **({"padded_tokens_per_second": config.batch.tokens / timing["step_seconds"]} if padded else {}),
-                   **timing, "eta_seconds": (config.steps - step) * timing["step_seconds"]}
+        result = {"step": step, "tokens": tokens, "loss": metrics["loss"], **run.objective.describe(metrics),
+                  "grad_norm": metrics["grad_norm"], "lr": metrics["lr"], "tokens_per_second": tokens_per_second,
+                  **({"padded_tokens_per_second": config.batch.tokens / timing["step_seconds"]} if padded else {}),
+                  **timing, "eta_seconds": (config.steps - step) * timing["step_seconds"]}
         result |= {name: int(metrics[name]) for name in ("bad_steps", "spikes") if name in metrics}
-        if run.objective is not None:
-            result |= run.objective.describe(metrics)
-        else:
-            result |= {"z_loss": z_loss} if config.loss.z_loss else {}
-            result |= {f"loss/{name}": value / max(metrics["weight"], 1.0) for name, value in metrics.items()
-                       if name not in STEP_METRICS | {"z_loss", "bytes"}}
         if chip is not None:
             peak = chip.peak_flops * len(devices)
             result |= {"mfu_causal": flops.causal * tokens_per_second / peak,

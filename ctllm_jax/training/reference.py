@@ -34,7 +34,8 @@ from ctllm_jax.training.checkpoints.checkpoint import (
     load_params,
 )
 from ctllm_jax.training.checkpoints.fingerprint import compare_fingerprints, make_fingerprint
-from ctllm_jax.training.pretrain import Objective, make_decoder, place_batch, plan_step
+from ctllm_jax.training.objective import Objective
+from ctllm_jax.training.run import make_decoder, place_batch, plan_step
 
 FOLDER = ".reference"
 """Ending of the folder beside the pairs that keeps a file for each reference, tokenizer, template and length."""
@@ -56,14 +57,16 @@ def answer_logps(decoder: Decoder, params: Any, batch: Batch, *, config: DPOConf
 
 
 def attach_reference(config: DPOConfig, data: PreferenceData, objective: Objective, *, directory: Path,
-                     stage: Callable[[str], None] = logger.info) -> dict[str, Any]:
+                     stage: Callable[[str], None] = logger.info,
+                     beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Give `data` its reference log-probabilities: those that are kept, once some are computed anew, or new ones.
 
     Args:
       config: with its model; `config.init` is the reference.
       directory: of the run: a run of another reference is not gone on with, and they are kept there where nothing can
         be written beside the pairs.
-      stage: told what is being done.
+      stage: called with a line that says what is being done.
+      beat: called for each batch, as a sign of life.
 
     Returns:
       What was found: `file`, `how` ("computed" or "kept"), `answers`, `tolerance` and the largest `difference` seen,
@@ -91,7 +94,8 @@ def attach_reference(config: DPOConfig, data: PreferenceData, objective: Objecti
     stage(f"taking the reference from {path}" if kept else f"computing the reference log-probabilities of {len(data)}"
           " pairs")
     params = load_params(checkpoint, plan.abstract_model)
-    compute = _make_compute(config, mesh, params, rows=plan.micro_rows * sharding.axis_size(mesh, sharding.BATCH_AXES))
+    compute = _make_compute(config, mesh, params, rows=plan.micro_rows * sharding.axis_size(mesh, sharding.BATCH_AXES),
+                            beat=beat)
     lengths = np.add.reduceat(data.answers.weights > 0, data.answers.offsets[:-1])
     rows = data.all_rows()
     draws = np.random.default_rng([config.seed, len(rows)])
@@ -182,7 +186,7 @@ def _write(places: Sequence[Path], logps: np.ndarray, identity: dict[str, Any], 
 
 
 def _make_compute(config: DPOConfig, mesh: jax.sharding.Mesh, params: Any, *,
-                  rows: int) -> Callable[[list[Batch]], np.ndarray]:
+                  rows: int, beat: Callable[[], None]) -> Callable[[list[Batch]], np.ndarray]:
     """`rows of [S] arrays -> log p of their answers [n, M]`, `rows` at once over all devices."""
     decoder = make_decoder(config, mesh).clone(remat="none")
     step = jax.jit(lambda params, batch: answer_logps(decoder, params, batch, config=config, mesh=mesh)[0],
@@ -194,6 +198,7 @@ def _make_compute(config: DPOConfig, mesh: jax.sharding.Mesh, params: Any, *,
         padding = jax.tree.map(np.zeros_like, packed[0])
         found = []
         for start in range(0, len(packed), rows):
+            beat()
             together = packed[start:start + rows]
             together += [padding] * (rows - len(together))
             found.append(np.asarray(step(params, place(stack_rows([together[row] for row in local])))))

@@ -1,120 +1,52 @@
-"""Supervised fine-tuning: pretraining's step and loss over dialogues, from the weights of another run."""
+"""Supervised fine-tuning as a stage: the objective of pretraining, over dialogues."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
-from pydantic import ValidationError
-
-from ctllm_jax.config.errors import UserError
-from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.config.sft import SFTConfig, TemplateConfig
-from ctllm_jax.data.chat import ChatTemplate, open_template
 from ctllm_jax.data.sft import SFTData
-from ctllm_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, find_tokenizer, load_tokenizer
-from ctllm_jax.huggingface.tokenizer import kept_template, spoken_additions
-from ctllm_jax.model.lora import lora_parameters
-from ctllm_jax.training.checkpoints.checkpoint import Kept, find_checkpoint, read_model_config
-from ctllm_jax.training.joins import check_origin, refuse
-
-Config = TypeVar("Config", bound=PretrainConfig)
+from ctllm_jax.training.objective import Opened, next_tokens
+from ctllm_jax.training.tuning import completed, take_over
 
 
-class Tuning(NamedTuple):
-    """A config without gaps, its dialogues, and what its checkpoints say of the template."""
-
-    config: SFTConfig
-    data: SFTData
-    meta: dict[str, Any]
-
-
-def open_tuning(config: SFTConfig, *, keep_dialogues: bool = False) -> Tuning:
-    """Take from `config.init` what the config leaves open (architecture, tokenizer), and from the data the steps.
-
-    With `keep_dialogues` the data also has the texts that it was made from.
-
-    Raises:
-      UserError: no such MODEL, one of another template or architecture, or dialogues that do not fit.
-    """
-    source, _ = find_checkpoint(config.init)
-    model = config.model or read_model_config(source)
-    if config.lora is not None:
-        lora_parameters(model, config.lora)  # before the data, which may take minutes
-    tokenizer = load_tokenizer(config.data.tokenizer or tokenizer_of(source, config.init))
-    kept = check_origin(config, model, tokenizer=tokenizer.path)
-    known = kept.meta.get("template")
-    if config.data.template is None:
-        if kept.meta.get("template_problem"):
-            raise UserError(f"init={config.init} has a chat template that cannot be trained with"
-                            f" ({kept.meta['template_problem']}): give data.template")
-        template = kept_template(source, known) or TemplateConfig()
-        config = config.model_copy(update={"data": config.data.model_copy(update={"template": template})})
-    data = SFTData(config.data, tokenizer=tokenizer, sequence_length=config.batch.sequence_length,
-                   rows=config.batch.rows, seed=config.seed, vocab_size=model.vocab_size,
-                   keep_dialogues=keep_dialogues)
-    check_template(known, config.data.template, data.template, name=f"init={config.init}", field="data.template",
-                   allow=config.allow_mismatch)
-    whole = completed(config, model=model.model_dump(), steps=config.steps or data.steps)
-    template = {"config": config.data.template.model_dump(mode="json"), "fingerprint": data.template.fingerprint()}
-    return Tuning(whole, data, {"template": template})
-
-
-def check_template(known: dict[str, Any] | None, config: TemplateConfig, template: ChatTemplate, *, name: str,
-                   field: str, allow: bool | None = None) -> None:
-    """UserError, with each difference, where a checkpoint was tuned with another template than is asked for.
+def open_stage(config: SFTConfig, *, directory: Path | None = None, keep_texts: bool = False) -> Opened:
+    """Take over from `config.init` what the config leaves open, and from the dialogues the number of steps.
 
     Args:
-      known: `template` of the checkpoint's `meta`; None where it has learned none.
-      config, template: what is asked for.
-      name, field: the MODEL and the config's key, as the message calls them.
-      allow: `allow_mismatch` of the config, if it has that key.
-    """
-    if not known or known["fingerprint"] == template.fingerprint():
-        return
-    asked = config.model_dump(mode="json")
-    differing = [f"{key}: {value!r} there, {asked.get(key)!r} here" for key, value in known["config"].items()
-                 if asked.get(key) != value] or ["the tokenizer, or the template's file, is another"]
-    refuse(differing, what=f"{name} was tuned with another template than {field}={config.kind}, and a model keeps the"
-                           " one it has learned", allow=allow)
-
-
-def completed(config: Config, **found: Any) -> Config:
-    """The config with what was found for the keys that it leaves open, checked anew. UserError where it fails."""
-    try:
-        return type(config).model_validate(config.model_dump() | found)
-    except ValidationError as error:
-        raise UserError("; ".join(detail["msg"].removeprefix("Value error, ")
-                                  for detail in error.errors(include_url=False))) from None
-
-
-def open_text(checkpoint: Kept) -> tuple[Tokenizer, ChatTemplate | None]:
-    """The tokenizer of a checkpoint, and the template that it has learned.
+      directory: the run directory, which nothing here needs.
+      keep_texts: also keep the dialogues that the rows are made of.
 
     Raises:
-      UserError: there is no tokenizer, or the template is not the one that the checkpoint was tuned with.
+      UserError: no such MODEL, one with another template or architecture, or dialogues that do not fit.
     """
-    run_dir = checkpoint.run_dir
-    found = find_tokenizer(run_dir)
-    if found is None:
-        raise UserError(f"{run_dir} has no tokenizer: it was trained on synthetic tokens, and has no text to write")
-    tokenizer, known = load_tokenizer(found), checkpoint.meta.get("template")
-    trained_with = checkpoint.meta.get("fingerprint", {}).get("data", {}).get("tokenizer_sha256", tokenizer.sha256)
-    if tokenizer.sha256 != trained_with:
-        raise UserError(f"{found} is not the tokenizer that {run_dir} was trained with: its sha256 begins with"
-                        f" {tokenizer.sha256[:12]} instead of {trained_with[:12]}; put the original file back")
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        tokenizer.name_added(spoken_additions(run_dir))
-    template = known and open_template(kept_template(run_dir, known), tokenizer)
-    if known and template.fingerprint() != known["fingerprint"]:
-        raise UserError(f"{run_dir}: its template is not the one that it was tuned with: its tokenizer or its template "
-                        "file was changed")
-    return tokenizer, template or None
+    start = take_over(config, fallback=TemplateConfig())
+    config = config.model_copy(update={"data": config.data.model_copy(update={"template": start.template_config})})
+    data = SFTData(config.data, tokenizer=start.tokenizer, sequence_length=config.batch.sequence_length,
+                   rows=config.batch.rows, seed=config.seed, vocab_size=start.model.vocab_size,
+                   template=start.template, keep_dialogues=keep_texts)
+    whole = completed(config, model=start.model.model_dump(), steps=config.steps or data.steps)
+    return Opened(whole, data, next_tokens(data.token_bytes), start.meta)
 
 
-def tokenizer_of(directory: Path, name: str) -> str:
-    """The tokenizer's file in the run directory of the MODEL `name`; UserError where there is none."""
-    found = find_tokenizer(directory)
-    if found is None:
-        raise UserError(f"init={name} has no tokenizer: it was trained on synthetic tokens; give data.tokenizer")
-    return str(found)
+def print_data(report: dict[str, Any], console: Any) -> None:
+    """Print what was read from each source, what was left out and why, and the totals of each group."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table("source", "group", "layout", "read", "left out", "dialogues", "tokens", "learned",
+                  box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for name, source in report["sources"].items():
+        reasons = {**source["dropped"], **{reason: source[reason] for reason in
+                                           ("over_length", "nothing_learned", "not_drawn")}}
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+        table.add_row(name, source["group"], ", ".join(source["layouts"]), f"{source['read']:,}", left_out or "–",
+                      f"{source['rows']:,}", f"{source['tokens']:,}", f"{source['learned_tokens']:,}")
+    console.print(table)
+    if report["ratio"] or len(report["groups"]) > 1:
+        parts = (f"{group}: {found['rows']:,} dialogues, {found['tokens']:,} tokens"
+                 for group, found in report["groups"].items())
+        console.print(f"ratio {report['ratio'] or 'as it is'}: " + "; ".join(parts))
+    console.print(f"{report['rows_per_epoch']:,} rows, {report['filled']:.1%} full; {report['steps_per_epoch']:,} "
+                  f"steps an epoch; {report['held_out']:,} dialogues held out")

@@ -123,9 +123,9 @@ def test_before_the_words_of_a_run_its_own_rows_are_shown(text_run, tmp_path):
     assert printed.status == 0, printed.err
     assert "row 1: " in printed.out and "row 2: " in printed.out and "dialogues held out" in printed.out
     from ctllm_jax.config.sft import SFTConfig
-    from ctllm_jax.training.sft import open_tuning
+    from ctllm_jax.training.sft import open_stage
 
-    own = open_tuning(load(SFTConfig, target=words[1], overrides=words[2:]), keep_dialogues=True).data
+    own = open_stage(load(SFTConfig, target=words[1], overrides=words[2:]), keep_texts=True).data
     shown = re.findall(rf"{re.escape(str(data))}:(\d+): user, assistant", printed.out.replace("\n", ""))
     assert [int(each) for each in shown] == [own.dialogues[item].row for row in (1, 2) for item in own.items(0, row)]
     apart = call("data", "inspect", *words, "split=held_out", "rows=99", "show_tokens=0")

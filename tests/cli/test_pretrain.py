@@ -16,7 +16,7 @@ from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.dataset.build import build_from_files
 from ctllm_jax.report.run import read_run
 from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint
-from ctllm_jax.training.sft import open_text
+from ctllm_jax.training.tuning import open_text
 from tests.cli.conftest import call, text_overrides
 from tests.cli.test_sft import write_other_tokenizer
 from tests.runs import assert_same_bits, read_arrays, start

@@ -15,7 +15,7 @@ from ctllm_jax.config.load import load
 from ctllm_jax.config.sft import SFTConfig
 from ctllm_jax.report.run import read_run
 from ctllm_jax.training.checkpoints.checkpoint import list_checkpoints
-from ctllm_jax.training.sft import open_tuning
+from ctllm_jax.training.sft import open_stage
 from tests.cli.conftest import call
 from tests.runs import cached, start
 
@@ -107,7 +107,7 @@ def test_what_is_finished_is_passed_over(swept, command, monkeypatch):
 def trained_dialogues(directory):
     """By language, the dialogues that the last checkpoint of a run says it was trained on."""
     config = load(SFTConfig, target=directory / "config.yaml")
-    data = open_tuning(config).data
+    data = open_stage(config).data
     said = list_checkpoints(directory)[-1].meta["fingerprint"]["data"]["examples_sha256"]
     assert data.fingerprint["examples_sha256"] == said
     examples = data.examples

@@ -6,7 +6,7 @@ import pytest
 from rich.live import Live
 from rich.table import Table
 
-from ctllm_jax.cli.terminal import SafeConsole
+from ctllm_jax.report.terminal import SafeConsole
 
 HOSTILE = "title\x1b]0;x\x07 clear\x1b[2J c1\x9b2J back\x08 right\u202eleft"
 

@@ -16,7 +16,8 @@ from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.dataset.reader import Dataset
 from ctllm_jax.evaluation.bits_per_byte import evaluate_sources, make_evaluation_step, text_figures
 from ctllm_jax.model.decoder import Decoder, head_weights, init_params
-from ctllm_jax.training.pretrain import make_decoder, make_loss_fn, place_batch
+from ctllm_jax.training.objective import make_loss_fn
+from ctllm_jax.training.run import make_decoder, place_batch
 from tests.small_text import VOCABULARY, make_corpus
 
 LENGTH = 32

@@ -9,7 +9,7 @@ from ctllm_jax.evaluation.bits_per_byte import make_evaluation_step
 from ctllm_jax.evaluation.preferences import evaluate_pairs
 from ctllm_jax.model.decoder import Decoder, head_weights
 from ctllm_jax.training.dpo import describe, make_objective
-from ctllm_jax.training.pretrain import make_decoder, place_batch
+from ctllm_jax.training.run import make_decoder, place_batch
 from tests.training.test_dpo import load_data, make_config, params  # noqa: F401
 
 ROWS = 4

@@ -304,7 +304,7 @@ def test_the_train_step_takes_it_on_a_slice(remat):
     """A decoder on a mesh, jitted with shardings, scanned: the kernels are in it, and a reduce-scatter."""
     from ctllm_jax.config.load import load
     from ctllm_jax.config.pretrain import PretrainConfig
-    from ctllm_jax.training.pretrain import plan_step
+    from ctllm_jax.training.run import plan_step
 
     overrides = ["model.vocab_size=4096", "model.hidden_size=256", "model.num_layers=2", "model.num_heads=2",
                  "model.num_kv_heads=2", "model.head_dim=128", "model.ffn_size=768", "model.context_length=512",

@@ -18,7 +18,7 @@ from ctllm_jax.model.lora import count_adapters
 from ctllm_jax.model.parameters import count_parameters
 from ctllm_jax.preflight import plan
 from ctllm_jax.training.checkpoints.checkpointer import Checkpointer
-from ctllm_jax.training.pretrain import plan_step
+from ctllm_jax.training.run import plan_step
 from ctllm_jax.training.state import init_state
 
 FIXED = 64 * 1024

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ctllm_jax.training import pretrain
-from ctllm_jax.training.pretrain import StepPlan
+from ctllm_jax.training.run import StepPlan
 
 
 @pytest.fixture(scope="session")

@@ -136,7 +136,7 @@ if __name__ == "__main__":
 
     if sys.argv[1] in ("each", "rounds"):
         import ctllm_jax.cli.pretrain
-        import ctllm_jax.training.pretrain  # noqa: F401
+        import ctllm_jax.trainer.trainer  # noqa: F401
 
         if sys.argv[1] == "each":
             print(json.dumps(list(kill_each(sys.argv[2], sys.argv[3:]))))

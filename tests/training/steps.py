@@ -11,7 +11,7 @@ import pytest
 from ctllm_jax import sharding
 from ctllm_jax.model.parameters import decoder_parameters
 from ctllm_jax.training.optimizer import make_optimizer, make_schedule
-from ctllm_jax.training.pretrain import make_decoder, place_batch
+from ctllm_jax.training.run import make_decoder, place_batch
 from ctllm_jax.training.state import init_state, like_params
 from ctllm_jax.training.step import make_train_step
 

@@ -16,7 +16,7 @@ from ctllm_jax.huggingface.layout import pieces
 from ctllm_jax.huggingface.shards import ShardWriter
 from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint
 from ctllm_jax.training.conversion import export_model, import_model
-from ctllm_jax.training.sft import open_text
+from ctllm_jax.training.tuning import open_text
 
 
 def make(folder, tokenizer, layers):

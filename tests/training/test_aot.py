@@ -16,8 +16,9 @@ from ctllm_jax.model.parameters import count_parameters
 from ctllm_jax.preflight.aot import open_devices
 from ctllm_jax.preflight.hlo import Program
 from ctllm_jax.training.dpo import describe, make_loss_fn
-from ctllm_jax.training.pretrain import Objective, plan_step
-from ctllm_jax.training.sft import completed
+from ctllm_jax.training.objective import Objective
+from ctllm_jax.training.run import plan_step
+from ctllm_jax.training.tuning import completed
 
 pytestmark = pytest.mark.aot
 

@@ -18,7 +18,8 @@ from ctllm_jax.preflight.hlo import Program
 from ctllm_jax.report.run import read_run
 from ctllm_jax.training import step as step_module
 from ctllm_jax.training.loop import Hook
-from ctllm_jax.training.pretrain import prepare_run
+from ctllm_jax.training.objective import Opened, next_tokens
+from ctllm_jax.training.run import prepare_run
 from ctllm_jax.training.state import Spikes, init_state
 from ctllm_jax.training.step import make_train_step
 from ctllm_jax.training.supervision.recovery import Diverged
@@ -99,7 +100,7 @@ def make_run(directory, planted, *overrides, skip=lambda step: step):
     data = Planted(sequence_length=config.batch.sequence_length, rows=config.batch.rows, seed=config.seed,
                    vocab_size=config.model.vocab_size)
     data.planted, data.skip = planted, skip
-    run = prepare_run(config, directory=directory, data=data)
+    run = prepare_run(Opened(config, data, next_tokens(data.token_bytes), {}), directory=directory)
     seen, rollbacks = [], []
 
     def save(step, state):

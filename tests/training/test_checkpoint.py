@@ -16,11 +16,11 @@ from ctllm_jax import sharding
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import CheckpointConfig, PretrainConfig
-from ctllm_jax.training import pretrain
 from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint, list_checkpoints, load_params, read_model_config
 from ctllm_jax.training.checkpoints.checkpointer import Checkpointer
 from ctllm_jax.training.checkpoints.fingerprint import compare_fingerprints, make_fingerprint
-from ctllm_jax.training.pretrain import prepare_run
+from ctllm_jax.training.pretrain import open_stage
+from ctllm_jax.training.run import StepPlan, prepare_run
 from ctllm_jax.training.state import State, init_state
 
 TOKENS = 1000
@@ -212,11 +212,11 @@ def preparing():
 
     def prepare(directory, *overrides, devices=8):
         patch.setattr(sharding, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:devices]))
-        runs.append(prepare_run(make_config(directory, *overrides), directory=directory))
+        runs.append(prepare_run(open_stage(make_config(directory, *overrides)), directory=directory))
         return runs[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain.StepPlan, "compile", lambda plan: None)
+        patch.setattr(StepPlan, "compile", lambda plan: None)
         yield prepare
     for run in runs:
         run.checkpointer.close()

@@ -20,8 +20,8 @@ from ctllm_jax.model.decoder import init_params
 from ctllm_jax.training import reference
 from ctllm_jax.training.checkpoints.checkpoint import Kept
 from ctllm_jax.training.dpo import check_loss, describe, make_loss_fn, make_objective
-from ctllm_jax.training.pretrain import make_decoder
 from ctllm_jax.training.reference import attach_reference
+from ctllm_jax.training.run import make_decoder
 from data_prep.train_tokenizer import fit
 from tests.training.steps import SPLITS, assert_same, assert_same_gradients, on_mesh, take_steps
 

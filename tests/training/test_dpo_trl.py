@@ -14,8 +14,9 @@ from ctllm_jax.config.load import load
 from ctllm_jax.data.preference import PreferenceData
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.report.run import read_run
-from ctllm_jax.training.dpo import open_preferences
-from ctllm_jax.training.pretrain import Objective, make_decoder
+from ctllm_jax.training.dpo import open_stage
+from ctllm_jax.training.objective import Objective
+from ctllm_jax.training.run import make_decoder
 from tests.cli.conftest import call
 from tests.model.llama import make_llama, to_llama
 from tests.training import trl_peers
@@ -72,7 +73,7 @@ def both(tmp_path_factory):
              f"loss.beta={BETA}", f"data.epochs={EPOCHS}", *trl_peers.OVERRIDES]
     printed = call(*words)
     assert printed.status == 0, printed.err
-    config, data, objective, _ = open_preferences(load(DPOConfig, target=words[1], overrides=words[2:]))
+    config, data, objective, *_ = open_stage(load(DPOConfig, target=words[1], overrides=words[2:]))
     data.reference_logps = np.arange(2 * len(data), dtype=np.float32)  # the answer's number, for a moment
     batches = []
     for step in range(data.steps):

@@ -12,7 +12,8 @@ from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.training import loop
 from ctllm_jax.training.loop import Clock, Hook, every, run_loop
-from ctllm_jax.training.pretrain import Run
+from ctllm_jax.training.objective import next_tokens
+from ctllm_jax.training.run import Run
 from ctllm_jax.training.state import State
 
 
@@ -196,7 +197,7 @@ class Data:
 @pytest.fixture
 def make_run(monkeypatch):
     """(train_step) -> a run of the debug config over `Data`, at step 3, and what became of its checkpointer."""
-    monkeypatch.setattr("ctllm_jax.training.pretrain.place_batch", lambda batch, **options: batch)
+    monkeypatch.setattr("ctllm_jax.training.run.place_batch", lambda batch, **options: batch)
 
     def make(train_step):
         from ctllm_jax.sharding import make_mesh
@@ -207,7 +208,7 @@ def make_run(monkeypatch):
         state = State({}, {}, jnp.int32(3), jnp.int32(4), jnp.int32(0))
         config = load(PretrainConfig, target="debug/pretrain", overrides=["steps=6"])
         return Run(config, None, make_mesh({"data": 8, "fsdp": 1, "tensor": 1}), None, Data(), state, "resume",
-                   train_step, checkpointer, 1, 1, 0.0, start=3), saved
+                   train_step, checkpointer, 1, 1, 0.0, 3, next_tokens()), saved
 
     return make
 

@@ -15,7 +15,8 @@ from ctllm_jax.model.decoder import init_params
 from ctllm_jax.model.flops import flops_per_token
 from ctllm_jax.model.lora import attach, count_adapters
 from ctllm_jax.training.environment import choose_implementations
-from ctllm_jax.training.pretrain import make_decoder, make_loss_fn, place_batch, plan_step
+from ctllm_jax.training.objective import make_loss_fn
+from ctllm_jax.training.run import make_decoder, place_batch, plan_step
 
 STEPS = 3
 

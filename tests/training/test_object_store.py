@@ -20,8 +20,8 @@ from ctllm_jax.training.checkpoints import checkpoint, files
 from ctllm_jax.training.checkpoints import manager as checkpoint_manager
 from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint, list_checkpoints, load_params
 from ctllm_jax.training.checkpoints.checkpointer import Checkpointer, NotWritten
-from ctllm_jax.training.sft import open_text
 from ctllm_jax.training.supervision.lock import make_lock, read_owner
+from ctllm_jax.training.tuning import open_text
 from tests.object_store import BUCKET
 from tests.runs import DEBUG, assert_same_bits, cached, launch, read_arrays, start
 from tests.small_text import VOCABULARY, make_corpus

@@ -12,7 +12,8 @@ from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.report.run import read_run
 from ctllm_jax.training.loop import Hook
-from ctllm_jax.training.pretrain import prepare_run
+from ctllm_jax.training.pretrain import open_stage
+from ctllm_jax.training.run import prepare_run
 from tests.runs import DEBUG, REPOSITORY, assert_same_bits, cached, launch, read_arrays, start
 from tests.training.killed_run import MOMENTS
 
@@ -106,7 +107,8 @@ def train_to_the_end(directory, *overrides, devices, monkeypatch):
     make_mesh = sharding.make_mesh
     with monkeypatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:devices]))
-        run = prepare_run(load(PretrainConfig, target=DEBUG, overrides=["steps=6", *overrides]), directory=directory)
+        opened = open_stage(load(PretrainConfig, target=DEBUG, overrides=["steps=6", *overrides]))
+        run = prepare_run(opened, directory=directory)
     losses = {}
     save = Hook(lambda step, state: run.checkpointer.save(state, step=step), run.checkpointer.is_due)
     run.train(record=lambda step, metrics, timing: losses.update({step: metrics["loss"]}), hooks=[save])

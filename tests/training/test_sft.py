@@ -14,7 +14,8 @@ from ctllm_jax.data.batch import stack_rows
 from ctllm_jax.data.sft import SFTData, pack_row
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.model.decoder import init_params
-from ctllm_jax.training.pretrain import make_decoder, make_loss_fn
+from ctllm_jax.training.objective import make_loss_fn
+from ctllm_jax.training.run import make_decoder
 from data_prep.train_tokenizer import fit
 from tests.training.steps import SPLITS, assert_same, assert_same_gradients, on_mesh, take_steps
 

@@ -11,7 +11,7 @@ from ctllm_jax.config.load import load
 from ctllm_jax.config.sft import SFTConfig
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.report.run import read_run
-from ctllm_jax.training.sft import open_tuning
+from ctllm_jax.training.sft import open_stage
 from tests.cli.conftest import call
 from tests.model.llama import make_llama
 from tests.training import trl_peers
@@ -53,7 +53,7 @@ def both(tmp_path_factory):
              "evaluation.every=0", *trl_peers.OVERRIDES]
     printed = call(*words)
     assert printed.status == 0, printed.err
-    config, data, _ = open_tuning(load(SFTConfig, target=words[1], overrides=words[2:]))
+    config, data, *_ = open_stage(load(SFTConfig, target=words[1], overrides=words[2:]))
     number = {data.examples.ids[first:last].tobytes(): index
               for index, (first, last) in enumerate(itertools.pairwise(data.examples.offsets))}
     batches = []

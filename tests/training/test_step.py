@@ -19,9 +19,10 @@ from ctllm_jax.gathered import Rings
 from ctllm_jax.losses import cross_entropy
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.model.parameters import decoder_parameters
+from ctllm_jax.training.objective import make_loss_fn, next_tokens
 from ctllm_jax.training.optimizer import make_optimizer, make_schedule
-from ctllm_jax.training.pretrain import make_decoder, make_loss_fn, place_batch
 from ctllm_jax.training.records import make_record
+from ctllm_jax.training.run import make_decoder, place_batch
 from ctllm_jax.training.state import init_state
 from ctllm_jax.training.step import make_train_step, plan_accumulation
 from tests.training.steps import place_state
@@ -158,7 +159,7 @@ def take_a_step_that_sums(name):
 def test_a_sum_of_a_loss_that_no_stage_knows_is_in_the_record():
     config = make_config()
     data = SyntheticData(sequence_length=64, rows=8, seed=1, vocab_size=250)
-    record = make_record(SimpleNamespace(config=config, data=data, objective=None, start=0))
+    record = make_record(SimpleNamespace(config=config, data=data, objective=next_tokens(), start=0))
     shown = record(1, take_a_step_that_sums("router"), {"step_seconds": 1.0, "data_wait": 0.0})
     assert shown["loss/router"] == 2.0
     assert not {"loss/weight", "loss/lr", "loss/z_loss", "loss/bytes"} & shown.keys()
