@@ -35,14 +35,14 @@ if __name__ == "__main__":
 
     from ctllm_jax.cli import main
     from ctllm_jax.data import pretrain as data
-    from ctllm_jax.training import pretrain
+    from ctllm_jax.training import run
 
     planted = json.loads(sys.argv[1])
     first, count = planted.pop("leave out", (0, 0))
     Planted.skip = staticmethod(lambda step: step + count * (step >= first))
     Planted.planted = {int(step): row for step, row in planted.items()}
     data.SyntheticData = Planted
-    train = pretrain.Run.train
+    train = run.Run.train
 
     def train_and_tell(self, **options):
         """Behind the last step, the weights of this process."""
@@ -54,5 +54,5 @@ if __name__ == "__main__":
         (self.directory / f"weights-{jax.process_index()}").write_text(digest.hexdigest())
         return step
 
-    pretrain.Run.train = train_and_tell
+    run.Run.train = train_and_tell
     sys.exit(main(["pretrain", "debug/pretrain", *sys.argv[2:]]))
