@@ -58,7 +58,7 @@ def train(config: PretrainConfig, *, console: Console | None = None, began: floa
     if config.processes not in (1, jax.process_count()):
         raise UserError(f"processes={config.processes}: the command line starts processes; this runs in"
                         f" {jax.process_count()}")
-    first = jax.process_index() == 0
+    first, tasks = jax.process_index() == 0, open_loop_tasks(config)
 
     def progress(text: str) -> None:
         if first:
@@ -69,7 +69,6 @@ def train(config: PretrainConfig, *, console: Console | None = None, began: floa
             config.watchdog, heartbeat_seconds=config.distributed.heartbeat_seconds, directory=directory,
             ledger=ledger, tell=journal.end) as watchdog:
         # Open the data, which fills the gaps of the config.
-        tasks = open_loop_tasks(config)
         opened = open_same(lambda: stage.open(config, directory=directory), lambda found: describe_data(found.data),
                            what="data")
         config = opened.config

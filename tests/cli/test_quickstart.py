@@ -79,7 +79,7 @@ def made(tmp_path_factory):
 
 def only_data(monkeypatch):
     """Nothing is trained."""
-    monkeypatch.setattr(quickstart, "train", lambda *arguments, **options: {})
+    monkeypatch.setattr("ctllm_jax.trainer.trainer.train", lambda *arguments, **options: {})
     monkeypatch.setattr(quickstart, "align", lambda base, *arguments, **options: quickstart_alignment.Aligned(
         base, base, {"made_of": {"samples": 0}}))
 
