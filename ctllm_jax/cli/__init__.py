@@ -56,7 +56,9 @@ class _Plainly(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         """The line, but for a stack."""
         ours = record.name.startswith(("ctllm_jax", "data_prep"))
-        return f"{record.levelname.lower()}{'' if ours else f' ({record.name})'}: {record.message}"
+        from ctllm_jax.config.control import as_started
+
+        return as_started(f"{record.levelname.lower()}{'' if ours else f' ({record.name})'}: {record.message}")
 
 
 @dataclass
@@ -90,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal that has no Chinese is shown escapes
             stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
+        from ctllm_jax.config.control import as_started
+
+        print(as_started(_overview()))
         return DONE
     command = arguments.pop(0)
     if command == "--version":
@@ -159,7 +163,9 @@ def _run(module, command: str, arguments: list[str]) -> int:
             hint = f"; keys are written without dashes: {option[2:]}" if "=" in option else ""
             raise UserError(f"unknown option {option}: there are {', '.join(sorted(known))}{hint}")
     if "--help" in options or "-h" in words:
-        print(_describe(module, command))
+        from ctllm_jax.config.control import as_started
+
+        print(as_started(_describe(module, command)))
         return 0
     actions = getattr(module, "ACTIONS", {})
     action = None
@@ -239,10 +245,10 @@ def _context(command: str, action: str | None, targets: list[str], overrides: li
 
 
 def _complain(message: str, *, status: int = WRONG_INPUT) -> int:
-    from ctllm_jax.config.control import visible
+    from ctllm_jax.config.control import as_started, visible
 
     red, plain = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
-    print(f"{red}error:{plain} {visible(message)}", file=sys.stderr)
+    print(f"{red}error:{plain} {visible(as_started(message))}", file=sys.stderr)
     return status
 
 

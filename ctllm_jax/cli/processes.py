@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ctllm_jax.cli import Context
 
 _CHILD = "from ctllm_jax.cli.processes import be_child; be_child()"
+_PROGRAM = "CTLLM_PROGRAM"
+"""Environment variable: what the parent was started as, for the commands in its children's messages."""
 _DEVICES = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 _AGREED = (DONE, WRONG_INPUT, DIVERGED, REQUEUE, INTERRUPTED)
 _GRACE, _SHORT_GRACE = 60.0, 5.0
@@ -88,7 +90,7 @@ def start_child(words: Sequence[str], *, environment: Mapping[str, str] | None =
     `environment` is what differs in it; other options are Popen's.
     """
     root = str(Path(__file__).resolve().parent.parent.parent)
-    environment = {**os.environ, **(environment or {})}
+    environment = {**os.environ, _PROGRAM: sys.argv[0], **(environment or {})}
     paths = [root, *filter(None, [environment.get("PYTHONPATH")])]
     return subprocess.Popen([sys.executable, "-c", _CHILD, str(os.getpid()), *words], process_group=0,
                             env={**environment, "PYTHONPATH": os.pathsep.join(paths)}, **options)
@@ -105,7 +107,7 @@ def be_child() -> None:
     from ctllm_jax.cli import entry
 
     parent = int(sys.argv.pop(1))
-    sys.argv[0] = "launch.py"
+    sys.argv[0] = os.environ.get(_PROGRAM, "launch.py")
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGINT))  # PR_SET_PDEATHSIG
         if os.getppid() != parent:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 HALF = "half of a surrogate pair (\\ud800 to \\udfff), which is no character"
@@ -11,6 +13,7 @@ HALF = "half of a surrogate pair (\\ud800 to \\udfff), which is no character"
 # C0 and C1 but tab and line feed, DEL, and lone surrogates, which no UTF-8 file can hold.
 _STEERING = "\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"
 _DIRECTIONS = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+_PROGRAM = re.compile(r"(?<![\w./])(?:python )?launch\.py(?= )")
 _SHOWN = re.compile(f"[{_STEERING}{_DIRECTIONS}]")
 _NOT_IN_A_LINE = re.compile(f"[{_STEERING}{_DIRECTIONS}\t\n\u2028\u2029]")
 _NOT_IN_PROSE = re.compile(f"(?!\r)[{_STEERING}]")
@@ -19,6 +22,15 @@ _NOT_IN_PROSE = re.compile(f"(?!\r)[{_STEERING}]")
 def visible(text: str) -> str:
     """The text with every character that steers a terminal or hides from the eye replaced by a visible one."""
     return _SHOWN.sub(_picture, text)
+
+
+def as_started(text: str) -> str:
+    """A text whose commands begin with the program that this process was started as: `ctllm` where the package is
+    installed, `python -m ctllm_jax`, or `python launch.py` as they are written."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py" and program.parent.name == "ctllm_jax":
+        return _PROGRAM.sub("python -m ctllm_jax", text)
+    return _PROGRAM.sub("ctllm", text) if program.stem == "ctllm" else text
 
 
 def find_control(text: str, *, prose: bool) -> str | None:

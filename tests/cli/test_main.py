@@ -149,3 +149,22 @@ def test_a_command_within_another_one_begins_when_it_is_called():
     now = time.perf_counter()
     assert cli.Context("sft", None).began >= now
     assert cli._context("sft", None, [], [], [], None).began < now
+
+
+@pytest.mark.parametrize(("program", "shown"), [
+    ("/usr/bin/ctllm", "ctllm"), ("/site/ctllm_jax/__main__.py", "python -m ctllm_jax"),
+    ("launch.py", "python launch.py"),
+])
+def test_commands_in_messages_are_those_of_the_program_that_was_started(program, shown, monkeypatch, capsys):
+    from ctllm_jax.config.control import as_started
+    from ctllm_jax.report.terminal import SafeConsole
+
+    monkeypatch.setattr(sys, "argv", [program])
+    assert as_started("next: python launch.py chat runs/a; launch.py sft, runs/launch.py x") == (
+        f"next: {shown} chat runs/a; {shown if program != 'launch.py' else 'launch.py'} sft, runs/launch.py x")
+    SafeConsole().print("next: python launch.py chat runs/a")
+    assert cli.main(["--help"]) == 0 and cli.main(["nothing"]) == 2
+    printed = capsys.readouterr()
+    assert f"next: {shown} chat runs/a" in printed.out and f"start here: {shown} quickstart" in printed.out
+    assert cli.main(["sft", "--help"]) == 0
+    assert f"usage: {shown} sft CONFIG" in capsys.readouterr().out
