@@ -20,7 +20,8 @@ from ctllm_jax.config.load import ConfigError, load
 from ctllm_jax.config.pretrain import OptimizerConfig
 from ctllm_jax.config.sft import TemplateConfig
 from ctllm_jax.config.stages import STAGES
-from ctllm_jax.data.chat import Message, open_template
+from ctllm_jax.data.chat import Message
+from ctllm_jax.data.templates import open_template
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.losses.preference import Answers, preference_loss
 from ctllm_jax.model.decoder import Decoder, init_params

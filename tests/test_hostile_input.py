@@ -16,10 +16,10 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.config.sft import TemplateConfig
-from ctllm_jax.data.chat import open_template
 from ctllm_jax.data.conversations import read_conversations
 from ctllm_jax.data.layouts import Dropped, messages_of
 from ctllm_jax.data.pairs import read_pairs
+from ctllm_jax.data.templates import open_template
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.dataset.manifest import read_manifest
 from ctllm_jax.huggingface.architecture import embedding_rows, read_model_config

@@ -1,6 +1,7 @@
 """The house keeps its order: who imports whom, what a room needs, and what is nowhere."""
 
 import ast
+import graphlib
 import os
 import re
 import subprocess
@@ -141,6 +142,16 @@ def test_rooms_import_downwards_and_need_little():
     found = [line for path in LIBRARY for line in misplaced(path.read_text(encoding="utf-8"), module_name(path),
                                                             is_package=path.name == "__init__.py")]
     assert not found, "\n".join(found)
+
+
+def test_no_imports_form_a_circle():
+    modules, graph = {module_name(path): path for path in LIBRARY}, {}
+    for module, path in modules.items():
+        found = imports(ast.parse(path.read_text(encoding="utf-8")), module, is_package=path.name == "__init__.py")
+        # `a.b` is the module, or something in the module a; a package does not import itself by importing its parts.
+        targets = {name if name in modules else name.rpartition(".")[0] for _, name in found}
+        graph[module] = targets & set(modules) - {module}
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the modules
 
 
 def test_every_room_has_its_floor():

@@ -66,7 +66,8 @@ def to_yaml(doctor: Doctor) -> str:
 def run(context: Context) -> int:
     """Examine, print, write; the exit status: 1 where something fails."""
     from ctllm_jax.cluster import compilation_cache, xla_flags
-    from ctllm_jax.preflight.doctor import FAIL, Subject, as_json, examine, worst
+    from ctllm_jax.preflight.doctor import examine
+    from ctllm_jax.preflight.findings import FAIL, Subject, as_json, worst
 
     own, config = context.config
     if own.output:

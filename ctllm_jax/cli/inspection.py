@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
-from ctllm_jax.cli.data import SEGMENT_STYLES, describe, print_rows, signs, table
+from ctllm_jax.cli.rows import SEGMENT_STYLES, describe, print_rows, signs, table
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.inspect import InspectConfig, Inspection
 from ctllm_jax.config.stages import STAGES
@@ -46,9 +46,9 @@ def inspect_file(path: Path, kind: str, config: InspectConfig, console: Console)
     """Rows of a file of dialogues or pairs, packed as a run with these keys packs them."""
     from ctllm_jax.config.dpo import PairDataConfig, PairSourceConfig
     from ctllm_jax.config.sft import SFTDataConfig, SFTSourceConfig
-    from ctllm_jax.data.chat import open_template
     from ctllm_jax.data.preference import PreferenceData
     from ctllm_jax.data.sft import SFTData
+    from ctllm_jax.data.templates import open_template
     from ctllm_jax.data.tokenizer import load_tokenizer
 
     if config.tokenizer is None:

@@ -19,10 +19,11 @@ import numpy as np
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.sft import SFTDataConfig, TemplateConfig
 from ctllm_jax.data.batch import Batch, checked_rows, padding_row, stack_rows
-from ctllm_jax.data.chat import ChatTemplate, Message, Rendered, open_template
+from ctllm_jax.data.chat import ChatTemplate, Message, Rendered
 from ctllm_jax.data.conversations import Dialogue, read_conversations
 from ctllm_jax.data.epochs import PackedEpochs, best_fit
 from ctllm_jax.data.pretrain import HeldOutData
+from ctllm_jax.data.templates import open_template
 from ctllm_jax.data.tokenizer import Tokenizer
 
 _TOKENIZED_TOGETHER = 1024  # dialogues: enough for the tokenizer's threads

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.generate import GenerateConfig
 from ctllm_jax.config.sft import TemplateConfig
-from ctllm_jax.data.chat import ChatTemplate, Message, open_template
+from ctllm_jax.data.chat import ChatTemplate, Message
 from ctllm_jax.data.jinja_chat import NAMES, TEMPLATE, added_tokens, read_settings, read_template, token_text
+from ctllm_jax.data.templates import open_template
 from ctllm_jax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from ctllm_jax.data.vocabulary import Vocabulary
 from ctllm_jax.huggingface.architecture import CONFIG, GENERATION, read_json

@@ -20,7 +20,8 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.generate import DrawingConfig
 from ctllm_jax.config.model import MeshConfig
 from ctllm_jax.config.sft import TemplateConfig
-from ctllm_jax.data.chat import ChatTemplate, Message, open_template
+from ctllm_jax.data.chat import ChatTemplate, Message
+from ctllm_jax.data.templates import open_template
 from ctllm_jax.data.tokenizer import Tokenizer
 from ctllm_jax.huggingface.tokenizer import read_drawing
 from ctllm_jax.inference.engine import Engine

@@ -24,7 +24,7 @@ from urllib.request import getproxies_environment, proxy_bypass_environment
 from ctllm_jax.cluster import compilation_cache, distributed, hardware, xla_flags
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.preflight.data_checks import check_dataset, check_tokenizer
-from ctllm_jax.preflight.doctor import FAIL, OK, WARN, Finding, Subject
+from ctllm_jax.preflight.findings import FAIL, OK, WARN, Finding, Subject
 
 SKEW = 2.0
 """Seconds by which a file server's clock may differ: enough for its cache, less than a checkpoint's interval."""

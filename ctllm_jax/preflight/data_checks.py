@@ -7,7 +7,7 @@ from typing import Any
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.stages import STAGES
-from ctllm_jax.preflight.doctor import FAIL, OK, WARN, Finding, Subject
+from ctllm_jax.preflight.findings import FAIL, OK, WARN, Finding, Subject
 
 
 def check_dataset(subject: Subject) -> list[Finding]:

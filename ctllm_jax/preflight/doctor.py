@@ -12,41 +12,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from typing import Any
 
-from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.config.errors import UserError
+from ctllm_jax.config.stages import STAGES
+from ctllm_jax.preflight import checks
+from ctllm_jax.preflight.findings import FAIL, Finding, Subject, as_json, late
 
-OK, WARN, FAIL = "ok", "warn", "fail"
 _CHILD = "from ctllm_jax.preflight.doctor import be_child; be_child()"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A line of the doctor.
-
-    Attributes:
-      check: what was looked at.
-      status: ok, warn or fail.
-      text: what was found.
-      fix: what to do about it; empty where all is well.
-    """
-
-    check: str
-    status: str
-    text: str
-    fix: str = ""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is examined: a run (None: the machine alone), its stage, and the environment that it would start in."""
-
-    config: PretrainConfig | None
-    stage: str
-    environment: Mapping[str, str]
 
 
 def examine(subject: Subject, *, seconds: float, tell: Callable[[str], None] = lambda name: None) -> Iterator[Finding]:
@@ -54,29 +29,12 @@ def examine(subject: Subject, *, seconds: float, tell: Callable[[str], None] = l
 
     The processes run beside the threads, two at a time. `tell` is given the name of what is waited for.
     """
-    from ctllm_jax.preflight.checks import CHECKS, CHILDREN
-
     with ThreadPoolExecutor(2) as pool:
-        started: dict[str, Future] = {name: pool.submit(_in_process, name, subject, seconds) for name in CHILDREN}
-        for name, check in CHECKS.items():
+        started: dict[str, Future] = {name: pool.submit(_in_process, name, subject, seconds)
+                                      for name in checks.CHILDREN}
+        for name, check in checks.CHECKS.items():
             tell(name)
             yield from started[name].result() if name in started else _in_thread(name, check, subject, seconds)
-
-
-def worst(findings: list[Finding]) -> str:
-    """fail, warn or ok: the worst of all."""
-    return max((each.status for each in findings), key=[OK, WARN, FAIL].index, default=OK)
-
-
-def as_json(findings: list[Finding]) -> list[dict[str, str]]:
-    """Findings as JSON."""
-    return [asdict(each) for each in findings]
-
-
-def late(name: str, seconds: float) -> list[Finding]:
-    """What is said of a check that did not end."""
-    return [Finding(name, FAIL, f"no answer in {seconds:g} s",
-                    "a file system, a name server or a device does not answer; timeout=SECONDS waits longer")]
 
 
 def _in_thread(name: str, check: Callable[[Subject], list[Finding]], subject: Subject, seconds: float) -> list[Finding]:
@@ -93,8 +51,6 @@ def _in_thread(name: str, check: Callable[[Subject], list[Finding]], subject: Su
 
 def _safely(name: str, check: Callable[[Subject], list[Finding]], subject: Subject) -> list[Finding]:
     """A check that breaks is a finding, not the end of the doctor."""
-    from ctllm_jax.config.errors import UserError
-
     try:
         return check(subject)
     except UserError as error:
@@ -105,8 +61,6 @@ def _safely(name: str, check: Callable[[Subject], list[Finding]], subject: Subje
 
 def _in_process(name: str, subject: Subject, seconds: float) -> list[Finding]:
     """The check in a process of its own; what it said last, where it died."""
-    from ctllm_jax.preflight.checks import explain_death
-
     config = None if subject.config is None else subject.config.model_dump(mode="json")
     # A session of its own, so that what it started ends with it.
     with subprocess.Popen([sys.executable, "-c", _CHILD, name, subject.stage], text=True, stdin=subprocess.PIPE,
@@ -120,16 +74,13 @@ def _in_process(name: str, subject: Subject, seconds: float) -> list[Finding]:
     lines = [line for line in out.splitlines() if line.startswith("[")]
     if child.returncode == 0 and lines:
         return [Finding(**each) for each in json.loads(lines[-1])]
-    return explain_death(name, errors, child.returncode)
+    return checks.explain_death(name, errors, child.returncode)
 
 
 def be_child() -> None:
     """In a process of its own: the check whose name and stage are the arguments, the config on standard input."""
-    from ctllm_jax.config.stages import STAGES
-    from ctllm_jax.preflight.checks import CHECKS
-
     name, stage = sys.argv[1:3]
     values: Any = json.load(sys.stdin)
     config = None if values is None else STAGES[stage].schema.model_validate(values)
-    found = _safely(name, CHECKS[name], Subject(config, stage, os.environ))
+    found = _safely(name, checks.CHECKS[name], Subject(config, stage, os.environ))
     sys.stdout.write(f"{json.dumps(as_json(found))}\n")

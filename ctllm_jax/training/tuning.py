@@ -12,7 +12,8 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.model import ModelConfig
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.config.sft import SFTConfig, TemplateConfig
-from ctllm_jax.data.chat import ChatTemplate, open_template
+from ctllm_jax.data.chat import ChatTemplate
+from ctllm_jax.data.templates import open_template
 from ctllm_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, find_tokenizer, load_tokenizer
 from ctllm_jax.huggingface.tokenizer import kept_template, spoken_additions
 from ctllm_jax.model.lora import lora_parameters

@@ -6,8 +6,8 @@ from collections import Counter
 
 import numpy as np
 
-from data_prep.rules.ngrams import Repetition, repetition
 from data_prep.rules.registry import linear, logarithmic, rule
+from data_prep.rules.repetition import Repetition, repetition
 from data_prep.rules.view import View
 
 _STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ctllm_jax.config.errors import unknown
 from ctllm_jax.config.prepare import FilterConfig
-from data_prep.rules import bad_words, language, normalize, urls
+from data_prep.rules import bad_words, blacklist, language, normalize
 from data_prep.rules.lines import LINE_RULES, drop_lines
 from data_prep.rules.links import remove_links
-from data_prep.rules.registry import RULES, unknown
+from data_prep.rules.registry import RULES
 from data_prep.rules.sets import SETS, RuleSet, for_languages, with_thresholds
 from data_prep.rules.view import View
 
@@ -53,7 +54,7 @@ class Filter:
         self.rule_set: RuleSet = chosen if languages is None else for_languages(chosen, languages)
         self.config = config
         self._rules = [(name, RULES[name].measure, bounds) for name, bounds in self.rule_set.bounds.items()]
-        self._blacklist = urls.load(config.url_blacklists, config.blacklist_categories)
+        self._blacklist = blacklist.load(config.url_blacklists, config.blacklist_categories)
         self._bad_words = bad_words.load(config.bad_words)
         wants_language = any(name in self.rule_set.bounds for name in _NEED_LANGUAGE)
         self._identify = language.load(config.language_model) if wants_language else None

@@ -6,14 +6,11 @@ rule set (`sets.py`), never here.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from ctllm_jax.config.errors import UserError
 
 if TYPE_CHECKING:
     from data_prep.rules.view import View
@@ -85,10 +82,3 @@ def rule(name: str, code: str, *, low: float = -math.inf, high: float = math.inf
         RULES[name] = Rule(name, code, version, Bounds(low, high, above), cost, edges, measure, language, domain)
         return measure
     return register
-
-
-def unknown(kind: str, name: str, names) -> UserError:
-    """The error for a name that is not among `names`, with the nearest one."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    return UserError(f"{kind} {name!r} does not exist; nearest: {near[0] if near else 'none'}. There are: "
-                     f"{', '.join(names)}")

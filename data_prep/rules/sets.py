@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ctllm_jax.config.errors import UserError, unknown
 from data_prep.rules import (  # noqa: F401  (they register)
     characters,
     damage,
@@ -18,7 +19,7 @@ from data_prep.rules import (  # noqa: F401  (they register)
     urls,
 )
 from data_prep.rules.lines import LINE_RULES
-from data_prep.rules.registry import RULES, Bounds, Rule, unknown
+from data_prep.rules.registry import RULES, Bounds, Rule
 
 if TYPE_CHECKING:
     from ctllm_jax.config.prepare import RuleBounds
@@ -174,8 +175,6 @@ def _with_rule(rule_set: RuleSet, name: str, given: RuleBounds) -> RuleSet:
 
 def _with_line_rule(rule_set: RuleSet, name: str, given: RuleBounds) -> RuleSet:
     if given.low is not None or given.high is not None:
-        from ctllm_jax.config.errors import UserError
-
         raise UserError(f"filter.thresholds.{rule_set.name}.{name}: a rule for lines has no low and high; it is "
                         "switched on and off by enabled")
     chosen = {*rule_set.line_rules, name} if given.enabled else {*rule_set.line_rules} - {name}

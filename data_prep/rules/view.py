@@ -13,15 +13,13 @@ import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from data_prep.rules import normalize
-
-if TYPE_CHECKING:
-    from data_prep.rules.ngrams import Repetition
-    from data_prep.rules.urls import Blacklist
+from data_prep.rules.blacklist import Blacklist
+from data_prep.rules.repetition import Repetition, repetition
 
 SPACE, PUNCTUATION, DIGIT, SENTENCE_END, HASH, DOT, RARE, INVISIBLE = (1 << bit for bit in range(8))
 SENTENCE_ENDS = '.!?…;"'
@@ -185,8 +183,6 @@ class View:
     @cached_property
     def repetition(self) -> Repetition:
         """The n-grams of the characters that occur more than once, and how often each character occurs."""
-        from data_prep.rules.ngrams import repetition
-
         return repetition(self.codes)
 
     @cached_property

@@ -9,8 +9,9 @@ from ctllm_jax.cli.inspection import Shown, Writer, find_kind
 from ctllm_jax.config.inspect import InspectConfig
 from ctllm_jax.config.load import load
 from ctllm_jax.config.sft import TemplateConfig
-from ctllm_jax.data.chat import Message, open_template
+from ctllm_jax.data.chat import Message
 from ctllm_jax.data.sft import joined, pack_row
+from ctllm_jax.data.templates import open_template
 from ctllm_jax.data.tokenizer import load_tokenizer
 from tests.cli.conftest import call
 from tests.cli.test_sft import write_dialogues

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.sft import TemplateConfig
 from ctllm_jax.data import jinja_render
-from ctllm_jax.data.chat import Message, open_template
+from ctllm_jax.data.chat import Message
+from ctllm_jax.data.templates import open_template
 from ctllm_jax.data.tokenizer import load_tokenizer
 from tests.data.test_chat import dialogue, learned_runs, said, turns
 

@@ -9,8 +9,8 @@ import pytest
 from ctllm_jax.config.dpo import PairDataConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.sft import TemplateConfig
-from ctllm_jax.data.chat import open_template
 from ctllm_jax.data.preference import PreferenceData
+from ctllm_jax.data.templates import open_template
 from ctllm_jax.data.tokenizer import load_tokenizer
 
 S, CONTEXT, ROWS = 192, 90, 3

@@ -12,7 +12,7 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.config.sft import TemplateConfig
-from ctllm_jax.data.chat import open_template
+from ctllm_jax.data.templates import open_template
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.evaluation import sentiment
 from ctllm_jax.evaluation.sentiment import Answer, Judge

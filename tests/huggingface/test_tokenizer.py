@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.sft import TemplateConfig
-from ctllm_jax.data.chat import Message, open_template
+from ctllm_jax.data.chat import Message
+from ctllm_jax.data.templates import open_template
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.data.vocabulary import Vocabulary
 from ctllm_jax.huggingface import tokenizer as files

@@ -12,7 +12,7 @@ import uvicorn
 
 from ctllm_jax.config.serve import ServeConfig
 from ctllm_jax.config.sft import TemplateConfig
-from ctllm_jax.data.chat import open_template
+from ctllm_jax.data.templates import open_template
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.inference.connections import BACKLOG, limited
 from ctllm_jax.inference.engine import Engine

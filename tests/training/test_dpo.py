@@ -12,8 +12,8 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.config.sft import TemplateConfig
-from ctllm_jax.data.chat import open_template
 from ctllm_jax.data.preference import PreferenceData
+from ctllm_jax.data.templates import open_template
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.losses.preference import KINDS
 from ctllm_jax.model.decoder import init_params

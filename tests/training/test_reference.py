@@ -8,8 +8,8 @@ import pytest
 from ctllm_jax.config.dpo import PairDataConfig
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.sft import TemplateConfig
-from ctllm_jax.data.chat import open_template
 from ctllm_jax.data.preference import PreferenceData
+from ctllm_jax.data.templates import open_template
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.model.decoder import init_params
 from ctllm_jax.training import reference

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.rules import RULES, language, urls
+from data_prep.rules import RULES, language
+from data_prep.rules.blacklist import Blacklist
 from data_prep.rules.lines import drop_lines
 from data_prep.rules.view import SEGMENTED, View
 from tests.data_prep.rules import plain
@@ -114,7 +115,7 @@ def test_blacklist_equals_a_plain_one(seed):
     paths = ["", "/", "/x", "/x/", "/x/y", "/xy", "/x?q=1", "/x?q=1&r=2", "/x#f"]
     domains = set(chance.sample(hosts, 3))
     prefixes = {(host + path).rstrip("/") for host, path in zip(chance.sample(hosts, 6), paths[1:7], strict=True)}
-    blacklist = urls.Blacklist.of(domains, prefixes)
+    blacklist = Blacklist.of(domains, prefixes)
     hits = 0
     for host in hosts:
         for path in paths:

@@ -9,9 +9,9 @@ import pytest
 
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.prepare import FilterConfig
-from data_prep.rules import Filter, bad_words, language, urls
+from data_prep.rules import Filter, bad_words, language
+from data_prep.rules.blacklist import Blacklist, load, split_url
 from data_prep.rules.lines import drop_lines
-from data_prep.rules.urls import Blacklist, split_url
 from data_prep.rules.view import View
 from tests.data_prep.rules.test_release_faults import GOOD
 
@@ -52,19 +52,19 @@ def ut1(request, tmp_path):
     ("", False), ("/", False), ("http://", False), ("http://[::1]:80/x", False), ("坏.com", False),
 ])
 def test_hosts_and_urls_are_blocked_at_boundaries(ut1, url, hit):
-    assert urls.load([ut1]).hit(url) is hit
+    assert load([ut1]).hit(url) is hit
 
 
 def test_lists_of_what_is_allowed_block_nothing_unless_named(ut1):
-    assert not urls.load([ut1]).hit("http://kids.org")
-    assert urls.load([ut1], ["child"]).hit("http://kids.org")
+    assert not load([ut1]).hit("http://kids.org")
+    assert load([ut1], ["child"]).hit("http://kids.org")
 
 
 def test_categories_are_chosen_by_name_also_by_an_old_one(ut1):
-    assert urls.load([ut1], ["games"]).hit("http://play.net") and not urls.load([ut1], ["games"]).hit("http://bad.com")
-    assert urls.load([ut1], ["porn"]).hit("http://bad.com") and not urls.load([ut1], ["porn"]).hit("http://play.net")
+    assert load([ut1], ["games"]).hit("http://play.net") and not load([ut1], ["games"]).hit("http://bad.com")
+    assert load([ut1], ["porn"]).hit("http://bad.com") and not load([ut1], ["porn"]).hit("http://play.net")
     with pytest.raises(UserError, match="'gams' does not exist; nearest: games"):
-        urls.load([ut1], ["gams"])
+        load([ut1], ["gams"])
 
 
 def test_filters_share_one_blacklist(ut1):
@@ -77,7 +77,7 @@ def test_filters_share_one_blacklist(ut1):
 
 def test_hashes_of_one_process_do_not_reach_another(ut1):
     with pytest.raises(TypeError, match="of this process"):
-        pickle.dumps(urls.load([ut1]))
+        pickle.dumps(load([ut1]))
     again = pickle.loads(pickle.dumps(Filter("web", FilterConfig(url_blacklists=[ut1]))))
     assert again.apply(GOOD, "http://bad.com/1").failed == ("url_blacklist",)
 
@@ -89,19 +89,19 @@ def test_a_blacklist_needs_eight_bytes_an_entry():
 
 def test_files_that_are_no_blacklists_are_refused(tmp_path):
     with pytest.raises(UserError, match="No such file"):
-        urls.load([str(tmp_path / "absent")])
+        load([str(tmp_path / "absent")])
     with pytest.raises(UserError, match="no CATEGORY/domains"):
-        urls.load([str(tmp_path)])
+        load([str(tmp_path)])
     (tmp_path / "x.tar.gz").write_bytes(b"\x1f\x8bno")
     with pytest.raises(UserError, match="no readable .tar.gz"):
-        urls.load([str(tmp_path / "x.tar.gz")])
+        load([str(tmp_path / "x.tar.gz")])
 
 
 def test_the_real_lists_load():
     path = Path(__file__).resolve().parents[4] / "shared" / "data" / "lists" / "ut1-blacklists.tar.gz"
     if not path.exists():
         pytest.skip("the UT1 blacklists are not here")
-    blacklist = urls.load([str(path)])
+    blacklist = load([str(path)])
     assert len(blacklist) > 300_000 and blacklist.bytes == 8 * len(blacklist)
     assert not blacklist.hit("https://zh.wikipedia.org/wiki/中国") and blacklist.hit("http://7chan.org/a/1")
 

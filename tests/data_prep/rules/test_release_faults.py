@@ -4,9 +4,9 @@ import pytest
 
 from ctllm_jax.config.prepare import FilterConfig
 from data_prep.rules import RULES, SETS, Filter
-from data_prep.rules.ngrams import covered, repetition
+from data_prep.rules.blacklist import Blacklist, load
 from data_prep.rules.normalize import normalize_punctuation
-from data_prep.rules.urls import Blacklist, load
+from data_prep.rules.repetition import covered, repetition
 from data_prep.rules.view import View
 
 REPEATED = [name for name in RULES if name.startswith(("top_", "repeated_"))]

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from ctllm_jax.config.prepare import FilterConfig
 from data_prep.rules import RULES, SETS, Filter, normalize
 from data_prep.rules.bad_words import BadWords
+from data_prep.rules.blacklist import Blacklist, split_url
 from data_prep.rules.lines import LINE_RULES, drop_lines
 from data_prep.rules.links import remove_links
-from data_prep.rules.urls import Blacklist, split_url
 from data_prep.rules.view import View, segment
 
 # Any code point, lone surrogates too, among the pieces that the functions look for.
