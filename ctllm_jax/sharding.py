@@ -14,21 +14,18 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ctllm_jax import kernels
+from ctllm_jax.config.axes import AXES, BATCH_AXES, COPIES, FSDP, REPLICA, TENSOR
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.gathered import RingsName, find_rings, gathered_matmul
 from ctllm_jax.kernels.dispatch import Name
 
-AXES = ("replica", "data", "fsdp", "tensor")
-COPIES = ("replica", "data")
-BATCH_AXES = (*COPIES, "fsdp")
-
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "ffn": "tensor",
+    "vocab": TENSOR,
+    "embed": FSDP,
+    "heads": TENSOR,
+    "kv_heads": TENSOR,
+    "ffn": TENSOR,
     "layers": None,
     "head_dim": None,
     "rank": None,
@@ -71,7 +68,7 @@ def make_mesh(sizes: dict[str, int | None], devices: Sequence[jax.Device] | None
 
 def describe_mesh(sizes: Mapping[str, int]) -> str:
     """`data 1 x fsdp 8 x tensor 1`; `replica` only where there are several."""
-    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if axis != "replica" or size != 1)
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if axis != REPLICA or size != 1)
 
 
 def _hybrid_mesh(shape: tuple[int, ...], devices: Sequence[jax.Device], slices: int) -> Mesh:
@@ -161,14 +158,14 @@ def embed_tokens(embedding_VD: jax.Array, tokens_BS: jax.Array, *, mesh: Mesh, d
     Returns [B, S, D] in `dtype`.
     """
     def lookup(part_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
-        tokens_BS = jax.lax.all_gather(tokens_BS, "fsdp", axis=0, tiled=True)
-        rows_BS = tokens_BS - jax.lax.axis_index("tensor") * part_VD.shape[0]
+        tokens_BS = jax.lax.all_gather(tokens_BS, FSDP, axis=0, tiled=True)
+        rows_BS = tokens_BS - jax.lax.axis_index(TENSOR) * part_VD.shape[0]
         mine_BS = (rows_BS >= 0) & (rows_BS < part_VD.shape[0])
         x_BSD = jnp.take(part_VD, jnp.where(mine_BS, rows_BS, 0), axis=0).astype(dtype)
-        x_BSD = jax.lax.psum(jnp.where(mine_BS[:, :, None], x_BSD, 0), "tensor")
-        return jax.lax.all_to_all(x_BSD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+        x_BSD = jax.lax.psum(jnp.where(mine_BS[:, :, None], x_BSD, 0), TENSOR)
+        return jax.lax.all_to_all(x_BSD, FSDP, split_axis=0, concat_axis=2, tiled=True)
 
-    return jax.shard_map(lookup, mesh=mesh, in_specs=(PartitionSpec("tensor", "fsdp"), PartitionSpec(BATCH_AXES)),
+    return jax.shard_map(lookup, mesh=mesh, in_specs=(PartitionSpec(TENSOR, FSDP), PartitionSpec(BATCH_AXES)),
                          out_specs=PartitionSpec(BATCH_AXES))(embedding_VD, tokens_BS)
 
 
@@ -181,24 +178,24 @@ def project(x: jax.Array, weights: Sequence[jax.Array], dims: Sequence[tuple[str
     """
     inputs = x.ndim - 2
     specs = [partition_spec(each) for each in dims]
-    found_rings = find_rings(mesh, "fsdp", rings)
+    found_rings = find_rings(mesh, FSDP, rings)
 
     def outside(spec: PartitionSpec) -> list:
-        return [None if axis == "fsdp" else axis for axis in spec]
+        return [None if axis == FSDP else axis for axis in spec]
 
     def local(x: jax.Array, *parts: jax.Array) -> list[jax.Array]:
         found = []
         for part, spec in zip(parts, specs, strict=True):
-            split = tuple(spec).index("fsdp") >= inputs  # in the outputs
+            split = tuple(spec).index(FSDP) >= inputs  # in the outputs
             shape = part.shape[inputs:-1] + (-1,) if split else part.shape[inputs:]
             part = jax.lax.pcast(part.reshape(math.prod(part.shape[:inputs]), -1), COPIES, to="varying")
             # Cast here, so that the gradients of all weights are added up over tensor as one.
             x_TI = x.reshape(-1, part.shape[0] if split else x.shape[-1])
-            if "tensor" not in spec[:inputs]:
-                x_TI = jax.lax.pcast(x_TI, "tensor", to="varying")
-            y = gathered_matmul(x_TI, part, axis="fsdp", dim=int(split), rings=found_rings, keep=keep)
+            if TENSOR not in spec[:inputs]:
+                x_TI = jax.lax.pcast(x_TI, TENSOR, to="varying")
+            y = gathered_matmul(x_TI, part, axis=FSDP, dim=int(split), rings=found_rings, keep=keep)
             y = y.reshape(*x.shape[:2], *shape)
-            found.append(jax.lax.psum(y, "tensor") if "tensor" in spec[:inputs] else y)
+            found.append(jax.lax.psum(y, TENSOR) if TENSOR in spec[:inputs] else y)
         return found
 
     return jax.shard_map(
@@ -213,8 +210,7 @@ def attention_on(mesh: Mesh | None, *, implementation: Name) -> Callable[..., ja
     if mesh is None:
         # As with SwiGLU below.
         return partial(kernels.attention, implementation=implementation if jax.device_count() == 1 else "xla")
-    return partial(kernels.attention, mesh=mesh, batch_axes=BATCH_AXES, tensor_axis="tensor",
-                   implementation=implementation)
+    return partial(kernels.attention, mesh=mesh, implementation=implementation)
 
 
 @functools.cache
@@ -234,5 +230,5 @@ def swiglu_on(mesh: Mesh | None, *, implementation: Name, recompute: bool, rings
     def both(x_BSD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array) -> list[jax.Array]:
         return project(x_BSD, [gate_DF, up_DF], [("embed", "ffn")] * 2, mesh=mesh, keep=not recompute, rings=rings)
 
-    return partial(kernels.sharded_swiglu, mesh=mesh, batch_axes=BATCH_AXES, weight_axis="fsdp", tensor_axis="tensor",
+    return partial(kernels.sharded_swiglu, mesh=mesh, batch_axes=BATCH_AXES, weight_axis=FSDP, tensor_axis=TENSOR,
                    implementation=implementation, recompute=recompute, project=both)

@@ -1,5 +1,6 @@
 """The mesh, what lies where on it, and the embedding lookup on every shape of it."""
 
+import re
 from functools import partial
 
 import jax
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ctllm_jax.config.axes import BATCH_AXES, find_batch_axes
 from ctllm_jax.config.load import load
 from ctllm_jax.config.pretrain import PretrainConfig
+from ctllm_jax.losses.cross_entropy import chunked_cross_entropy
 from ctllm_jax.model.parameters import Parameter, decoder_parameters, paths
 from ctllm_jax.sharding import (
     RULES,
@@ -166,3 +169,16 @@ def test_the_lookup_never_gathers_the_table(lookup, sizes):
                  jax.ShapeDtypeStruct(tokens.shape, jnp.int32, sharding=batch_sharding(mesh)))
     text = jax.jit(partial(embed_tokens, mesh=mesh, dtype=jnp.float32)).lower(*arguments).compile().as_text()
     assert "all-to-all" in text and "f32[64,16]" not in text
+
+
+def test_the_batch_axes_of_a_mesh_are_those_that_it_has():
+    assert find_batch_axes(("replica", *AXES)) == BATCH_AXES == ("replica", "data", "fsdp")
+    assert find_batch_axes(("data", "fsdp", "tensor")) == ("data", "fsdp")
+    assert find_batch_axes(("rows", "columns")) == BATCH_AXES  # an error then names them
+
+
+def test_a_loss_takes_every_batch_axis_of_a_mesh_by_default():
+    mesh = make_mesh({"replica": 2, "data": 2, "fsdp": 2}, jax.devices())
+    arrays = jnp.zeros((8, 4, 2)), jnp.zeros((2, 16)), jnp.zeros((8, 4), jnp.int32), jnp.ones((8, 4))
+    program = str(jax.make_jaxpr(lambda *arrays: chunked_cross_entropy(*arrays, mesh=mesh)[0])(*arrays))
+    assert re.search(r"psum\w*\[\s*axes=\('replica', 'data', 'fsdp'\)", program)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ctllm_jax.config.axes import TENSOR
 from ctllm_jax.config.compile import CompileConfig
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def find(config: CompileConfig, topology: Any, *, tell: Callable[[str], None]) -
 
         mesh = {axis: int(size) for axis, size in sharding.make_mesh(
             config.mesh.model_dump(), devices, nodes=topology.slices).shape.items()}
-        rows = config.batch.rows * mesh["tensor"] // topology.devices or 1
+        rows = config.batch.rows * mesh[TENSOR] // topology.devices or 1
         ladder = sorted(((name, each) for name, each in aot.candidates(config, rows)
                          if each.batch.rows_per_device <= rows),
                         key=lambda pair: roofline(pair[1], topology, mesh=mesh, collectives=None).step)

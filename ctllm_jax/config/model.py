@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from ctllm_jax.config.axes import AXES
 from ctllm_jax.config.base import Section, key
 
 Implementation = Literal["auto", "pallas", "cudnn", "xla"]
@@ -70,7 +71,7 @@ class MeshConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        sizes = {"replica": self.replica, "data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        sizes = {axis: getattr(self, axis) for axis in AXES}
         if self.context != 1:
             raise ValueError(f"context={self.context}: sequences cannot be split over devices yet; raise fsdp, or tensor, or lower batch.rows_per_device")
         if sum(size == -1 for size in sizes.values()) > 1:

@@ -224,7 +224,7 @@ def _sum_loss(decoder: Decoder, table: jax.Array, mesh: Any, isolated: bool, par
     hidden_BSD, _ = decoder.apply({"params": params}, batch.tokens, segment_ids_BS, batch.positions)
     loss, weight, _ = chunked_cross_entropy(
         hidden_BSD, head_weights(params), batch.targets, batch.loss_weights,
-        vocab_size=decoder.config.vocab_size, mesh=mesh, batch_axes=sharding.BATCH_AXES, tensor_axis="tensor")
+        vocab_size=decoder.config.vocab_size, mesh=mesh)
     return loss, weight, {"bytes": jnp.sum(table[batch.targets] * batch.loss_weights)}
 
 

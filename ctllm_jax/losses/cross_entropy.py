@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from ctllm_jax.config.axes import FSDP, TENSOR, find_batch_axes
 from ctllm_jax.gathered import Rings, RingsName, find_rings, gather, scatter_sum, vary_together
 
 MASKED = -1e30
@@ -30,7 +31,7 @@ class Options(TypedDict, total=False):
     chunk_size: int
     vocab_size: int | None
     mesh: Mesh | None
-    batch_axes: Sequence[str]
+    batch_axes: Sequence[str] | None
     fsdp_axis: str | None
     tensor_axis: str | None
     rings: RingsName
@@ -51,8 +52,8 @@ class _Setting(NamedTuple):
 
 def chunked_cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, weights_BS: jax.Array, *,
                           z_loss: float = 0.0, chunk_size: int = 4096, vocab_size: int | None = None,
-                          mesh: Mesh | None = None, batch_axes: Sequence[str] = ("data", "fsdp"),
-                          fsdp_axis: str | None = "fsdp", tensor_axis: str | None = "tensor", rings: RingsName = "auto"
+                          mesh: Mesh | None = None, batch_axes: Sequence[str] | None = None,
+                          fsdp_axis: str | None = FSDP, tensor_axis: str | None = TENSOR, rings: RingsName = "auto"
                           ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Weighted sum of -log p(target), with z-loss (PaLM, arXiv 2204.02311).
 
@@ -66,6 +67,7 @@ def chunked_cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS:
       vocab_size: columns behind it are padding and get no probability; None: V.
       mesh: hidden, targets and weights are split over `batch_axes` in dim 0, the head over `fsdp_axis` and
         `tensor_axis`; None: one device. Inside another shard_map, call it without a mesh.
+      batch_axes: None: those of replica, data and fsdp that the mesh has.
       rings: how the head's gradient is summed over `fsdp_axis`, as of `gathered.find_rings`.
 
     Returns:
@@ -84,8 +86,8 @@ def chunked_cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS:
 
 def token_logps(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, *, chunk_size: int = 4096,
                 vocab_size: int | None = None, mesh: Mesh | None = None,
-                batch_axes: Sequence[str] = ("data", "fsdp"), fsdp_axis: str | None = "fsdp",
-                tensor_axis: str | None = "tensor", rings: RingsName = "auto") -> jax.Array:
+                batch_axes: Sequence[str] | None = None, fsdp_axis: str | None = FSDP,
+                tensor_axis: str | None = TENSOR, rings: RingsName = "auto") -> jax.Array:
     """log p(target) of each token, float32 [B, S], split over the mesh as the targets are.
 
     Arguments and errors are those of `chunked_cross_entropy`. Reverse-mode differentiable in hidden and head; no
@@ -118,6 +120,8 @@ def _make_setting(hidden_BSD, head_DV, targets_BS, weights_BS, *, z_loss, chunk_
         raise ValueError(f"cross-entropy: targets {targets_BS.shape} and weights {weights_BS.shape} must have the shape"
                          f" of hidden {hidden_BSD.shape} without its last dim, and head {head_DV.shape} be"
                          f" [{hidden}, V]")
+    if batch_axes is None:
+        batch_axes = find_batch_axes(mesh.axis_names) if mesh is not None else ()
     if mesh is not None:
         missing = [axis for axis in (*batch_axes, fsdp_axis, tensor_axis) if axis and axis not in mesh.axis_names]
         if missing:

@@ -22,6 +22,7 @@ from typing import Any
 from urllib.request import getproxies_environment, proxy_bypass_environment
 
 from ctllm_jax.cluster import compilation_cache, distributed, hardware, xla_flags
+from ctllm_jax.config.axes import TENSOR
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.preflight.data_checks import check_dataset, check_tokenizer
 from ctllm_jax.preflight.findings import FAIL, OK, WARN, Finding, Subject
@@ -205,7 +206,7 @@ def _check_run(subject: Subject, devices: list[Any], *, processes: int) -> list[
     config = subject.config
     count = len(devices) * processes
     try:
-        split = max(count // axis_sizes(config, devices=count)["tensor"], 1)
+        split = max(count // axis_sizes(config, devices=count)[TENSOR], 1)
         if processes == 1:
             split = sharding.axis_size(sharding.make_mesh(config.mesh.model_dump()), sharding.BATCH_AXES)
         found = [Finding("ops", OK, ", ".join(f"{op}: {name}" for op, name in choose_implementations(config).items()))]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ctllm_jax.cluster.chips import CHIPS, Chip, find_chip
+from ctllm_jax.config.axes import AXES, FSDP, TENSOR
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.model.flops import flops_per_token
 from ctllm_jax.model.lora import count_adapters
@@ -54,8 +55,7 @@ def checkpoints_kept(config: PretrainConfig, *, tokens: int | None = None) -> di
 
 def axis_sizes(config: PretrainConfig, *, devices: int, slices: int = 1) -> dict[str, int]:
     """Devices along each axis of the mesh; 1 where they are fewer than the config's mesh takes."""
-    mesh = config.mesh
-    sizes = {"replica": mesh.replica or slices, "data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    sizes = {axis: getattr(config.mesh, axis) or slices for axis in AXES}  # only replica may be None
     given = math.prod(max(size, 1) for size in sizes.values())
     return {axis: max(devices // given, 1) if size == -1 else size for axis, size in sizes.items()}
 
@@ -67,7 +67,7 @@ def memory_bytes(config: PretrainConfig, *, devices: int, rows: int, slices: int
     the activations, heads and FFN are split over mesh.tensor, and the residual stream is whole on each of its devices.
     """
     model, sizes = config.model, axis_sizes(config, devices=devices, slices=slices)
-    split, tensor = sizes["fsdp"] * sizes["tensor"], sizes["tensor"]
+    split, tensor = sizes[FSDP] * sizes[TENSOR], sizes[TENSOR]
     trained = 4 * count_trained(config) // split
     item = 2 if config.compute.dtype == "bfloat16" else 4
     # Under LoRA the weights stay in the dtype of the matmuls.
@@ -119,7 +119,7 @@ def describe(config: PretrainConfig, *, directory: Path, epochs: Mapping[str, fl
         if passes > MANY_EPOCHS:
             warnings.append(f"source {source} is seen {passes:.1f} times: above {MANY_EPOCHS:g} epochs,"
                             " repeating helps little")
-    parts = max(devices // axis_sizes(config, devices=devices)["tensor"], 1)  # of the batch
+    parts = max(devices // axis_sizes(config, devices=devices)[TENSOR], 1)  # of the batch
     memory = memory_bytes(config, devices=devices, rows=batch.rows_per_device or max(batch.rows // parts, 1))
     shown = ", ".join(f"{name} {_gib(size)}" for name, size in memory.items())
     rows.append((f"memory on each of {devices}", f"about {_gib(sum(memory.values()))} ({shown})"))

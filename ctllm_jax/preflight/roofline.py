@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ctllm_jax.cluster.topology import Topology
+from ctllm_jax.config.axes import FSDP, TENSOR
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.model.flops import flops_per_token
 from ctllm_jax.model.parameters import count_parameters
@@ -83,8 +84,8 @@ def roofline(config: PretrainConfig, topology: Topology, *, mesh: dict[str, int]
     flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length, lora=config.lora)
     tokens = config.batch.tokens / devices
     compute = tokens * flops.causal * (1 + recomputed_share(config)) / chip.peak_flops
-    memory = memory_traffic(config, devices=devices, split=mesh["fsdp"] * mesh["tensor"],
-                            tensor=mesh["tensor"]) / chip.memory_bandwidth
+    memory = memory_traffic(config, devices=devices, split=mesh[FSDP] * mesh[TENSOR],
+                            tensor=mesh[TENSOR]) / chip.memory_bandwidth
     network = exposed = 0.0
     for each in collectives or ():
         seconds = each.sent / (chip.network_bandwidth if each.crosses else chip.link_bandwidth)

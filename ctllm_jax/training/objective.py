@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctllm_jax import sharding
 from ctllm_jax.config.pretrain import PretrainConfig
 from ctllm_jax.data.batch import Batch, BatchSource
 from ctllm_jax.losses.cross_entropy import chunked_cross_entropy
@@ -91,7 +90,7 @@ def make_loss_fn(config: PretrainConfig, decoder: Decoder, *, mesh: jax.sharding
         loss, weight, sums = chunked_cross_entropy(
             hidden_BSD, head_weights(params), batch.targets, batch.loss_weights, z_loss=z_loss,
             chunk_size=config.compute.loss_chunk, vocab_size=config.model.vocab_size, mesh=mesh,
-            batch_axes=sharding.BATCH_AXES, tensor_axis="tensor", rings=config.compute.gradient_rings)
+            rings=config.compute.gradient_rings)
         if table is not None:
             sums = {**sums, "bytes": jnp.sum(jnp.asarray(table)[batch.targets] * batch.loss_weights)}
         return loss, weight, sums

@@ -52,8 +52,8 @@ def answer_logps(decoder: Decoder, params: Any, batch: Batch, *, config: DPOConf
     hidden_BSD, _ = decoder.apply({"params": params}, batch.tokens, batch.segment_ids, batch.positions)
     return sequence_logps(hidden_BSD, head_weights(params), batch.targets, batch.loss_weights, batch.segment_ids,
                           num_segments=batch.preference.pair_ids.shape[1], chunk_size=config.compute.loss_chunk,
-                          vocab_size=config.model.vocab_size, mesh=mesh, batch_axes=sharding.BATCH_AXES,
-                          tensor_axis="tensor", rings=config.compute.gradient_rings)
+                          vocab_size=config.model.vocab_size, mesh=mesh,
+                          rings=config.compute.gradient_rings)
 
 
 def attach_reference(config: DPOConfig, data: PreferenceData, objective: Objective, *, directory: Path,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ctllm_jax.config.axes import TENSOR, find_batch_axes
 from ctllm_jax.kernels.attention.cached import cached_attention
 from ctllm_jax.kernels.attention.fused import NOTHING_SEEN, Kernels, Request, fused_attention
 from ctllm_jax.kernels.attention.general import attention_general
@@ -58,7 +59,7 @@ class Options(TypedDict, total=False):
     scale: float | jax.Array | None
     implementation: Name
     mesh: Mesh | None
-    batch_axes: Sequence[str]
+    batch_axes: Sequence[str] | None
     tensor_axis: str | None
 
 
@@ -76,8 +77,8 @@ def attention(query_BSNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array,
               segment_ids: jax.Array | None = None, kv_segment_ids: jax.Array | None = None,
               positions: jax.Array | None = None, kv_positions: jax.Array | None = None, causal: bool = True,
               sliding_window: int | None = None, scale: float | jax.Array | None = None, return_lse: bool = False,
-              implementation: Name = "auto", mesh: Mesh | None = None, batch_axes: Sequence[str] = ("data", "fsdp"),
-              tensor_axis: str | None = "tensor") -> jax.Array | tuple[jax.Array, jax.Array]:
+              implementation: Name = "auto", mesh: Mesh | None = None, batch_axes: Sequence[str] | None = None,
+              tensor_axis: str | None = TENSOR) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Scaled dot-product attention (arXiv 1706.03762), softmax in float32.
 
     Arrays are in the order and shapes of `jax.nn.dot_product_attention`. Differentiation is reverse mode only, except
@@ -101,6 +102,7 @@ def attention(query_BSNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array,
       implementation: "auto", or one that must run.
       mesh: batch split over `batch_axes`, heads over `tensor_axis`; a Pallas kernel then runs on each device's part.
         None: one device, or inside a shard_map.
+      batch_axes: None: those of replica, data and fsdp that the mesh has.
 
     Returns:
       y [B, S, N, H] in the query's dtype; with `return_lse` (y, lse [B, S, N] float32), lse = log Σ exp(scale · q·k),
@@ -116,6 +118,8 @@ def attention(query_BSNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array,
     general = kv_length != length or any(x is not None for x in (bias, kv_segment_ids, kv_positions))
     if isinstance(scale, jax.Array):
         query_BSNH, scale = query_BSNH * scale.astype(query_BSNH.dtype), 1.0
+    if batch_axes is None:
+        batch_axes = find_batch_axes(mesh.axis_names) if mesh is not None else ()
     parts = _parts(mesh, tuple(batch_axes), tensor_axis)
     if heads % parts or kv_heads % parts:
         raise ValueError(f"attention: mesh axis {tensor_axis!r} of {parts} must divide {heads} query heads and"

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ctllm_jax.config.axes import FSDP as AXIS
 from ctllm_jax.gathered import Rings, find_rings, scatter_sum
 from ctllm_jax.kernels.dispatch import CannotRun
 from ctllm_jax.kernels.registry import Bench, Check, Compile
@@ -22,7 +23,6 @@ from ctllm_jax.kernels.topology import find_topology
 TOLERANCES = {"float32": 1e-5, "bfloat16": 0.1}
 """Largest error after SUMS, relative to the largest number."""
 SUMS = 20
-AXIS = "fsdp"
 
 
 def checks() -> Iterator[Check]:
