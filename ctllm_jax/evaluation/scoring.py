@@ -22,8 +22,7 @@ from jax.sharding import Mesh
 from ctllm_jax import sharding
 from ctllm_jax.evaluation.score_plan import Packed, Shared, collect_inputs, plan
 from ctllm_jax.inference.model import Model
-from ctllm_jax.model.decoder import Block, Decoder, head_weights, rms_norm
-from ctllm_jax.model.rope import rope_angles
+from ctllm_jax.model.decoder import Block, Decoder, compute_logits, forward
 
 BATCH_TOKENS = 8192
 CHOICES = 4
@@ -180,7 +179,7 @@ def prefill(decoder: Decoder, params: Any, tokens_GP: jax.Array, *, groups: int)
     def attend(query, key, value, _, **options):
         return decoder.attention(query, key, value, segment_ids=None, **options)
 
-    _, kept = _through_layers(decoder, params, tokens_GP, positions_1P, attend, (), keep=True)
+    _, kept = _forward(decoder, params, tokens_GP, positions_1P, attend, (), keep=True)
     return jax.tree.map(lambda stack: stack[:, :groups].swapaxes(2, 3), kept)
 
 
@@ -221,8 +220,7 @@ def extend(decoder: Decoder, params: Any, keys_LGKPH, values_LGKPH, lengths_G, t
 
         return jax.lax.map(of_group, (*prefix_GKPH, *each_row)).reshape(query_BSNH.shape)
 
-    hidden_BSD, _ = _through_layers(decoder, params, tokens_BS, positions_BS, attend, (keys_LGKPH, values_LGKPH))
-    return rms_norm(hidden_BSD, params["final_norm"], eps=config.norm_eps)
+    return _forward(decoder, params, tokens_BS, positions_BS, attend, (keys_LGKPH, values_LGKPH))[0]
 
 
 def attend_behind(prefix_key_KPH, prefix_value_KPH, query_RSKMH, key_RSKH, value_RSKH, before_RSP,
@@ -258,31 +256,26 @@ def _matmul(x, y, *, contract: int) -> jax.Array:
                                preferred_element_type=jnp.float32)
 
 
-def _through_layers(decoder: Decoder, params: Any, tokens_BS, positions_BS, attend: Callable, each_layer: Any, *,
-                    keep: bool = False) -> tuple[jax.Array, Any]:
-    """Hidden states before the last norm, and with `keep` the keys and values of all layers.
+def _forward(decoder: Decoder, params: Any, tokens_BS, positions_BS, attend: Callable, each_layer: Any, *,
+             keep: bool = False) -> tuple[jax.Array, Any]:
+    """Hidden states, and with `keep` the keys and values of all layers.
 
     Args:
       attend: `(query, key, value, what is of this layer, sliding_window)`.
       each_layer: arrays [L, …].
     """
-    config = decoder.config
-    angles = rope_angles(positions_BS, head_dim=config.head_dim, theta=config.rope_theta)
-    x_BSD = jnp.take(params["embedding"], tokens_BS, axis=0).astype(decoder.dtype)
-
-    def step(x_BSD, layer):
-        weights, own = layer
+    def apply_block(weights, x_BSD, angles, own):
         kept = []
 
         def attention(query, key, value, *, segment_ids, sliding_window):
             kept.append((key, value))
             return attend(query, key, value, own, sliding_window=sliding_window)
 
-        block = Block(config, attention, decoder.swiglu, parent=None)
+        block = Block(decoder.config, attention, decoder.swiglu, parent=None)
         x_BSD, _ = block.apply({"params": weights}, x_BSD, angles)
         return x_BSD, kept[0] if keep else None
 
-    return jax.lax.scan(step, x_BSD, ({**params["blocks"], "lora": params.get("lora", {})}, each_layer))
+    return forward(decoder, params, tokens_BS, positions_BS, apply_block, each_layer)
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="mesh")
@@ -290,10 +283,8 @@ def score_places(decoder: Decoder, params: Any, hidden_BSD, places_U, targets_UC
                  mesh: Mesh | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """log p of targets behind places of the flattened rows, whether each is the likeliest, and whether it is one (-1 is
     none): [U, C] each."""
-    head_DV = head_weights(params)
-    hidden_UD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[places_U].astype(head_DV.dtype)
-    logits_UV = jnp.einsum("UD,DV->UV", hidden_UD, head_DV, preferred_element_type=jnp.float32)
-    logits_UV = jnp.where(jnp.arange(logits_UV.shape[1])[None] < decoder.config.vocab_size, logits_UV, -jnp.inf)
+    hidden_UD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[places_U]
+    logits_UV = compute_logits(params, hidden_UD, vocab_size=decoder.config.vocab_size)
     told_UC = jnp.take_along_axis(logits_UV, jnp.maximum(targets_UC, 0), axis=1)
     found = (told_UC - jax.nn.logsumexp(logits_UV, axis=-1, keepdims=True),
              jnp.argmax(logits_UV, axis=-1)[:, None] == targets_UC, targets_UC >= 0)

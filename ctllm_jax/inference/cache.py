@@ -19,8 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from ctllm_jax import sharding
 from ctllm_jax.inference.request import MOST_TOLD
 from ctllm_jax.inference.sampling import Drawn, Sampling, draw, score
-from ctllm_jax.model.decoder import Block, Decoder, head_weights, rms_norm
-from ctllm_jax.model.rope import rope_angles
+from ctllm_jax.model.decoder import Block, Decoder, compute_logits, forward, split_blocks, stacked_blocks
 
 
 class Slots(NamedTuple):
@@ -73,7 +72,7 @@ def split_layers(params: Any, *, dtype: Any) -> Any:
     def take(stacks, layer):
         return jax.tree.map(lambda stack: stack[layer].astype(dtype), stacks)
 
-    stacks = {**params["blocks"], "lora": params.get("lora", {})}
+    stacks = stacked_blocks(params)
     layers = tuple(take(stacks, layer) for layer in range(len(params["blocks"]["query"])))
     rest = {name: leaf.astype(dtype) for name, leaf in params.items() if name not in ("blocks", "lora")}
     return {**rest, "blocks": layers}
@@ -183,30 +182,20 @@ def decode(decoder: Decoder, params: Any, slots: Slots, rows: Rows, sampling: Sa
 
 def _forward(decoder: Decoder, params: Any, tokens_BS, keys, values, start_B, span: int):
     """Hidden states [B, S, D], and keys and values with the new tokens written behind `start_B` others."""
-    config = decoder.config
     positions_BS = start_B[:, None] + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
-    angles = rope_angles(positions_BS, head_dim=config.head_dim, theta=config.rope_theta)
-    x_BSD = jnp.take(params["embedding"], tokens_BS, axis=0).astype(decoder.dtype)
-    block = Block(config, decoder.attention, decoder.swiglu, cache_span=span, parent=None)
-    written = []
-    for layer, cached in zip(_layers(params, config.num_layers), zip(keys, values, strict=True), strict=True):
-        x_BSD, new = block.apply({"params": layer}, x_BSD, angles, None, (*cached, start_B))
-        written.append(new)
-    return rms_norm(x_BSD, params["final_norm"], eps=config.norm_eps), *map(tuple, zip(*written, strict=True))
+    block = Block(decoder.config, decoder.attention, decoder.swiglu, cache_span=span, parent=None)
 
+    def apply_block(layer, x_BSD, angles, cached):
+        return block.apply({"params": layer}, x_BSD, angles, None, (*cached, start_B))
 
-def _layers(params: Any, num_layers: int):
-    if isinstance(params["blocks"], tuple):
-        return params["blocks"]
-    stacks = {**params["blocks"], "lora": params.get("lora", {})}
-    return [jax.tree.map(lambda stack, layer=layer: stack[layer], stacks) for layer in range(num_layers)]
+    if isinstance(params["blocks"], dict):
+        params = {**params, "blocks": split_blocks(params, decoder.config.num_layers)}
+    hidden_BSD, written = forward(decoder, params, tokens_BS, positions_BS, apply_block, zip(keys, values, strict=True))
+    return hidden_BSD, *map(tuple, zip(*written, strict=True))
 
 
 def _logits(decoder: Decoder, params: Any, hidden_BD: jax.Array) -> jax.Array:
-    """Float32 [B, V], -inf for ids that pad the vocabulary."""
-    head_DV = head_weights(params)
-    logits_BV = jnp.einsum("BD,DV->BV", hidden_BD.astype(head_DV.dtype), head_DV, preferred_element_type=jnp.float32)
-    return jnp.where(jnp.arange(logits_BV.shape[1])[None] < decoder.config.vocab_size, logits_BV, -jnp.inf)
+    return compute_logits(params, hidden_BD, vocab_size=decoder.config.vocab_size)
 
 
 def _replicated(tree: Any, mesh: Mesh | None) -> Any:

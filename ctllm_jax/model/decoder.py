@@ -11,7 +11,7 @@ L layers.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -206,44 +206,31 @@ class Decoder(nn.Module):
         final_norm_D = self.param("final_norm", initializer("final_norm", table["final_norm"]))
         if "head" in table:
             self.param("head", initializer("head", table["head"]))
-        stacks = {**blocks, "lora": self.get_variable("params", "lora", {})}
+        params = {"embedding": embedding_VD, "final_norm": final_norm_D, "blocks": blocks,
+                  "lora": self.get_variable("params", "lora", {})}
 
         if positions_BS is None:
             start_B1 = jnp.zeros((1, 1), jnp.int32) if cache is None else cache.length[:, None]
             positions_BS = start_B1 + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
-        angles = rope_angles(positions_BS, head_dim=config.head_dim, theta=config.rope_theta)
-        # Cast after the lookup: a cast table would be a second copy of the largest parameter.
-        embed = self.embed or partial(jnp.take, axis=0)
-        x_BSD = self.constrain(embed(embedding_VD, tokens_BS).astype(self.dtype))
 
-        def apply_block(params, x_BSD, layer_cache):
+        def apply_block(params, x_BSD, angles, keys_values):
+            layer_cache = keys_values and (*keys_values, cache.length)
             x_BSD, layer_cache = self._block().apply({"params": params}, x_BSD, angles, segment_ids_BS, layer_cache)
             return self.constrain(x_BSD), layer_cache
 
-        apply_block = self._rematerialised(apply_block)
-        layer_caches: Sequence[jax.Array] = ()
-        if self.scan_layers:
-            def step(x_BSD, layer):
-                params, keys_values = layer
-                return apply_block(params, x_BSD, keys_values and (*keys_values, cache.length))
-            x_BSD, layer_caches = jax.lax.scan(step, x_BSD, (stacks, cache and (cache.key, cache.value)))
-        else:
-            # `split` and not an index: its transpose is one concatenation, where L indices would add L padded stacks.
-            leaves, structure = jax.tree.flatten(stacks)
-            slices = [jax.lax.split(stack, [1] * config.num_layers) for stack in leaves]
-            outputs = []
-            for layer in range(config.num_layers):
-                params = jax.tree.unflatten(structure, [jnp.squeeze(parts[layer], 0) for parts in slices])
-                layer_cache = cache and (cache.key[layer], cache.value[layer], cache.length)
-                x_BSD, layer_cache = apply_block(params, x_BSD, layer_cache)
-                outputs.append(layer_cache)
-            if cache is not None:
-                layer_caches = jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+        keys_values = cache and (cache.key, cache.value)
+        if not self.scan_layers:
+            keys_values = [cache and (cache.key[layer], cache.value[layer]) for layer in range(config.num_layers)]
+            params = {**params, "blocks": split_blocks(params, config.num_layers)}
+        hidden_BSD, layer_caches = forward(self, params, tokens_BS, positions_BS, self._rematerialised(apply_block),
+                                           keys_values)
         if cache is not None:
+            if not self.scan_layers:
+                layer_caches = jax.tree.map(lambda *parts: jnp.stack(parts), *layer_caches)
             new_B = jnp.sum(segment_ids_BS > 0, axis=1) if segment_ids_BS is not None else tokens_BS.shape[1]
             key, value = layer_caches
             cache = Cache(key, value, cache.length + jnp.asarray(new_B, jnp.int32))
-        return rms_norm(x_BSD, final_norm_D, eps=config.norm_eps), cache
+        return hidden_BSD, cache
 
     def _block(self) -> Block:
         return Block(self.config, self.attention, self.swiglu, self.project, remat_ffn=self.remat == "ffn",
@@ -260,6 +247,54 @@ class Decoder(nn.Module):
         return function if policy is None else jax.checkpoint(function, policy=policy, prevent_cse=not self.scan_layers)
 
 
+def stacked_blocks(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of all blocks, stacked over layers, with their adapters."""
+    return {**params["blocks"], "lora": params.get("lora", {})}
+
+
+def split_blocks(params: dict[str, Any], num_layers: int) -> Iterator[dict[str, Any]]:
+    """The parameters of each block.
+
+    `split` and not an index: its transpose is one concatenation, where L indices would add L padded stacks.
+    """
+    leaves, structure = jax.tree.flatten(stacked_blocks(params))
+    slices = [jax.lax.split(stack, [1] * num_layers) for stack in leaves]
+    for layer in range(num_layers):
+        yield jax.tree.unflatten(structure, [jnp.squeeze(parts[layer], 0) for parts in slices])
+
+
+def forward(decoder: Decoder, params: dict[str, Any], tokens_BS: jax.Array, positions_BS: jax.Array,
+            apply_block: Callable, each_layer: Any = None) -> tuple[jax.Array, Any]:
+    """Hidden states after the final norm, and the second output of `apply_block` for all layers.
+
+    Args:
+      params: of the decoder. `blocks` is a dict of stacks, which are scanned, or has the parameters of each layer.
+      apply_block: `(params of a layer, x_BSD, angles, its entry of each_layer) -> (x_BSD, output)`.
+      each_layer: arrays [L, …] for a scan, else one entry for each layer. The outputs have the same form.
+    """
+    config = decoder.config
+    angles = rope_angles(positions_BS, head_dim=config.head_dim, theta=config.rope_theta)
+    # Cast after the lookup: a cast table would be a second copy of the largest parameter.
+    embed = decoder.embed or partial(jnp.take, axis=0)
+    x_BSD = decoder.constrain(embed(params["embedding"], tokens_BS).astype(decoder.dtype))
+    if isinstance(params["blocks"], dict):
+        x_BSD, outputs = jax.lax.scan(lambda x_BSD, layer: apply_block(layer[0], x_BSD, angles, layer[1]), x_BSD,
+                                      (stacked_blocks(params), each_layer))
+    else:
+        outputs = []
+        for layer, entry in zip(params["blocks"], each_layer, strict=True):
+            x_BSD, output = apply_block(layer, x_BSD, angles, entry)
+            outputs.append(output)
+    return rms_norm(x_BSD, params["final_norm"], eps=config.norm_eps), outputs
+
+
 def head_weights(params: dict[str, Any]) -> jax.Array:
     """The output head [D, V], float32: its own, or the embedding's transpose where it is tied."""
     return params["head"] if "head" in params else params["embedding"].T
+
+
+def compute_logits(params: dict[str, Any], hidden_ND: jax.Array, *, vocab_size: int) -> jax.Array:
+    """Float32 [N, V], -inf for ids that pad the vocabulary. The losses compute them by chunks instead."""
+    head_DV = head_weights(params)
+    logits_NV = jnp.einsum("ND,DV->NV", hidden_ND.astype(head_DV.dtype), head_DV, preferred_element_type=jnp.float32)
+    return jnp.where(jnp.arange(logits_NV.shape[1])[None] < vocab_size, logits_NV, -jnp.inf)
