@@ -27,6 +27,7 @@ class Stage(NamedTuple):
       module_name: its module.
       plans_without_data: whether the config alone decides the model and the steps, so that a plan can do without data.
       object_stores: keys that may name an object store, as a regular expression.
+      mark: a key that every config of this stage has and no other: the stage of a run is read from its config.yaml.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Stage(NamedTuple):
     module_name: str
     plans_without_data: bool = False
     object_stores: str = r"run\.dir|init|compute\.compilation_cache"
+    mark: str | None = None
 
     @property
     def schema(self) -> type[PretrainConfig]:
@@ -57,9 +59,9 @@ STAGES = {stage.name: stage for stage in (
           "ctllm_jax.training.pretrain", plans_without_data=True,
           object_stores=r"run\.dir|init|compute\.compilation_cache|data\.sources\..*\.path"),
     Stage("sft", "teach a pretrained model to answer, from dialogues", "ctllm_jax.config.sft:SFTConfig",
-          "ctllm_jax.training.sft"),
+          "ctllm_jax.training.sft", mark="data.loss_on"),
     Stage("dpo", "teach a tuned model which answers are preferred, from pairs", "ctllm_jax.config.dpo:DPOConfig",
-          "ctllm_jax.training.dpo", object_stores=""),
+          "ctllm_jax.training.dpo", object_stores="", mark="loss.beta"),
 )}
 StageName = Literal[tuple(STAGES)]
 """The type of a config key that names a stage."""
@@ -68,3 +70,13 @@ StageName = Literal[tuple(STAGES)]
 def stage_of(config: PretrainConfig) -> Stage:
     """The stage whose schema a config has."""
     return next(stage for stage in STAGES.values() if type(config) is stage.schema)
+
+
+def stage_of_run(values: dict[str, Any]) -> Stage:
+    """The stage of a run, from the values of its config.yaml; pretraining where no stage's mark is there."""
+    for stage in STAGES.values():
+        if stage.mark is not None:
+            section, _, name = stage.mark.partition(".")
+            if name in (values.get(section) or {}):
+                return stage
+    return STAGES["pretrain"]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ctllm_jax.config.errors import UserError
 from ctllm_jax.config.evaluate_data import BenchmarkConfig, SuiteConfig
 from ctllm_jax.config.load import read_values
+from ctllm_jax.config.stages import stage_of_run
 from ctllm_jax.evaluation import results
 from ctllm_jax.evaluation.judge.judge import Result, read_judged
 from ctllm_jax.evaluation.registry import find_benchmark
@@ -179,10 +180,8 @@ def _kind(directory: Path) -> tuple[str, str | None]:
     """What training a run was, and its ratio."""
     path = directory / "config.yaml"
     config = read_values(path) if path.is_file() else {}
-    data, loss = config.get("data") or {}, config.get("loss") or {}
-    if "beta" in loss:
-        return "dpo", None
-    return ("sft", data.get("ratio")) if "loss_on" in data else ("base", None)
+    name = stage_of_run(config).name
+    return ("base" if name == "pretrain" else name), (config.get("data") or {}).get("ratio")
 
 
 def _results(directory: Path) -> list[dict[str, Any]]:
