@@ -218,7 +218,7 @@ class Decoder(nn.Module):
             x_BSD, layer_cache = self._block().apply({"params": params}, x_BSD, angles, segment_ids_BS, layer_cache)
             return self.constrain(x_BSD), layer_cache
 
-        keys_values = cache and (cache.key, cache.value)
+        keys_values: Any = cache and (cache.key, cache.value)  # stacked, or a list of layers
         if not self.scan_layers:
             keys_values = [cache and (cache.key[layer], cache.value[layer]) for layer in range(config.num_layers)]
             params = {**params, "blocks": split_blocks(params, config.num_layers)}
