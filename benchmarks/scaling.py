@@ -1,4 +1,4 @@
-"""docs/scaling.md: the whole of CT-LLM's run on three clusters, and ten times its size, by arithmetic alone.
+"""Write docs/scaling.md: estimates of CT-LLM's whole run on three clusters, and of a model of ten times its size.
 
     python benchmarks/scaling.py [--output docs/scaling.md]
 
@@ -93,24 +93,24 @@ def render() -> str:
     chip, batch = first.topology.chip, first.config.batch
     lines = [
         "# CT-LLM on a cluster, on paper", "",
-        "Written by `python benchmarks/scaling.py`: arithmetic with the makers' peaks, nothing measured. 1,254.7 B"
-        f" tokens in {STEPS:,} steps of {batch.tokens:,} tokens, {batch.rows} rows of {batch.sequence_length:,}; the"
-        " batch stays the same whatever the number of devices.", "",
+        "Written by `python benchmarks/scaling.py`: arithmetic from the vendors' peak figures, not measurements."
+        f" 1,254.7 B tokens in {STEPS:,} steps of {batch.tokens:,} tokens, {batch.rows} rows of"
+        f" {batch.sequence_length:,}; the batch does not depend on the number of devices.", "",
         "## 2.13 B parameters", "", *table(small), "",
-        f"On 1,024 chips there are more chips than rows: two share one (`mesh.tensor=2`). {MFU:.0%} is what the best"
-        " peers report for models of 7 B on H100; the bound is what no run can be faster than.", "",
+        "On 1,024 chips there are more chips than rows: two chips share a row (`mesh.tensor=2`). The best peers report"
+        f" {MFU:.0%} for models of 7 B on H100; no run can be faster than the bound.", "",
         "## The arithmetic", "", f"For {first.topology.name} ({first.topology.describe()}):", "", "```",
         *arithmetic(first), "```", "",
         f"Peaks of {chip.name}: {chip.peak_flops / 1e12:,.0f} TFLOP/s, {chip.memory_bandwidth / 1e9:,.0f} GB/s of"
         f" memory, {chip.link_bandwidth / 1e9:,.0f} GB/s over all links, {chip.network_bandwidth / 1e9:,.2f} GB/s"
-        " between slices (`ctllm_jax/cluster/chips.py`). What is computed: matmuls and causal attention, recomputation"
+        " between slices (`ctllm_jax/cluster/chips.py`). Computed FLOPs: matmuls and causal attention, recomputation"
         " included.", "",
         f"## Ten times the size: {count_parameters(large[0].config.model) / 1e9:.1f} B parameters", "",
         "`" + " ".join(LARGER) + "`, the same tokens and batch.", "", *table(large), "",
         *changes(small, large, [count(name, keys[0], larger=True) for name, keys in CLUSTERS.items()]), "",
-        "Before renting: `python launch.py compile CONFIG topology=NAME` compiles the step itself and tells memory,"
-        " collectives and the bound as they are; `python launch.py plan CONFIG budget=36h topology=NAME` cuts a run to"
-        " what there is.", ""]
+        "Before renting: `python launch.py compile CONFIG topology=NAME` compiles the step itself and prints its"
+        " memory, collectives and bound; `python launch.py plan CONFIG budget=36h topology=NAME` fits a run to a"
+        " budget.", ""]
     return "\n".join(lines)
 
 
@@ -132,7 +132,7 @@ def table(rows: list[Row]) -> list[str]:
         ("chip hours then", [f"{row.days * 24 * row.topology.chips:,.0f}" for row in rows]),
         ("checkpoint, GiB", [f"{saved(row) / 2**30:,.1f}" for row in rows]),
         ("steps held up by a save, s", [f"{saved(row) / row.topology.hosts / COPY_BANDWIDTH:.2f}" for row in rows]),
-        ("written and checked beside the steps, s", [f"{save(row):.1f}" for row in rows]),
+        ("written and checked during the steps, s", [f"{save(row):.1f}" for row in rows]),
         ("checked before a restart, s", [f"{saved(row) / DISK_BANDWIDTH:.0f}" for row in rows]),
         ("data read, MB/s in all", [f"{row.tokens_per_second * 4 / 1e6:,.1f}" for row in rows]),
     ]
@@ -177,7 +177,7 @@ def arithmetic(row: Row) -> list[str]:
 
 
 def changes(small: list[Row], large: list[Row], unchanged: list[Row]) -> list[str]:
-    """What becomes of it at ten times the size; `unchanged` has the larger model under the smaller one's settings."""
+    """Describe the changes at ten times the size; `unchanged` has the larger model with the smaller one's settings."""
     times = ", ".join(f"{before.topology.name} {after.days / before.days:.1f}"
                       for before, after in zip(small, large, strict=True))
     share = ", ".join(f"{after.topology.name} {max(after.links, after.between) / after.compute:.0%}"
@@ -189,15 +189,15 @@ def changes(small: list[Row], large: list[Row], unchanged: list[Row]) -> list[st
     return [
         "What changes:",
         f"- Time at the same MFU grows with the FLOPs: {times} times.",
-        f"- What is sent, as a share of what is computed: {share}. Weights and arithmetic grow alike while the batch"
+        f"- Communication time as a share of compute time: {share}. Both grow alike while the batch"
         " stays the same, so the share moves with the mesh more than with the size.",
-        f"- Under the settings of the smaller model a device would need {memory}, which does not fit, or leaves"
-        " little for what arithmetic does not see; hence more recomputation, and on H100 parameters split over"
-        " eight nodes, whose weights then go through the network too.",
-        f"- A checkpoint of {size / 2**30:,.0f} GiB is written beside the steps, and must be done before the next one:"
-        f" on {large[0].topology.name} after {save(large[0]):.1f} s. A restart reads it whole on the first host:"
+        f"- Under the settings of the smaller model a device would need {memory}, which does not fit, or leaves too"
+        " little for memory that the estimate does not count; hence more recomputation, and on H100 parameters sharded"
+        " over eight nodes, whose weights then go through the network too.",
+        f"- A checkpoint of {size / 2**30:,.0f} GiB is written during the steps, and must be finished before the next"
+        f" one: on {large[0].topology.name} after {save(large[0]):.1f} s. A restart reads it whole on the first host:"
         f" {size / DISK_BANDWIDTH:.0f} s at 1 GB/s, or none with `checkpoint.verify=size`.",
-        "- The batch of 2 M tokens is small for that size; a larger one lets more devices in.",
+        "- The batch of 2 M tokens is small for that size; a larger one can use more devices.",
     ]
 
 

@@ -1,11 +1,11 @@
-"""Matmuls with weights that are split over devices: gathered before, their gradients summed and scattered behind.
+"""Matmuls with sharded weights: weights are gathered before, and gradients summed and scattered after the matmul.
 
-Left to itself, XLA's partitioner gathers some weights by all-reduces, and TPU's compiler sums a gradient over a whole
-slice by an all-reduce of the full array, during which nothing is computed. Here the gradient goes around the rings of
-the torus, a block at a time, while the matmul computes the next block of it (Wang et al., ASPLOS 2023, "Overlap
-communication with dependent computation via decomposition"). All of this runs inside of a `shard_map`.
+By default, XLA's partitioner gathers some weights by all-reduces, and TPU's compiler sums a gradient over a whole slice
+by a synchronous all-reduce of the full array. Here the gradient travels around the rings of the torus block by block,
+while the matmul computes the next block (Wang et al., ASPLOS 2023, "Overlap communication with dependent computation
+via decomposition"). All of this runs inside a `shard_map`.
 
-The steps around a ring are XLA's permutes, or remote copies of our own (`ring_copies`).
+A step around a ring is an XLA permute or one of our remote copies (`ring_copies`).
 
 Legend: T tokens of a device, I inputs, O outputs of a weight.
 """
@@ -51,12 +51,12 @@ RingsName = Literal["auto", "off", "remote_copies"]
 
 
 class Rings(NamedTuple):
-    """How sums go around a torus. False where they do not: there is none, or XLA's reduction is as good.
+    """How sums travel around a torus. False if they do not: there is no torus, or XLA's reduction is as fast.
 
     Attributes:
       sizes: lengths of the directions of the torus that a mesh axis runs along, slowest first.
-      remote: steps are remote copies; else permutes.
-      gathers: weights are gathered ring by ring, too; else at once.
+      remote: steps use remote copies, else permutes.
+      gathers: weights are also gathered ring by ring, else all at once.
     """
 
     sizes: tuple[int, ...] = ()
@@ -71,21 +71,21 @@ def find_rings(mesh: Mesh, axis: str, how: RingsName = "auto") -> Rings:
     """The rings of a mesh axis of TPUs.
 
     Args:
-      how: "auto": with permutes, but none on v5e of more than 16 chips: those are synchronous there (libtpu 0.0.42),
-        and no faster than one reduction over both directions of the network. "off": none. "remote_copies": on every
-        torus, with remote copies.
+      how: "auto": rings with permutes, but no rings on v5e of more than 16 chips, where permutes are synchronous
+        (libtpu 0.0.42) and no faster than one reduction over both directions of the network. "off": no rings.
+        "remote_copies": rings with remote copies on every torus.
     """
     if how == "off":
         return Rings()
     flat = mesh.devices.flat[0].device_kind == "TPU v5 lite" and mesh.size > 16
     if flat and how == "auto":
         return Rings()
-    # XLA gathers over a whole torus by all-reduces, of twice the bytes; on v5e a flag keeps it from that.
+    # XLA gathers over a whole torus by all-reduces, which transfer twice the bytes; on v5e a flag prevents this.
     return Rings(_directions(mesh, axis), remote=how == "remote_copies", gathers=not flat)
 
 
 def _directions(mesh: Mesh, axis: str) -> tuple[int, ...]:
-    """Lengths of the torus directions that a mesh axis of TPUs runs along, slowest first; () where it does not."""
+    """Lengths of the torus directions that a mesh axis of TPUs runs along, slowest first; () if there are none."""
     place = mesh.axis_names.index(axis)
     devices = np.moveaxis(mesh.devices, place, 0).reshape(mesh.shape[axis], -1)[:, 0]
     if devices[0].platform != "tpu" or len({getattr(device, "slice_index", 0) for device in devices}) > 1:
@@ -107,12 +107,13 @@ def _directions(mesh: Mesh, axis: str) -> tuple[int, ...]:
 
 def gathered_matmul(x_TI: jax.Array, part: jax.Array, *, axis: str, dim: int, rings: Rings,
                     keep: bool) -> jax.Array:
-    """x · W, where each device along `axis` has a part of W [I, O] in its dim 0 or 1: [T, O] in x's dtype.
+    """Return x · W, [T, O] in x's dtype, where each device along `axis` holds a part of W [I, O] in dim 0 or 1.
 
     Args:
-      rings: from `find_rings`; empty: the gradient takes one reduce-scatter.
-      keep: the whole weight for the backward pass: right inside of a `jax.checkpoint`, which gathers it again already.
-        False gathers it again, where all layers' together would be the model.
+      rings: from `find_rings`; empty: the gradient uses one reduce-scatter.
+      keep: save the gathered weight for the backward pass. Use True inside a `jax.checkpoint`, which gathers it again
+        anyway. False gathers it again in the backward pass, because the gathered weights of all layers would be the
+        whole model.
     """
     return _matmul(x_TI, part, (axis, dim, rings, keep))
 
@@ -137,7 +138,7 @@ def _backward(setting, residuals, dy_TO):
     first = (((0,), (0,)), ((), ()))
 
     def block(start: jax.Array | int, size: int, half: slice) -> jax.Array:
-        """Rows, or columns, of this device's own sum; of the other dim a half."""
+        """Select the rows or columns of this device's own sum, and one half of the other dim."""
         along = jax.lax.dynamic_slice_in_dim(x_TI if dim == 0 else dy_TO, start, size, 1)
         left, right = (along, dy_TO[:, half]) if dim == 0 else (x_TI[:, half], along)
         return jax.lax.dot_general(left, right, first)
@@ -154,7 +155,7 @@ _matmul.defvjp(_forward, _backward)
 
 
 def gather(part: jax.Array, axis: str, *, dim: int, rings: Rings) -> jax.Array:
-    """All parts along `axis`, in its order; at once, or one ring after the other."""
+    """Gather all parts along `axis` in order, at once or ring by ring."""
     if len(rings.sizes) < 2 or not rings.gathers:
         return jax.lax.all_gather(part, axis, axis=dim, tiled=True)
     left, devices = 1, math.prod(rings.sizes)
@@ -171,7 +172,7 @@ def scatter_sum(block: Callable, *, size: int, other: int, axis: str, dim: int, 
 
     Args:
       block: `(start, size, half) -> block` of this device's own array: `size` along `dim` from `start`, `half` of the
-        other dim. It is computed while the blocks before it are on their way.
+        other dim. It is computed while earlier blocks are in transit.
     """
     if not rings:
         raise ValueError("scatter_sum: there are no rings to go around")
@@ -196,22 +197,23 @@ def scatter_sum(block: Callable, *, size: int, other: int, axis: str, dim: int, 
 
 
 def _by_permutes(sums: list, mine: Callable, step: jax.Array, *, rings: Rings, number: int, axis: str) -> tuple:
-    """(what arrives from both neighbors, what `mine(step)` computes meanwhile)."""
+    """Return (the arrays from both neighbors, the result of `mine(step)`, computed meanwhile)."""
     count = range(math.prod(rings.sizes))
     moved = [jax.lax.ppermute(each, axis, [(index, _neighbor(index, rings.sizes, number, way)) for index in count])
              for each, way in zip(sums, (1, -1), strict=True)]
-    # Apart, or XLA fuses the addition into the matmul, which then waits for what it was to overlap.
+    # Keep them separate; otherwise XLA fuses the addition into the matmul, which then waits for the transfer that it
+    # should overlap.
     return moved, jax.lax.optimization_barrier(mine(step))
 
 
 def _by_copies(sums: list, mine: Callable, step: jax.Array, *, rings: Rings, number: int, axis: str) -> tuple:
-    """As `_by_permutes`."""
+    """Do the same as `_by_permutes`, with remote copies."""
     from ctllm_jax import ring_copies
 
     index = jax.lax.axis_index(axis)
     moving = ring_copies.send(sums, [_neighbor(index, rings.sizes, number, way) for way in (1, -1)], axis=axis,
                             barrier=number)
-    # XLA does not know what a copy waits for: first it is sent, then computed, then waited.
+    # XLA does not know what a copy waits for, so the order is explicit: send, compute, wait.
     step, moving = jax.lax.optimization_barrier((step, moving))
     own, moving = jax.lax.optimization_barrier((mine(step), moving))
     return ring_copies.receive(moving), own
@@ -223,7 +225,7 @@ def _part_of(array: jax.Array, start: jax.Array, size: int, half: slice, *, dim:
 
 
 def _neighbor(index: Index, sizes: tuple[int, ...], number: int, way: int) -> Index:
-    """The next device (`way` 1) of one of the rings, or the one before (-1), counted along the mesh axis."""
+    """Index along the mesh axis of the next device (`way` 1) in one of the rings, or of the previous one (-1)."""
     left, ring = math.prod(sizes[number + 1:]), sizes[number]  # `left` devices lie between neighbors
     digit = index // left % ring
     return index + ((digit + way) % ring - digit) * left

@@ -1,8 +1,8 @@
-"""One step around a ring of TPUs, both ways at once, by remote copies that other work goes on beside.
+"""One step around a ring of TPUs in both directions at once, by remote copies that overlap with other work.
 
-XLA's collective-permute does the same. For slices of more than 16 v5e chips its compiler for TPUs has synchronous ones
-alone (libtpu 0.0.42), during which nothing is computed; a copy that a kernel began goes on when the kernel has ended.
-After JAX's guide to distributed computing in Pallas. To be called inside of a `shard_map` over all mesh axes.
+XLA's collective-permute does the same. But for slices of more than 16 v5e chips, TPU's compiler makes it synchronous
+(libtpu 0.0.42), so nothing is computed meanwhile; a copy that a kernel starts continues after the kernel ends. Based on
+JAX's guide to distributed computing in Pallas. Call these functions inside a `shard_map` over all mesh axes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
 
 
 class Moving(NamedTuple):
-    """Two arrays on their way: this device's own, which are still read, and the buffers that the neighbors' fill."""
+    """Two transfers in progress: this device's arrays, which are still read, and the buffers that the neighbors
+    fill."""
 
     sent: Sequence[jax.Array]
     arriving: Sequence[jax.Array]
@@ -30,15 +31,16 @@ class Moving(NamedTuple):
 
 
 def send(arrays: Sequence[jax.Array], neighbors: Sequence[jax.Array], *, axis: str, barrier: int) -> Moving:
-    """Begin to send the first of two arrays to the next device of a ring, the second to the one before.
+    """Start to send the first of two arrays to the next device of a ring, and the second to the previous one.
 
-    `receive` must follow before the next `send` with the same barrier: otherwise a device two steps ahead would write
-    into one that is not there yet. A loop whose body holds both keeps to that; `tests/training/test_aot.py` looks.
+    `receive` must be called before the next `send` with the same barrier; otherwise a device two steps ahead would
+    write into one that is not ready. A loop whose body contains both satisfies this; `tests/training/test_aot.py`
+    checks it.
 
     Args:
       arrays: two, each of one shape and dtype on all devices.
-      neighbors: int32 indices along the mesh axis: of the next device, and of the one before.
-      barrier: a number that rings of other neighbors must not have, nor other kernels that use a barrier.
+      neighbors: int32 indices along the mesh axis: of the next and of the previous device.
+      barrier: a number that no ring with other neighbors, and no other kernel with a barrier, may share.
     """
     targets = jnp.stack([_number(axis, index) for index in neighbors])
     shapes = [pltpu.HBM(array.shape, array.dtype) for array in arrays]
@@ -51,7 +53,7 @@ def send(arrays: Sequence[jax.Array], neighbors: Sequence[jax.Array], *, axis: s
 
 
 def receive(moving: Moving) -> Sequence[jax.Array]:
-    """Wait for both: (from the device before, from the next one), of the shapes that were sent."""
+    """Wait for both transfers; returns the arrays (from the previous device, from the next one)."""
     shapes = tuple(pltpu.HBM(array.shape, array.dtype) for array in moving.arriving)
     return pl.pallas_call(
         _receive, out_shape=shapes, in_specs=[_HBM] * 4 + [_SEMAPHORE] * 4, out_specs=(_HBM,) * 2,
@@ -62,7 +64,8 @@ def receive(moving: Moving) -> Sequence[jax.Array]:
 
 
 def _number(axis: str, index: jax.Array) -> jax.Array:
-    """The number among all devices of the mesh of the one at `index` along an axis, else where this one is."""
+    """Number of a device among all devices of the mesh: `index` along one axis, this device's index along the
+    others."""
     number = jnp.int32(0)
     for name, size in jax.sharding.get_abstract_mesh().shape.items():
         number = number * size + (index if name == axis else jax.lax.axis_index(name))
@@ -72,9 +75,10 @@ def _number(axis: str, index: jax.Array) -> jax.Array:
 def _send(targets_ref: Any, *refs: Any) -> None:
     arriving, semaphores = refs[4:6], refs[6:]
     here = pltpu.get_barrier_semaphore()
-    # What is sent to a device that is still elsewhere in its program would be written over something. So each tells
-    # both neighbors that it is here. It goes on with the word of both, and no neighbor speaks twice before: the next
-    # step of its ring needs what this device sends now. A word for the next step may be there already at the end.
+    # Data sent to a device that has not reached this point would overwrite its memory. So each device signals both
+    # neighbors that it is ready, and continues when both have signaled. No neighbor can signal twice before that,
+    # because the next step of its ring needs the data that this device sends now. A signal for the next step may
+    # already be present at the end.
     for way in range(2):
         pl.semaphore_signal(here, device_id=targets_ref[way], device_id_type=pl.DeviceIdType.LOGICAL)
     pl.semaphore_wait(here, 2)
@@ -83,7 +87,7 @@ def _send(targets_ref: Any, *refs: Any) -> None:
 
 
 def _receive(*refs: Any) -> None:
-    for copy in _copies(refs[:2], refs[2:4], refs[4:8], (0, 0)):  # who sent is not asked: the semaphores tell
+    for copy in _copies(refs[:2], refs[2:4], refs[4:8], (0, 0)):  # the sender is implied by the semaphores
         copy.wait()
 
 

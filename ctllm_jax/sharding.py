@@ -37,16 +37,16 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 def make_mesh(sizes: dict[str, int | None], devices: Sequence[jax.Device] | None = None, *,
               nodes: int | None = None) -> Mesh:
-    """A mesh over all devices.
+    """Make a mesh over all devices.
 
     Args:
-      sizes: devices along each of AXES, 1 where it is absent; one may be -1, the devices that the others leave, and
-        `replica` None, the number of slices or nodes.
+      sizes: number of devices along each of AXES, 1 if absent. One may be -1 (all remaining devices), and `replica` may
+        be None (the number of slices or nodes).
       devices: default `jax.devices()`, of all processes.
-      nodes: slices or nodes, where the devices do not tell, as those that are only compiled for.
+      nodes: number of slices or nodes, for devices that do not state it, such as those that are only compiled for.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices; the message gives the numbers.
+      UserError: the product of the sizes is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -72,10 +72,10 @@ def describe_mesh(sizes: Mapping[str, int]) -> str:
 
 
 def _hybrid_mesh(shape: tuple[int, ...], devices: Sequence[jax.Device], slices: int) -> Mesh:
-    """A mesh over several slices, or GPU nodes: the slower network between them lies along one axis."""
+    """Make a mesh over several slices or GPU nodes; the slower network between them lies along one axis."""
     from jax.experimental import mesh_utils
 
-    # Copies of the model send least, then split parameters; heads and FFN of one matmul stay together.
+    # Copies of the model communicate least, sharded parameters more; heads and FFN of one matmul stay together.
     axis = next((index for index, size in enumerate(shape[:3]) if size % slices == 0), None)
     if axis is None:
         sizes = describe_mesh(dict(zip(AXES, shape, strict=True)))
@@ -91,7 +91,7 @@ def partition_spec(dims: Sequence[str | None]) -> PartitionSpec:
     """The mesh axes of an array's dims.
 
     Raises:
-      ValueError: an unknown dim, or two dims that want the same axis.
+      ValueError: an unknown dim, or two dims that use the same axis.
     """
     entries, used = [], []
     for dim in dims:
@@ -101,7 +101,7 @@ def partition_spec(dims: Sequence[str | None]) -> PartitionSpec:
         used += [axes] if isinstance(axes, str) else list(axes or ())
         entries.append(axes)
     if len(set(used)) < len(used):
-        raise ValueError(f"dims {tuple(dims)} want one mesh axis twice: {used}")
+        raise ValueError(f"dims {tuple(dims)} use one mesh axis twice: {used}")
     return PartitionSpec(*entries)
 
 
@@ -125,7 +125,7 @@ def param_shardings(table: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
 
 
 def axis_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
-    """Devices along one mesh axis, or along several."""
+    """Number of devices along one mesh axis, or along several."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(mesh.shape[name] for name in names)
 
@@ -136,12 +136,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """The sharding of arrays that every device holds as a whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def local_rows(mesh: Mesh, rows: int) -> list[int]:
-    """The rows of a global batch [rows, …] that this process's devices hold, ascending."""
+    """Row indices of a global batch [rows, …] that this process's devices hold, ascending."""
     held: set[int] = set()
     for index in batch_sharding(mesh).addressable_devices_indices_map((rows,)).values():
         if index is not None:
@@ -150,10 +150,11 @@ def local_rows(mesh: Mesh, rows: int) -> list[int]:
 
 
 def embed_tokens(embedding_VD: jax.Array, tokens_BS: jax.Array, *, mesh: Mesh, dtype: Any) -> jax.Array:
-    """Rows of an embedding that is split over tensor (vocabulary) and fsdp (width), for a batch split over BATCH_AXES.
+    """Look up an embedding that is sharded over tensor (vocabulary) and fsdp (width), for a batch sharded over
+    BATCH_AXES.
 
-    Left to the partitioner this gathers the whole table, or all activations. Here each device looks the tokens of its
-    fsdp group up in its own part, and one all-to-all turns widths into rows; the gradient goes the same way back.
+    The partitioner would gather the whole table, or all activations. Here each device looks up the tokens of its fsdp
+    group in its own part, and one all-to-all exchanges widths for rows; the gradient takes the reverse path.
 
     Returns [B, S, D] in `dtype`.
     """
@@ -171,10 +172,10 @@ def embed_tokens(embedding_VD: jax.Array, tokens_BS: jax.Array, *, mesh: Mesh, d
 
 def project(x: jax.Array, weights: Sequence[jax.Array], dims: Sequence[tuple[str | None, ...]], *,
             mesh: Mesh, keep: bool = False, rings: RingsName = "auto") -> list[jax.Array]:
-    """As `model.decoder.project`, of weights that are split over the mesh as RULES say: x·W for each.
+    """Compute x·W for each W as `model.decoder.project` does, for weights that are sharded over the mesh by RULES.
 
-    Each device gathers what others hold of a weight along fsdp, and gets its part of the gradient's sum; only that part
-    is then added up over copies of the model. `keep` is that of `gathered_matmul`, `rings` of `find_rings`.
+    Each device gathers a weight along fsdp and receives its part of the gradient's sum; only that part is then summed
+    over copies of the model. `keep` is as for `gathered_matmul`, `rings` as from `find_rings`.
     """
     inputs = x.ndim - 2
     specs = [partition_spec(each) for each in dims]
@@ -189,7 +190,7 @@ def project(x: jax.Array, weights: Sequence[jax.Array], dims: Sequence[tuple[str
             split = tuple(spec).index(FSDP) >= inputs  # in the outputs
             shape = part.shape[inputs:-1] + (-1,) if split else part.shape[inputs:]
             part = jax.lax.pcast(part.reshape(math.prod(part.shape[:inputs]), -1), COPIES, to="varying")
-            # Cast here, so that the gradients of all weights are added up over tensor as one.
+            # Cast here, so that the gradients of all weights are summed over tensor in one reduction.
             x_TI = x.reshape(-1, part.shape[0] if split else x.shape[-1])
             if TENSOR not in spec[:inputs]:
                 x_TI = jax.lax.pcast(x_TI, TENSOR, to="varying")
@@ -203,10 +204,10 @@ def project(x: jax.Array, weights: Sequence[jax.Array], dims: Sequence[tuple[str
         out_specs=[PartitionSpec(BATCH_AXES, None, *outside(spec)[inputs:]) for spec in specs])(x, *weights)
 
 
-# Equal arguments give one function: a decoder made again has the compiled programs of the one before.
+# Equal arguments give the same function object, so that a decoder made again reuses compiled programs.
 @functools.cache
 def attention_on(mesh: Mesh | None, *, implementation: Name) -> Callable[..., jax.Array]:
-    """Attention for a decoder on this mesh, or for one without, whose arrays lie anywhere."""
+    """Return attention for a decoder on this mesh; None: without a mesh, for arrays on any devices."""
     if mesh is None:
         # As with SwiGLU below.
         return partial(kernels.attention, implementation=implementation if jax.device_count() == 1 else "xla")
@@ -216,15 +217,16 @@ def attention_on(mesh: Mesh | None, *, implementation: Name) -> Callable[..., ja
 @functools.cache
 def swiglu_on(mesh: Mesh | None, *, implementation: Name, recompute: bool, rings: RingsName = "auto"
               ) -> Callable[..., jax.Array]:
-    """`(x_BSD, gate_DF, up_DF) -> [B, S, F]` for a decoder on this mesh, or for one without, whose arrays lie anywhere.
+    """`(x_BSD, gate_DF, up_DF) -> [B, S, F]` for a decoder on this mesh; None: without a mesh, for arrays on any
+    devices.
 
     Args:
       implementation: as of `kernels.swiglu`.
-      recompute: as of `kernels.swiglu`; False where remat computes the FFN again, which is not to happen twice.
+      recompute: as of `kernels.swiglu`; False if remat already recomputes the FFN, so that it does not happen twice.
       rings: as of `project`.
     """
     if mesh is None:
-        # Of arrays that several devices may hold the partitioner takes care, and it cannot split a kernel.
+        # Arrays that several devices may hold are handled by the partitioner, which cannot split a kernel.
         return partial(kernels.swiglu, recompute=recompute,
                        implementation=implementation if jax.device_count() == 1 else "xla")
     def both(x_BSD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array) -> list[jax.Array]:

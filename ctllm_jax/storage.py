@@ -1,12 +1,12 @@
-"""Runs, datasets and models on an object store, `gs://BUCKET/…`: what of it is another thing than a file system.
+"""Runs, datasets and models on an object store, `gs://BUCKET/…`: the operations that differ from a file system.
 
-`open_path` gives a path with pathlib's methods, and for a local one pathlib's own. What they cannot do on a store is
-here: no renaming, no appending, no locks, but sums that the store keeps of every object, and writes that succeed only
-if an object is still the one that was read (generations). `etils.epath` over `gcsfs` moves files, TensorStore, which
-a checkpoint needs anyway, does the conditional writes. Neither is imported for a local path. No jax here.
+`open_path` returns a path with pathlib's methods; for a local path it is pathlib's own. A store cannot rename, append
+or lock, but it keeps checksums of every object, and supports writes that succeed only if an object has not changed
+(generations). `etils.epath` over `gcsfs` transfers files; TensorStore, which checkpoints need anyway, makes the
+conditional writes. Neither is imported for a local path. No jax.
 
 Requests that fail for a while (5xx, 429, a lost connection) are repeated by both: gcsfs for half a minute, TensorStore
-for a quarter of an hour. What still fails is a `StoreError`, or told by `describe_failure`.
+for a quarter of an hour. A request that still fails raises `StoreError`, or is described by `describe_failure`.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 _WILD = re.compile(r"[*?\[\]#]")
 _BLOCK = 8 << 20
 _AT_ONCE = 32
-"""Requests that wait for their answers at the same time."""
+"""Number of concurrent requests."""
 _ANSWER = 60.0
 """Seconds after which a conditional write counts as failed; it may still be done."""
 
 
 class StoreError(OSError):
-    """A request that an object store does not answer as it should, after all repetitions; `strerror` says why.
+    """A request to an object store that failed after all retries; `strerror` states the reason.
 
     Attributes:
-      lasting: the same request fails again: no such bucket, no permission.
+      lasting: the error is permanent: no such bucket, no permission.
     """
 
     def __init__(self, message: str, *, lasting: bool):
@@ -59,20 +59,20 @@ class StoreError(OSError):
 
 
 class Entry(NamedTuple):
-    """What a store says of an object: bytes, and MD5 in hexadecimal digits (None: it was composed of others)."""
+    """A store's metadata of an object: bytes, and MD5 in hexadecimal digits (None: it was composed of others)."""
 
     size: int
     md5: str | None
 
 
 def in_parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """The function of each item, in their order: for what waits for a store or a file server, and computes little."""
+    """Apply a function to each item in threads, in order; for work that mostly waits for a store or a file server."""
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="requests") as threads:
         return list(threads.map(function, items))
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is of an object store."""
+    """Whether a path is on an object store."""
     return str(path).startswith(SCHEME)
 
 
@@ -80,7 +80,7 @@ def open_path(path: str | os.PathLike) -> Path:
     """A path of a file system or of an object store.
 
     Raises:
-      UserError: gs:// without a bucket, or what it needs is not installed.
+      UserError: gs:// has no bucket, or a required package is not installed.
     """
     if not is_remote(path):
         return Path(path)
@@ -96,7 +96,7 @@ def open_path(path: str | os.PathLike) -> Path:
 
 
 def absolute(path: Path) -> Path:
-    """A path that holds in any working directory; `etils` would put a store's below this one."""
+    """An absolute path; `etils` would put a store's path below the working directory."""
     return path if is_remote(path) else path.absolute()
 
 
@@ -105,7 +105,7 @@ def _connect() -> None:
     """Settings of gcsfs, which etils makes itself."""
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError("gs:// needs gcsfs: pip install 'ctllm-jax[gcs]' (or mount the bucket, and give that path)")
-    # It would ask the control interface about each bucket, for rapid buckets, which are none of ours.
+    # Otherwise it queries the control API about each bucket, for rapid buckets, which we do not use.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec.config
 
@@ -124,10 +124,10 @@ def _file_system() -> Any:
 
 
 def list_objects(folder: Path) -> dict[str, Entry]:
-    """What lies below a folder of a store, by its path from there; empty where there is nothing.
+    """The objects below a folder of a store, by relative path; empty if there are none.
 
     Raises:
-      StoreError: it cannot be asked.
+      StoreError: the store cannot be queried.
     """
     prefix = str(folder).removeprefix(SCHEME) + "/"
     with told(folder):
@@ -147,7 +147,7 @@ def list_names(folder: Path) -> list[str]:
 
 
 def read_small(paths: Sequence[Path]) -> dict[Path, bytes]:
-    """What several small objects of a store hold, without those that are not there; requested at the same time."""
+    """The contents of several small objects of a store, without missing ones; requested in parallel."""
     if not paths:
         return {}
     names = {str(path).removeprefix(SCHEME): path for path in paths}
@@ -161,7 +161,7 @@ def read_small(paths: Sequence[Path]) -> dict[Path, bytes]:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove everything below a folder of a store; it may be gone already."""
+    """Remove everything below a folder of a store; it may be missing."""
     with told(folder):
         try:
             _file_system().rm(str(folder), recursive=True)
@@ -170,7 +170,7 @@ def remove_tree(folder: Path) -> None:
 
 
 def move_tree(folder: Path, target: Path) -> None:
-    """Copy a folder of a store inside the store, then remove it: not at once, as a disk's rename is."""
+    """Copy a folder inside the store, then remove it; unlike a rename on a disk, this is not atomic."""
     with told(folder):
         system = _file_system()
         for name in system.find(str(folder)):
@@ -196,7 +196,7 @@ def copy_file(path: Path, target: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file of this machine, at once or not at all, with the permissions that the user's umask gives."""
+    """Write a local file atomically, with the permissions of the user's umask."""
     partial = path.with_name(f".{path.name[:100]}-{secrets.token_hex(4)}")
     try:
         partial.write_bytes(content)
@@ -206,7 +206,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:
-    """An object, a few MiB at a time.
+    """Read an object, a few MiB at a time.
 
     Raises:
       FileNotFoundError: there is none.
@@ -218,7 +218,7 @@ def read_blocks(path: Path) -> Iterator[bytes]:
 
 
 def local_copy(path: Path) -> Path:
-    """A small file as one of this machine: itself, or a copy that goes with this process."""
+    """A small file as a local file: itself, or a copy that is removed when this process ends."""
     return _download(path) if is_remote(path) else path
 
 
@@ -239,7 +239,7 @@ def _own_folder() -> str:
 
 
 class Conditional:
-    """One object that is only changed by who has seen its last version."""
+    """One object with conditional writes: a write succeeds only if the writer has seen the last version."""
 
     def __init__(self, path: Path):
         import tensorstore as ts
@@ -249,15 +249,15 @@ class Conditional:
         self._store = ts.KvStore.open({"driver": "gcs", "bucket": bucket}).result()
 
     def read(self) -> tuple[bytes, bytes] | None:
-        """(content, version), or None where it is not there."""
+        """Return (content, version), or None if it does not exist."""
         with told(self.path):
             found = self._store.read(self._name).result(timeout=_ANSWER)
         return None if found.state == "missing" else (bytes(found.value), bytes(found.stamp.generation))
 
     def write(self, content: bytes | None, *, version: bytes | None) -> bytes | None:
-        """Replace that version (None: make it, where it is not there), or with None as content remove it.
+        """Replace that version (None: create it if it does not exist), or remove it if the content is None.
 
-        Returns its version now, or None: it is another one, and was left alone.
+        Returns the new version, or None if the object had another version and was not changed.
         """
         with told(self.path):
             written = self._store.write(self._name, content, if_equal=_absent() if version is None else version)
@@ -267,16 +267,16 @@ class Conditional:
 
 @cache
 def _absent() -> bytes:
-    """TensorStore's name for the version of an object that is not there."""
+    """TensorStore's name for the version of a missing object."""
     import tensorstore as ts
 
     return bytes(ts.KvStore.open({"driver": "memory"}).result().read("x").result().stamp.generation)
 
 
 class Uploader:
-    """Writes small objects behind the caller's back: the newest content of each, every few seconds.
+    """Writes small objects in the background: the newest content of each, every few seconds.
 
-    A store that fails for a while costs nothing but delay. Give up after `patience` seconds in a row.
+    Temporary failures of the store only cause delay. Gives up after `patience` seconds of failures.
     """
 
     def __init__(self, *, interval: float = 10.0, patience: float = 600.0):
@@ -289,7 +289,7 @@ class Uploader:
         self._thread.start()
 
     def put(self, path: Path, content: bytes) -> None:
-        """Have an object written.
+        """Schedule an object for writing.
 
         Raises:
           StoreError: nothing could be written for longer than `patience`.
@@ -300,11 +300,11 @@ class Uploader:
             self._waiting[path] = content
 
     def wake(self) -> None:
-        """Write now, not when the interval is over."""
+        """Write now, before the interval is over."""
         self._wake.set()
 
     def close(self) -> None:
-        """Write what is waiting.
+        """Write all scheduled objects.
 
         Raises:
           StoreError: it cannot be written.
@@ -322,11 +322,11 @@ class Uploader:
             try:
                 self._write_all()
                 self._failing_since = None
-            except Exception as error:  # of whatever kind: this thread must not end unnoticed
+            except Exception as error:  # any error: this thread must not end unnoticed
                 now = time.monotonic()
                 if self._failing_since is None:
                     self._failing_since = now
-                    log.warning("%s; it is tried again", error)
+                    log.warning("%s; retrying", error)
                 if now - self._failing_since > self._patience:
                     self._error = error if isinstance(error, OSError) else StoreError(
                         f"{type(error).__name__}: {error}", lasting=False)
@@ -345,7 +345,7 @@ class Uploader:
 
 @contextmanager
 def told(path: Path) -> Iterator[None]:
-    """Whatever the clients of a store raise, as a `StoreError`; that something is not there stays as it is."""
+    """Convert errors of a store's clients to `StoreError`; errors about missing objects are passed on."""
     try:
         yield
     except (FileNotFoundError, StoreError):
@@ -361,7 +361,7 @@ def told(path: Path) -> Iterator[None]:
 
 
 def describe_failure(error: BaseException) -> tuple[str, bool] | None:
-    """(in words, whether it lasts) of an error of a store's clients; None: it is something else."""
+    """(description, whether it is permanent) of an error of a store's clients; None for other errors."""
     if isinstance(error, StoreError):
         return str(error), error.lasting
     return _explain(error)

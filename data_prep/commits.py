@@ -1,4 +1,4 @@
-"""Work units that are done exactly once: files appear whole, and a record written last says so.
+"""Work units that are done exactly once: files appear complete, and a record that is written last confirms them.
 
 A stage is a folder `parts/` of files and a folder `commits/` of records, one a unit. A record holds the hash of all
 that decides the unit's bytes (its key), the names and sizes of its files, and its counters. What is to do is the plan
@@ -34,7 +34,7 @@ def fingerprint(*values: Any) -> str:
 
 @dataclass(frozen=True)
 class Commit:
-    """What a finished unit left: `files` are names below the stage's `parts`, with their sizes in bytes."""
+    """The result of a finished unit: `files` are names below the stage's `parts`, with their sizes in bytes."""
 
     unit: str
     key: str
@@ -61,9 +61,9 @@ class Output:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's folder. `options` is the fingerprint of what, beside a unit, decides the unit's bytes.
+    """A stage's folder. `options` is the fingerprint of everything except the unit that determines the unit's bytes.
 
-    `parts` is where its files go, `root/parts` if not given.
+    `parts` is the folder of its files, by default `root/parts`.
     """
 
     root: Path
@@ -95,7 +95,7 @@ class Stage:
 
     @contextmanager
     def commit(self, unit: Unit) -> Iterator[Output]:
-        """Run a unit: what was written through the Output is there when the block ends well, and nothing otherwise."""
+        """Run a unit: files written through the Output appear if the block succeeds, and none otherwise."""
         output = Output(self.parts, f"{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
         record = self._record(unit)
         try:
@@ -104,7 +104,7 @@ class Stage:
             for path in names.values():
                 flush(path)
             if self._is_of_another(record, key):
-                # A record of other options must not stand beside the files of these.
+                # A record with other options must not remain next to these files.
                 record.unlink(missing_ok=True)
                 flush(record.parent)
             sizes = {name: path.stat().st_size for name, path in names.items()}
@@ -119,7 +119,8 @@ class Stage:
                 path.unlink(missing_ok=True)
 
     def clean(self, units: Sequence[Unit]) -> None:
-        """Remove what no unit of the plan has left: files of former plans, and temporary ones of killed workers.
+        """Remove files that belong to no unit of the plan: those of former plans, and temporary files of killed
+        workers.
 
         Call it when every unit is committed and nobody else writes.
         """
@@ -161,7 +162,7 @@ class Stage:
 
 
 def open_stage(root: Path, *options: Any, parts: Path | None = None) -> Stage:
-    """The stage in `root`, made if missing; `options` decide, beside its units, the bytes of its files."""
+    """Open the stage in `root`, made if missing; its units and `options` determine the bytes of its files."""
     (root / "commits").mkdir(parents=True, exist_ok=True)
     stage = Stage(root, fingerprint(*options), parts or root / "parts")
     stage.parts.mkdir(parents=True, exist_ok=True)
@@ -169,7 +170,7 @@ def open_stage(root: Path, *options: Any, parts: Path | None = None) -> Stage:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, and survives a power cut."""
+    """Write a file atomically, and flush it to the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""Who is a copy of whom, over all documents: exact copies, and near ones by MinHash LSH, band by band.
+"""Find duplicates over all documents: exact duplicates, and near-duplicates by MinHash LSH, band by band.
 
 Both leave a table `node, first`: documents to drop, and the one that stays instead. A node is a document's place: the
 index of its part among the sorted parts, and its row.
@@ -44,7 +44,7 @@ def exact(engine: Engine, stage: Stage, unit: Unit, parts: Sequence[Part]) -> Co
 
 def near(engine: Engine, stage: Stage, units: Sequence[Unit], key_parts: Sequence[Part], documents: Sequence[Part],
          config: MinHashConfig, *, progress: Callable[[int], None]) -> Commit:
-    """Near copies: documents that agree in a band, and what hangs together by such pairs.
+    """Near-duplicates: documents that agree in a band, and the clusters that such pairs form.
 
     `units` are one for each band and, last, one for the outcome; `key_parts` hold the band keys and `documents` the
     documents themselves, in the same order. Of each cluster the first by (priority, id, file, position) stays.
@@ -98,7 +98,7 @@ def _band(engine: Engine, stage: Stage, unit: Unit, parts: Sequence[Part], index
 
 
 def _forest(edges: np.ndarray, *, joined: bool) -> np.ndarray:
-    """The same clusters with fewer edges: a star each where a pair alone decides, else the distinct pairs."""
+    """The same clusters with fewer edges: stars if any pair suffices, else the distinct pairs."""
     if len(edges) > MOST_EDGES:
         raise MemoryError(f"{len(edges):,} candidate pairs are more than {MOST_EDGES:,}: give more rows to a band")
     if not joined or not len(edges):

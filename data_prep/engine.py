@@ -1,4 +1,4 @@
-"""What runs the pipeline: Daft, on the processes of this machine or on a Ray cluster. Only this module knows it.
+"""The engine of the pipeline: Daft, on the processes of this machine or on a Ray cluster. Only this module uses it.
 
 Two kinds of work: units, each a call of a function in a worker process; and the few questions that are about all
 documents at once (who is a copy of whom), as joins over Parquet files.
@@ -33,7 +33,7 @@ _RAY_SECONDS = 10
 logger = logging.getLogger(__name__)
 
 PART_BITS = 32
-"""A document's number is part << PART_BITS | row: where it stands."""
+"""A document's number is part << PART_BITS | row, its place."""
 
 
 class Part(NamedTuple):
@@ -48,7 +48,7 @@ class Part(NamedTuple):
 
 
 class UnitFailed(NamedTuple):
-    """A unit that raised. `user_error`: what it says is meant for the user; otherwise it is a traceback."""
+    """A unit that raised an error. `user_error`: the text is a message for the user; otherwise it is a traceback."""
 
     unit: str
     message: str
@@ -71,9 +71,10 @@ class Engine:
 
     def run(self, function: Callable[[dict, dict], dict], units: Sequence[dict], options: dict,
             ) -> Iterator[dict | UnitFailed]:
-        """`function(unit, options)` for every unit, in worker processes; what it returns, in the order of finishing.
+        """Run `function(unit, options)` for every unit in worker processes; yields the results in the order of
+        finishing.
 
-        `function` stands at the head of a module; units, options and what is returned are JSON values. A unit that
+        `function` must be a top-level function of a module; units, options and results are JSON values. A unit that
         raises gives a UnitFailed, and the others go on.
         """
         if self._inline or len(units) == 1 and self.kind == "native":
@@ -102,8 +103,8 @@ class Engine:
     def copies(self, parts: Sequence[Part], *, key: Sequence[str], order: Sequence[str]) -> pa.Table:
         """Documents that are a copy of another and not the first of their kind, and who is.
 
-        Two documents are copies if all columns `key`, integers, are equal. The first has the lowest (rank, then columns
-        `order`).
+        Two documents are duplicates if all columns `key`, integers, are equal. The first has the lowest (rank, then
+        columns `order`).
 
         Returns:
           A table of `node` and `first`, int64, sorted by node, and `group`, the number of documents of that kind.
@@ -202,7 +203,7 @@ class Engine:
             what = f"the Ray cluster at ray.address={address}" if address else "Ray on this machine"
             if address:
                 _check_reachable(address)
-            # A cluster of our own leaves no dashboard behind and stays on loopback.
+            # Our own cluster has no dashboard, and uses only the loopback address.
             own = {"num_cpus": self.workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
             with _still_waiting(what):
                 try:
@@ -222,7 +223,7 @@ def _let_workers_import_us() -> None:
 
 
 def _check_reachable(address: str) -> None:
-    """UserError where nothing answers at the address of a Ray cluster; Ray itself waits minutes to say so."""
+    """Raise UserError if nothing answers at the address of a Ray cluster; Ray itself would wait for minutes."""
     if address in ("auto", "local"):
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -238,7 +239,7 @@ def _check_reachable(address: str) -> None:
 
 @contextmanager
 def _still_waiting(what: str) -> Iterator[None]:
-    """Say every few seconds what is waited for."""
+    """Log every few seconds what the command waits for."""
     done = threading.Event()
 
     def say() -> None:
@@ -258,7 +259,8 @@ def _still_waiting(what: str) -> Iterator[None]:
 
 @functools.cache
 def _worker():
-    """A class that lives in a worker process and calls a function there: one unit in, what became of it out, JSON."""
+    """A class that lives in a worker process and calls a function there: it takes one unit and returns its result as
+    JSON."""
     import daft
 
     class Worker:
@@ -290,7 +292,7 @@ def _call(function: Callable[[dict, dict], dict], options: dict, text: str) -> s
 
 
 def describe(error: OSError) -> str:
-    """What the operating system refused, where, and what to do."""
+    """Describe an error of the operating system, its path, and what to do."""
     what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({what}). What was done is kept: free some space, and the same command continues"
@@ -328,5 +330,5 @@ def _import_daft():
 
 
 def _table(frame, columns: list[str]) -> pa.Table:
-    """What a frame comes to; an empty result has its columns too."""
+    """Collect a frame; an empty result has its columns, too."""
     return frame.select(*columns).to_arrow()

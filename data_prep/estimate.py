@@ -12,7 +12,7 @@ from ctllm_jax.config.prepare import PrepareConfig
 from data_prep.readers import InputUnit
 
 SAMPLE_BYTES = 4 * 2**20
-"""Of a file, as it lies in storage."""
+"""Bytes of a file in storage."""
 FILES = 3
 """Of a source, spread over its units."""
 _MANY = 10**9
@@ -20,7 +20,7 @@ _MANY = 10**9
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What the whole input would take. `stages`: CPU-seconds by stage; `workers` divide them; sizes are in bytes."""
+    """Estimate for the whole input. `stages`: CPU-seconds by stage; `workers` divide them; sizes are in bytes."""
 
     sample_bytes: int
     total_bytes: int
@@ -33,7 +33,7 @@ class Estimate:
 
     @property
     def hours(self) -> float:
-        """Wall time, if every worker has a core to itself and what runs alone takes as long as its share."""
+        """Wall time if every worker has its own core and serial parts take as long as their share."""
         return sum(self.stages.values()) / self.workers / 3600
 
 
@@ -41,8 +41,8 @@ def estimate(config: PrepareConfig, inputs: Sequence[InputUnit],
              progress: Callable[[str, int, int], None] = lambda stage, done, total: None) -> Estimate:
     """Run the stages on the beginnings of some files of each source, and scale by bytes in storage.
 
-    What compares documents with each other (joins) is scaled alike, a little too low for a large corpus. UserError
-    where nothing of the sample can be read.
+    What compares documents with each other (joins) is scaled alike, a little too low for a large corpus. Raises
+    UserError if nothing of the sample can be read.
     """
     from data_prep.pipeline import prepare
 

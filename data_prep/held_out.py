@@ -23,8 +23,8 @@ class Division(NamedTuple):
 def divide(source: Path, train: Path, held_out: Path, *, fraction: float) -> Division:
     """Write the documents below `clean/SOURCE` to two JSONL files; about `fraction` of them to `held_out`.
 
-    A document's side depends on a hash of its text alone, the one that `prepare` uses: what is trained on before
-    `prepare` tokenizes (the tokenizer itself) has then seen nothing of what is held out.
+    A document's side depends only on a hash of its text, the same as in `prepare`. So the tokenizer, which is trained
+    before `prepare` runs, never sees held-out documents.
     """
     counts, sizes = [0, 0], [0, 0]
     with open(train, "w", encoding="utf-8") as kept, open(held_out, "w", encoding="utf-8") as apart:

@@ -1,4 +1,4 @@
-"""`launch.py prepare`: read, filter, drop copies, clean, tokenize, pack; each stage resumes where it stopped."""
+"""`launch.py prepare`: read, filter, drop duplicates, clean, tokenize, pack; each stage resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from data_prep.stages.common import content_hash, options_of, packages, part_uni
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-"""Told the stage, what is done of it, and its total."""
+"""Called with the stage, its progress, and its total."""
 Done = list[tuple[Unit, Commit]]
 
 
 @dataclass
 class Ran:
-    """What the stages left: commits in plan order, and what they took this time."""
+    """Results of the stages: commits in plan order, and their time in this run."""
 
     inputs: list[InputUnit]
     stages: dict[str, Done] = field(default_factory=dict)
@@ -250,7 +250,8 @@ class Pipeline:
                 self.output / source, source, own, packed, config, known, self.config_sha256(known))
 
     def merge(self, tokenized: Done, stage: Stage, known: tokenize.Vocabulary) -> dict[str, tuple[list[Path], str]]:
-        """Tokenized parts to as few as can be open at once: source -> the indexes, and what stands for their text."""
+        """Merge tokenized parts until they can all be open at once: source -> the indexes, and the hash of their
+        text."""
         parts = {source: [(unit, commit) for unit, commit in tokenized if unit["source"] == source]
                  for source in self.sources}
         content = {source: fingerprint([commit.key for _, commit in own], self.config.record_tokens)
@@ -274,7 +275,7 @@ class Pipeline:
                 for source, own in parts.items()}
 
     def config_sha256(self, known: tokenize.Vocabulary) -> str:
-        """Hash of what, beside the text, decides a dataset's bytes."""
+        """Hash of everything except the text that determines a dataset's bytes."""
         schema = type(self.config).model_fields
         free = {name for name, one in schema.items() if (one.json_schema_extra or {}).get("changeable")}
         return fingerprint(self.config.model_dump(mode="json", exclude={*free, "output", "tokenizer"}), known)
@@ -285,7 +286,7 @@ class Pipeline:
 
     def units(self, name: str, stage: Stage, function: Callable, units: list[Unit], options: dict[str, Any], *,
               sizes: list[int] | None = None, keep: bool = False) -> Done:
-        """Run what is not committed of these units; gives the commits of all, in the order of the plan."""
+        """Run the uncommitted ones of these units; returns the commits of all, in the order of the plan."""
         found = [stage.find(unit) for unit in units]
         sizes = sizes or [1] * len(units)
         done = sum(size for size, commit in zip(sizes, found, strict=True) if commit)
@@ -339,7 +340,7 @@ def rule_set_name(rules: str, kind: str) -> str:
 
 
 def _set_identity(rules: RuleSet) -> str:
-    """Hash of what a rule set asks."""
+    """Hash of a rule set."""
     return fingerprint([[name, bounds.low, bounds.high, bounds.above, RULES[name].version]
                         for name, bounds in rules.bounds.items()],
                        rules.link_removal, rules.line_rules, rules.languages, rules.published)
@@ -352,7 +353,7 @@ def _advice(reason: str) -> str:
 
 
 def _read_options(config: PrepareConfig) -> tuple[Any, ...]:
-    """What decides, beside the input, what is read."""
+    """Options besides the input that affect reading."""
     return read.VERSION, config.encoding, config.html, config.max_record_mib, config.record_seconds
 
 
@@ -362,7 +363,7 @@ def _read_unit(unit: InputUnit) -> Unit:
 
 
 def _changed(file: str) -> str:
-    """What tells one state of an input file from another, beside its size."""
+    """A version of an input file, in addition to its size."""
     if "://" not in file:
         return str(os.stat(file).st_mtime_ns)
     import fsspec

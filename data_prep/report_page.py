@@ -1,4 +1,4 @@
-"""The page of a corpus: what came in, what each stage and rule took out, with documents to judge them by.
+"""The report page of a corpus: input counts, and what each stage and rule removed, with sample documents.
 
 One self-contained HTML file made from the values of report.json alone; any part of them may be missing or null.
 """
@@ -20,15 +20,16 @@ Report = Mapping[str, Any]
 
 _FILES_SHOWN = 60
 _MB = 1e6
-_STAGES = {"read": "bad records put aside", "filter": "rules", "exact": "exact copies", "minhash": "near copies",
-           "lines": "similar lines within documents, evaluation text", "tokenize": "into the dataset"}
+_STAGES = {"read": "bad records set aside", "filter": "rules", "exact": "exact duplicates",
+           "minhash": "near-duplicates", "lines": "similar lines within documents, evaluation text",
+           "tokenize": "into the dataset"}
 
 _TIMED_AS = {"lines": "clean"}
-"""Rows of the funnel whose time is told under another name."""
+"""Rows of the funnel whose time is listed under another name."""
 
 
 def write_page(report: Report, path: str | Path) -> Path:
-    """Write the page of a report to a file, at once or not at all; UserError where it cannot be written."""
+    """Write the page of a report to a file atomically. Raises UserError if it cannot be written."""
     return save(render(report), path)
 
 
@@ -93,7 +94,7 @@ def _head(report: Report) -> str:
     said = [("statistics: every rule was measured on every document" if statistics else
              "production: a document stops at the first rule that it fails", ""),
             ("punctuation is written as ASCII, as in CT-LLM's released corpus" if report.get("writes_punctuation") else
-             "punctuation is written as it stood", "note" if report.get("writes_punctuation") else "")]
+             "punctuation is written unchanged", "note" if report.get("writes_punctuation") else "")]
     if report.get("limit"):
         said.append((f"a trial: the first {report['limit']:,} records of each source", "note"))
     states = "".join(f'<span class="state {kind}">{shown(words)}</span>' for words, kind in said)
@@ -212,7 +213,7 @@ def _bounds(row: Mapping) -> str:
 
 
 def _rules(report: Report, source: str) -> str:
-    """A source's rules: a table of all, then those that dropped something, with what they dropped."""
+    """A source's rules: a table of all, then those that dropped documents, with these documents."""
     rows = sorted((row for row in _list(report, "rules") if row.get("source") == source),
                   key=lambda row: -_count(row, "failed"))
     if not rows:
@@ -273,7 +274,7 @@ def _rule_figure(row: Mapping) -> str:
 
 
 def _rule(name: str, row: Mapping | None, dropped: Sequence[Mapping], above: int) -> str:
-    """A rule beside documents that it dropped; `above`: how many more of them stand with rules above."""
+    """A rule with documents that it dropped; `above`: number of further ones that are shown with earlier rules."""
     figure = _rule_figure(row) if row else f"<div><b>{shown(name)}</b></div>"
     head = f"dropped: {_count(row, 'failed'):,} of {_count(row, 'measured'):,}" if row else "dropped"
     head += f"; {above} of those chosen are shown above" if above else ""

@@ -35,7 +35,7 @@ _SHARD_COUNTS = ("records", "tokens", "documents", "text_bytes", "size", "sha256
 
 
 class Vocabulary(NamedTuple):
-    """What of a tokenizer decides a dataset's bytes, apart from the ids themselves."""
+    """Properties of a tokenizer that determine a dataset's bytes, apart from the ids themselves."""
 
     sha256: str
     vocab_size: int
@@ -50,7 +50,7 @@ def load(path: str):
 
 
 def vocabulary(config: PrepareConfig) -> Vocabulary:
-    """The tokenizer of a config. UserError where it cannot be loaded or nothing can end a document."""
+    """The tokenizer of a config. Raises UserError if it cannot be loaded, or there is no id to end documents."""
     tokenizer = load(config.tokenizer)
     eod_id = tokenizer.eos_id if config.eod_id is None else config.eod_id
     if eod_id is None:
@@ -105,7 +105,7 @@ def _merge(unit: Unit, options: dict[str, Any], output: Output) -> None:
 
 def plan_shards(names: Sequence[Path], content: str, config: PrepareConfig, source: str) -> list[Unit]:
     """The shards of a source: which documents, by range of key, go where. `names` are the indexes of its runs, and
-    `content` stands for what they hold."""
+    `content` identifies their content."""
     indexes = [runs.read_index(Path(), Run(str(name))) for name in names]
     before = [np.concatenate([[0], np.cumsum(own["tokens"])]) for own in indexes]
     index = np.concatenate(indexes)
@@ -202,7 +202,7 @@ def remove(target: Path) -> None:
 
 
 def _standing(target: Path) -> Manifest:
-    """The manifest of a dataset of ours. UserError where the folder is something else."""
+    """The manifest of a dataset written here. Raises UserError for any other folder."""
     try:
         return read_manifest(target)
     except UserError as error:
@@ -210,7 +210,7 @@ def _standing(target: Path) -> Manifest:
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file under another name, without a copy where the file system can."""
+    """Link a file under another name, or copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Compression:
-    """How a tokenizer does on some lines: UTF-8 bytes and tokens by language."""
+    """Measure a tokenizer on some lines: UTF-8 bytes and tokens by language."""
 
     text_bytes: dict[str, int]
     tokens: dict[str, int]
@@ -84,7 +84,7 @@ def _training_lines(config: TokenizerTrainConfig, progress: Callable[[int, int],
 
 
 def fit(lines: Iterable[str], *, vocab_size: int, character_coverage: float) -> bytes:
-    """The model trained on these lines. UserError where `vocab_size` does not suit them."""
+    """Train the model on these lines. Raises UserError if `vocab_size` does not suit them."""
     import sentencepiece
 
     model = io.BytesIO()

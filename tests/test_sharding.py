@@ -60,7 +60,7 @@ def test_specs_of_dims():
 
 @pytest.mark.parametrize("dims", [("vocab", "heads"), ("batch", "embed"), ("embed", "embed"), ("heads", None, "ffn")])
 def test_two_dims_that_want_one_axis(dims):
-    with pytest.raises(ValueError, match="want one mesh axis twice"):
+    with pytest.raises(ValueError, match="use one mesh axis twice"):
         partition_spec(dims)
 
 

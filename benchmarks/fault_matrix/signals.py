@@ -64,7 +64,7 @@ def sigterm_one(bench: Bench, outcome: Outcome) -> None:
     wait_for_step(run, both)
     os.kill(both[1].pid, signal.SIGTERM)
     texts = [child.wait().expect(75).text for child in both]
-    outcome.message = bench.line("\n".join(texts), "told to make way")
+    outcome.message = bench.line("\n".join(texts), "preempted")
     for child in bench.start_processes(2, *words(run)):
         child.wait().expect(0)
     judge(bench, outcome, run)

@@ -41,11 +41,11 @@ def run(context: Context) -> int:
 
 
 class Dialogue:
-    """What was said, and what comes next."""
+    """The dialogue so far, and its continuation."""
 
     def __init__(self, model, config: ChatConfig, console):
         self._model, self._config, self._console = model, config, console
-        # One slot: what was said before stays in the cache, and only the new question is read.
+        # One slot: earlier turns stay in the cache, and only the new question is computed.
         self._engine = model.engine(slots=1, steps=4)
         self._system = config.system
         self._messages: list = []
@@ -55,7 +55,7 @@ class Dialogue:
         """Read lines until there are none."""
         interactive = sys.stdin.isatty()
         if hasattr(sys.stdin, "reconfigure"):
-            # A line that is no UTF-8 is left out; an error of the decoder would take the lines after it along.
+            # A line that is not UTF-8 is skipped; a decoder error would lose the following lines, too.
             sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
         if interactive:
             self._console.print(f"[dim]{self._model.run_dir}, step {self._model.step:,}; /reset, /system TEXT, "

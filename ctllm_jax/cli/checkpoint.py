@@ -1,4 +1,4 @@
-"""`launch.py checkpoint ls|verify|diff|prune`: what a run has kept, whether it is whole, how two differ, less of it."""
+"""`launch.py checkpoint ls|verify|diff|prune`: list, verify, compare and remove checkpoints."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class CheckpointVerifyConfig(Section):
 
 
 class CheckpointDiffConfig(Section):
-    """What of two checkpoints is compared."""
+    """Options of the comparison of two checkpoints."""
 
     optimizer: bool = key(False, "compare the optimizer's state and the counters too, not the weights alone")
 
 
 class CheckpointPruneConfig(Section):
-    """What stays."""
+    """The checkpoints to keep."""
 
     keep: int = key(3, "newest checkpoints of each kind that stay", ge=0)
     every: int | None = key(None, "each one whose step is a multiple of this stays, too", ge=1)
     milestones: bool = key(False, "prune milestones by the same rule; they all stay otherwise")
-    delete: bool = key(False, "delete what is listed; only listed otherwise")
+    delete: bool = key(False, "delete the listed checkpoints; otherwise only list them")
 
 
 ACTIONS = {"ls": CheckpointListConfig, "verify": CheckpointVerifyConfig, "diff": CheckpointDiffConfig,
@@ -57,7 +57,7 @@ prune   lists what would go, and with delete=true removes it. The newest one tha
 
 
 def run(context: Context) -> int:
-    """Do what the action says for each target."""
+    """Run the action for each target."""
     if not context.targets:
         raise UserError(f"checkpoint {context.action} needs a run directory")
     # As wide as the names are: one that is cut cannot be given to another command.
@@ -125,7 +125,7 @@ def verify(context: Context) -> int:
             context.console.print(f"{escape(target)}: no checkpoint yet")
 
         def look(folder: Path) -> tuple[int, list[str] | None] | None:
-            with suppress(FileNotFoundError):  # the run goes on, and did not keep it
+            with suppress(FileNotFoundError):  # the running run has removed it
                 return measure_size(folder), find_damage(folder)
 
         # A store is asked about all of them at the same time; on a disk one step after the other is read.
@@ -167,7 +167,7 @@ def _folders(target: str) -> Iterator[Path]:
 
 
 def compare(context: Context) -> int:
-    """Print a table of two checkpoints' arrays beside each other."""
+    """Print a table that compares the arrays of two checkpoints."""
     from rich.table import Table
 
     from ctllm_jax.training.checkpoints.arrays import compare_arrays
@@ -211,7 +211,7 @@ def compare(context: Context) -> int:
 
 
 def prune(context: Context) -> int:
-    """Say what goes, and with delete=true remove it."""
+    """List the checkpoints to remove, and with delete=true remove them."""
     from rich.markup import escape
 
     from ctllm_jax.config.pretrain import RunConfig

@@ -1,4 +1,4 @@
-"""The tables of a sweep on a terminal: what its runs will take, and what they came to."""
+"""The tables of a sweep on a terminal: the plan of its runs, and their results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHORT = {"bits_per_byte": "bpb"}
 
 
 class Plan(NamedTuple):
-    """What a run would take: its name, what would happen (starts, goes on, finished), its config without gaps, tokens
+    """The plan of a run: its name, its action (starts, goes on, finished), its completed config, tokens
     and epochs of each source, and the report of its data, if it has one."""
 
     name: str

@@ -21,19 +21,19 @@ usage: python launch.py compile CONFIG topology=NAME[,NAME …] [key=value …]
 
 CONFIG and keys are those of `pretrain`. The step is compiled by the hardware's own compiler, on this machine: does it
 fit, memory by kind, FLOPs, what is sent and whether something is computed meanwhile, how fast it can be at most. Needs
-the extra tpu for TPUs and cuda13 for GPUs, but neither a TPU nor a GPU. Exit status 1 where it does not fit; then what
+the extra tpu for TPUs and cuda13 for GPUs, but neither a TPU nor a GPU. Exit status 1 if it does not fit; then what
 takes the room, and a change that fits, are named:
   python launch.py compile configs/ct_llm_2b/pretrain.yaml topology=v5p-256
   python launch.py compile configs/ct_llm_2b/pretrain.yaml topology=v5litepod-256 batch.rows_per_device=8 search=true
   python launch.py compile configs/small/1b.yaml topology=h100:8,v6e:4x4 output=compile.json
 """
 _SHOWN = 8  # collectives and arrays of a table
-_LEAST = 2**20  # bytes from which a synchronous collective is shown whatever its rank
+_LEAST = 2**20  # smallest size in bytes at which a synchronous collective is always shown
 
 
 def run(context: Context) -> int:
-    """Compile for each topology; print and write what came out."""
-    # libtpu asks a metadata server, and locks itself, unless it is told that this is no TPU machine.
+    """Compile for each topology; print and write the results."""
+    # libtpu queries a metadata server, and takes a lock, unless it is configured for a machine without TPU.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
@@ -69,17 +69,17 @@ def run(context: Context) -> int:
 
 
 def reports_fit(report: Report, config: CompileConfig) -> bool:
-    """Whether what was asked for fits: the config itself, or with a search what was found."""
+    """Whether the result fits: the config itself, or the best one of a search."""
     return report.fits and (config.search or settings(report.config) == settings(config))
 
 
 def settings(config: Any) -> tuple:
-    """What a search or a change varies."""
+    """The keys that a search or a change varies."""
     return config.batch.rows_per_device, config.compute.remat, config.compute.loss_chunk
 
 
 def find(config: CompileConfig, topology: Any, *, tell: Callable[[str], None]) -> list[tuple[str, Report]]:
-    """(what was set, what came out) of each compilation: the config itself, then what a search or a change needs."""
+    """(settings, result) of each compilation: first the config itself, then those of a search or a change."""
     from ctllm_jax.preflight import aot
     from ctllm_jax.preflight.roofline import roofline
 
@@ -98,7 +98,7 @@ def find(config: CompileConfig, topology: Any, *, tell: Callable[[str], None]) -
         ladder = sorted(((name, each) for name, each in aot.candidates(config, rows)
                          if each.batch.rows_per_device <= rows),
                         key=lambda pair: roofline(pair[1], topology, mesh=mesh, collectives=None).step)
-        # What arithmetic puts far above the memory is not worth a compilation.
+        # A candidate whose estimate is far above the memory is not compiled.
         ladder = [pair for pair in ladder if aot.may_fit(pair[1], topology)] or ladder[-1:]
     for name, changed in ladder:
         if len(tried) >= config.attempts or tried and tried[-1][1].fits:
@@ -109,7 +109,7 @@ def find(config: CompileConfig, topology: Any, *, tell: Callable[[str], None]) -
 
 
 def pick(tried: list[tuple[str, Report]]) -> Report:
-    """The fastest that fits; the first one where none does."""
+    """The fastest candidate that fits; the first one if none does."""
     fitting = [report for _, report in tried if report.fits]
     return min(fitting, key=lambda report: report.roofline.step) if fitting else tried[0][1]
 
@@ -149,7 +149,7 @@ def show(report: Report, console: Any) -> None:
 
 
 def show_collectives(report: Report, console: Any) -> None:
-    """What is sent, by kind, and the largest that stop the computation."""
+    """Communication by kind, and the largest synchronous collectives."""
     from rich import box
     from rich.table import Table
 
@@ -178,7 +178,7 @@ def by_kind(report: Report) -> list[dict[str, Any]]:
 
 
 def show_largest(report: Report, console: Any) -> None:
-    """What takes the room: arrays of the program where the compiler gives it, else the parts by arithmetic."""
+    """The largest users of memory: arrays of the program if the compiler reports them, else estimated parts."""
     if report.largest:
         for each in report.largest[:_SHOWN]:
             console.print(f"  {_gib(each.size):>11}  {each.type}  {each.source}", markup=False)
@@ -189,7 +189,7 @@ def show_largest(report: Report, console: Any) -> None:
 
 
 def show_attempts(tried: list[tuple[str, Report]], best: Report, console: Any, *, settings: bool) -> None:
-    """What was tried, and what to write."""
+    """The tried settings, and the recommended keys."""
     for name, report in tried:
         mark = "fits" if report.fits else "does not fit"
         console.print(f"  {name}: {mark}, {_gib(report.peak)}, at least {_seconds(report.roofline.step)} a step")

@@ -42,7 +42,7 @@ def configure(action: str, words: list[str], overrides: list[str]) -> Inspection
 
 
 def to_yaml(config: Inspection | VerifyConfig) -> str:
-    """What --print-config shows: of a run's rows, that run's config."""
+    """The output of --print-config: for the rows of a run, that run's config."""
     from ctllm_jax.config.load import to_yaml as one
 
     return one(config if isinstance(config, VerifyConfig) else config.run or config.keys)

@@ -29,7 +29,7 @@ usage: python launch.py evaluate MODEL tasks=NAME,â€¦ | suite=FILE [key=value â€
 
 lm-eval's own tasks, worded as it words them, without PyTorch or transformers. A MODEL is a run directory (its newest
 checkpoint), RUN@STEP, or a Hugging Face folder. Results go to RUN/evaluation/STEP/ in lm-eval's layout; the same
-command goes on where it was stopped, and what was answered once is not asked again:
+command continues where it stopped, and repeats no answered question:
   python launch.py evaluate runs/ct_llm tasks=cmmlu,ceval-valid,mmlu num_fewshot=5 data=data/evaluation
   python launch.py evaluate runs/ct_llm@500000 tasks=hellaswag limit=1000 dtype=bfloat16
   python launch.py evaluate runs/chat tasks=gsm8k apply_chat_template=true samples=true
@@ -56,14 +56,14 @@ def configure(action: str | None, words: Sequence[str], overrides: Sequence[str]
 
 
 def to_yaml(config: Any) -> str:
-    """What --print-config shows."""
+    """The output of --print-config."""
     from ctllm_jax.config.load import to_yaml as one
 
     return one(config)
 
 
 def run(context: Context) -> int:
-    """Ask, write the results, show them; or what `list` and `fetch` do."""
+    """Run the evaluation, write and show the results; or run `list` or `fetch`."""
     if context.targets and context.targets[0] in DATA_ACTIONS:
         from ctllm_jax.cli import evaluate_data
 
@@ -102,7 +102,7 @@ def run(context: Context) -> int:
 
 def _evaluate(context: Context, name: str, names: list[str], suite: Any, opened: dict[str, Any],
               held_out: Any) -> None:
-    """All that is asked of one MODEL; programs that are compiled for one checkpoint serve the next."""
+    """Evaluate one MODEL; programs compiled for one checkpoint are reused for the next."""
     from rich.markup import escape
 
     from ctllm_jax.cli.progress import count_bar
@@ -145,7 +145,7 @@ def _evaluate(context: Context, name: str, names: list[str], suite: Any, opened:
         results.write_samples(folder / f"{file}.samples.jsonl", readable)
     results.write_result(folder / f"{file}.json", result)
     table = make_table(result, asked)
-    # As wide as it is: names of tasks differ at their ends, and a cut-off name is none.
+    # In full width, because names of tasks differ at their ends.
     width = console.measure(table, options=console.options.update(max_width=500)).maximum
     console.width = max(console.width, width)
     console.print(table)
@@ -185,7 +185,7 @@ def _stem(config: EvaluateConfig, asked: list[str], suite: Any, *, chat: bool) -
 
 
 def _identity(config: EvaluateConfig, names: list[str]) -> dict[str, Any]:
-    """All of a command that decides its results, but the model and the files of questions."""
+    """All settings of a command that affect its results, except the model and the files of questions."""
     left_out = {"checkpoints", "output", "batch", "mesh", "samples", "bootstrap", "data", "tasks", "suite"}
     return {**config.model_dump(mode="json", exclude=left_out), "tasks": names}
 
@@ -205,7 +205,7 @@ def _files(name: str, config: EvaluateConfig, asked: list[str], suite: Any) -> l
 
 
 def _check(name: str, config: EvaluateConfig) -> None:
-    """UserError for what is wrong with MODEL and keys, before anything heavy is imported."""
+    """Check MODEL and keys before heavy imports. Raises UserError."""
     base = name.rpartition("@")[0] if name.rpartition("@")[2].isdigit() else name
     directory = Path(base or name)
     if not directory.is_dir():
@@ -241,7 +241,7 @@ def _headline(model: Model, lm: Any, *, chat: bool) -> str:
 
 
 def _describe_tasks(context: Context, tasks: dict[str, Any]) -> int:
-    """What would be asked."""
+    """The questions that would be asked."""
     config, total = context.config, 0
     for name, task in tasks.items():
         count = len(task.eval_docs)
@@ -255,7 +255,7 @@ def _describe_tasks(context: Context, tasks: dict[str, Any]) -> int:
 
 
 def make_table(result: dict[str, Any], asked: Sequence[str]) -> Table:
-    """What was asked for by name, groups below, their metrics and intervals; the tasks of a group are in the file."""
+    """The requested tasks and groups with their metrics and intervals; the tasks of a group are in the file."""
     from rich import box
     from rich.table import Table
 

@@ -36,7 +36,7 @@ def choose_checkpoints(run: str, wanted: Sequence[str]) -> list[str]:
 
 
 def is_measured(model: str, files: Sequence[Sequence[Path]], identity: Any) -> bool:
-    """Whether one of each `files` is there, asked as `identity` says, of this very checkpoint."""
+    """Whether each of `files` exists with the settings `identity`, for this checkpoint."""
     checkpoint = origin(model)
     for choices in files:
         there = [path for path in choices if path.is_file()]
@@ -46,7 +46,7 @@ def is_measured(model: str, files: Sequence[Sequence[Path]], identity: Any) -> b
 
 
 def origin(name: str) -> dict[str, Any]:
-    """What the checkpoint says of itself: the tokens that it was trained on, and which run it is of."""
+    """The checkpoint's meta: its training tokens, and its run."""
     from ctllm_jax.training.checkpoints.checkpoint import find_checkpoint, identify_model
 
     _, kept = find_checkpoint(name)

@@ -41,7 +41,7 @@ def run_list(context: Context) -> int:
 
 
 def run_fetch(context: Context) -> int:
-    """Fetch what is not here; status 1 if any could not be fetched."""
+    """Fetch missing questions; status 1 if any could not be fetched."""
     from rich.text import Text
 
     _refuse_targets(context)

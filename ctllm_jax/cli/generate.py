@@ -20,13 +20,13 @@ MODEL is a run directory (its newest checkpoint), or RUN@STEP:
   python launch.py generate runs/quickstart prompt=今天天气 temperature=0.7
   python launch.py generate runs/quickstart@500 prompt=@story.txt num_samples=4 top_k=50
   echo 从前 | python launch.py generate runs/quickstart prompt=-
-A file of prompts, JSON lines with prompt or messages, to a file of texts; the same command goes on where it stopped:
+A file of prompts, JSON lines with prompt or messages, to a file of texts; the same command continues where it stopped:
   python launch.py generate runs/chat prompts=questions.jsonl output=answers.jsonl num_samples=2
 """
 
 
 def run(context: Context) -> int:
-    """Print the prompt and what the model writes behind it, one text after the other; or write them to a file."""
+    """Print the prompt and the model's continuations, one after the other; or write them to a file."""
     if len(context.targets) != 1:
         raise UserError("generate needs one MODEL: a run directory, or RUN@STEP")
     config = context.config

@@ -25,7 +25,7 @@ every command that takes a MODEL takes it as it is.)
 
 
 def run(context: Context) -> int:
-    """Convert, and say what was found and what to type next."""
+    """Convert the model, and print a summary and the next commands."""
     from rich.text import Text
 
     from ctllm_jax.cli.progress import stage_bars

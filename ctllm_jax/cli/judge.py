@@ -28,7 +28,7 @@ usage: python launch.py judge [MODEL | ANSWERS …] questions=FILE judge.base_ur
 
 MODELs (a run of sft or dpo, RUN@STEP, a Hugging Face folder), an endpoint (answers.base_url), and files of answers
 (MT-Bench's layout as .jsonl, or the judge-….json of an earlier command) are rated from 1 to 10, question by question,
-by the model behind an OpenAI-compatible endpoint. What is answered and judged is kept, and the same command goes on:
+by the model behind an OpenAI-compatible endpoint. Answers and judgments are stored, and the same command continues:
   python launch.py judge runs/chat questions=chc-bench judge.base_url=http://localhost:8000/v1 judge.model=NAME
   python launch.py judge runs/sft runs/dpo questions=FILE compare=all output=DIR judge.base_url=URL judge.model=NAME
   python launch.py judge answers.jsonl questions=FILE output=DIR judge.base_url=URL judge.model=NAME --dry-run
@@ -38,8 +38,8 @@ _UNFIT = re.compile(r"[^\w.@-]+")  # for the name of a file
 
 
 class Side(NamedTuple):
-    """One who answers: the name; a MODEL, an endpoint, or answers that are given, with what an earlier record says of
-    them; and where its own record goes beside `output`."""
+    """A source of answers: its name; a MODEL, an endpoint, or given answers with their earlier record; and the place of
+    its own record in addition to `output`."""
 
     name: str
     model: str | None = None
@@ -51,7 +51,7 @@ class Side(NamedTuple):
 
 
 def run(context: Context) -> int:
-    """Have the questions answered and judged, and write what it comes to."""
+    """Have the questions answered and judged, and write the results."""
     from ctllm_jax.cli.judge_tables import show_plan
     from ctllm_jax.data.questions import choose, read_questions
     from ctllm_jax.evaluation.judge.judging import Judge
@@ -103,7 +103,7 @@ def _check_temperatures(config: JudgeConfig, questions: Sequence[Question]) -> N
 
 
 def _sides(context: Context, questions: Sequence[Question]) -> list[Side]:
-    """Who answers, each by a name of its own."""
+    """The sources of answers, with distinct names."""
     from ctllm_jax.evaluation.judge.answers import Answer, EndpointAnswerer, read_answers
     from ctllm_jax.evaluation.judge.judge import read_judged
 
@@ -242,7 +242,7 @@ class _Once:
 
 def _answer(side: Side, config: JudgeConfig, questions: Sequence[Question], file, check: Callable[[], None],
             console: Console, turns: int) -> tuple[Given, dict[str, Any]]:
-    """All answers of one side, and what the record says of it."""
+    """All answers of one side, and its entry in the record."""
     from rich.markup import escape
 
     from ctllm_jax.cli.progress import count_bar

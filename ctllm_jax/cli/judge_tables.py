@@ -1,4 +1,4 @@
-"""What `launch.py judge` shows on a terminal: what would be asked, and what it came to."""
+"""The terminal output of `launch.py judge`: the plan, and the results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def show_results(results: Sequence[dict[str, Any]], compared: dict[str, Any] | N
 
 def show_plan(config: JudgeConfig, questions: Sequence[Question], sides: Sequence[Any], judge: Judge,
                console: Console) -> None:
-    """What would be asked, of whom, and one prompt as the judge would read it."""
+    """Show the planned requests, and one prompt as the judge would read it."""
     turns = turns_of(questions)
     counts = [(name, sum(question.category == name for question in questions))
               for name in in_order(question.category for question in questions)]

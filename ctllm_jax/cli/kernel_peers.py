@@ -1,4 +1,4 @@
-"""Other libraries' kernels, timed beside ours by `launch.py kernels bench`, where they are installed and can run."""
+"""Other libraries' kernels, timed by `launch.py kernels bench` for comparison, if they are installed and can run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def find_peers(case: Any) -> dict[str, Callable[[], float]]:
-    """Name -> `() -> seconds of one call` of what does the same as a `Bench` of `kernels.registry`."""
+    """Name -> `() -> seconds of one call` for the computation of a `Bench` of `kernels.registry`."""
     if case.op == "attention" and not case.sizes["packed"] and _torch_has_cuda():
         return {"torch sdpa": partial(_time_sdpa, **case.sizes)}
     return {}

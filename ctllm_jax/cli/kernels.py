@@ -38,7 +38,7 @@ def run(context: Context) -> int:
     if context.targets:
         raise UserError(f"kernels {context.action} takes keys only; {' '.join(context.targets)} is left over")
     if context.action == "compile":
-        # No device is asked for, so that a compile can run beside a job that holds them.
+        # No device is opened, so that a compilation can run while another job uses the devices.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
@@ -169,7 +169,7 @@ def _table(*columns: str) -> Table:
 
 
 def _finish(context: Context, table: Table, cases: list[Any], notes: list[str]) -> None:
-    """The table, and below it what did not run, and why; of a dry run what would."""
+    """Show the table, and below it the cases that did not run, with reasons; in a dry run, the planned cases."""
     if context.dry_run:
         for case in cases:
             context.console.print(Text(f"{getattr(case, 'chip', '')} {case.op}: {case.case}".strip()))
@@ -185,7 +185,7 @@ def _verdict(good: bool, yes: str, no: str) -> Text:
 
 
 def _reason(error: ValueError) -> str:
-    """Why an implementation does not run, without what runs in its place."""
+    """The reason why an implementation does not run, without the alternatives."""
     return str(error).partition("; what can:")[0]
 
 

@@ -25,7 +25,7 @@ its base lies where it was. `merge` writes a run directory that needs no base:
 
 
 def run(context: Context) -> int:
-    """Write what the action asks for, and say what to type next."""
+    """Run the action, and print the next commands."""
     from rich.text import Text
 
     if len(context.targets) != 1:

@@ -69,7 +69,7 @@ def explain(error: OSError) -> tuple[str, int]:
 
 
 def explain_unexpected(error: Exception) -> str:
-    """A sentence with the type and message of an error that is a fault of the program, and where its traceback is.
+    """A sentence with the type and message of an internal error, and the place of its traceback.
 
     The traceback is written to a new file that only this user can read. It is printed instead where the environment
     variable CTLLM_TRACEBACK is 1, or where no file can be written.
@@ -93,12 +93,12 @@ def check_writable(path: str | os.PathLike, named: str, *, kind: str = "folder")
     """Whether a file or folder can be written, or made with all folders above it.
 
     Args:
-      path: where it is to be; one of an object store is not checked.
-      named: what the message calls it.
+      path: the output path; one on an object store is not checked.
+      named: its name in the message.
       kind: "file" (replaced by a new one if it is there) or "folder".
 
     Raises:
-      UserError: it cannot; the message says why, and what to do.
+      UserError: it cannot be written; the message gives the reason, and what to do.
     """
     if is_remote(path):
         return

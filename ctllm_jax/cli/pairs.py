@@ -23,7 +23,7 @@ usage: python launch.py pairs [CONFIG] data=FILE rejected=MODEL output=FILE [key
 For each prompt of data (messages, ShareGPT, Alpaca, prompt/completion; JSONL, JSON, Parquet) a weaker model gives the
 rejected answer. The chosen one is the last answer of the dialogue in data, or an endpoint's. A MODEL is a run directory
 of sft or dpo, or RUN@STEP; an endpoint is any server of OpenAI's chat completions. The output goes into dpo as it is.
-The same command goes on where it was stopped, and asks again for what failed:
+The same command continues where it stopped, and retries failed prompts:
   python launch.py pairs data=dialogues.jsonl rejected=runs/chat output=pairs.jsonl
   python launch.py pairs data=dialogues.jsonl rejected.base_url=http://localhost:8000/v1 rejected.model=NAME output=FILE
   python launch.py pairs configs/data/pairs_ct_llm.yaml data=questions.jsonl output=data/dpo/zh.jsonl limit=100
@@ -31,7 +31,7 @@ The same command goes on where it was stopped, and asks again for what failed:
 
 
 def run(context: Context) -> int:
-    """Read the prompts, ask both sides, and say what became of them."""
+    """Read the prompts, ask both sides, and print the counts."""
     config, console = context.config, context.console
     from rich.markup import escape
 
@@ -81,7 +81,7 @@ def run(context: Context) -> int:
 
 
 def show_outcome(read: Prompts, reasons: dict[str, int], file: PairFile | None, console) -> None:
-    """What was read, what was left out and why, and the pairs."""
+    """Counts of read prompts, of those left out by reason, and of pairs."""
     from rich import box
     from rich.table import Table
 

@@ -58,7 +58,7 @@ def run(context: Context) -> int:
 
 
 def write(path: Path, target: str, plan: Any, config: PlanConfig) -> None:
-    """A config that extends the target by what the plan sets."""
+    """A config that extends the target by the keys of the plan."""
     import os
 
     import yaml

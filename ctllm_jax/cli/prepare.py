@@ -26,10 +26,11 @@ USAGE = """
 usage: python launch.py prepare [CONFIG] input=TEXT output=DIR [tokenizer=TOKENIZER] [key=value …]
                                 [--dry-run | --estimate]
 
-Raw text (JSONL, .gz, .zst, Parquet, plain text, WET, WARC; files or folders of these) is read, filtered by rules, freed
-of exact and near copies and of similar lines, and written as clean text below DIR/clean; with a tokenizer it is also
-held out, shuffled, tokenized and packed into a dataset directory DIR/NAME for each source. DIR/report.html shows what
-became of the documents. The same command goes on after Ctrl-C, and does again only what a changed key concerns.
+The command reads raw text (JSONL, .gz, .zst, Parquet, plain text, WET, WARC; files or folders of these), filters it by
+rules, drops exact duplicates, near-duplicates and similar lines, and writes clean text below DIR/clean. With a
+tokenizer, it also holds out, shuffles, tokenizes and packs documents into a dataset directory DIR/NAME for each source.
+DIR/report.html shows the counts of documents. The same command continues after Ctrl-C, and repeats only stages that a
+changed key affects.
 
   python launch.py prepare input=crawl/ output=data/crawl limit=1000
   python launch.py prepare input=corpus/ tokenizer=tokenizer.model output=data/corpus rules=light
@@ -62,7 +63,7 @@ def run(context: Context) -> int:
 
 
 def prepare(context: Context, inputs: list) -> int:
-    """Run the stages, write the report, and say what became of the documents."""
+    """Run the stages, write the report, and print the counts of documents."""
     from data_prep.pipeline import prepare as run_stages
     from data_prep.report import state, write_report
 
@@ -90,7 +91,7 @@ def prepare(context: Context, inputs: list) -> int:
 
 
 def show_inputs(inputs: list, console) -> None:
-    """What was recognised: two lines a file, the second the beginning of its first record."""
+    """The detected formats: two lines per file, the second with the beginning of its first record."""
     from data_prep.readers import describe
 
     rows = describe(inputs)

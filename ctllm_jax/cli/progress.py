@@ -1,4 +1,4 @@
-"""How far a command is that takes its time: a bar on a terminal."""
+"""The progress of a long command: a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def count_bar(console: Console, noun: str, *, total: int, done: int = 0) -> Iter
         rate = (count - done) / max(time.monotonic() - began, 1e-9)
         return f"{compact(rate)}/s | eta {duration((total - count) / rate)}" if rate else "eta –"
 
-    # By the clock and not by the count: what is made in batches is counted in bursts.
+    # By time and not by count, because batches are counted in bursts.
     def tell_lines() -> None:
         while not ended.wait(_LINE_SECONDS):
             console.print(f"{noun} {count:,} of {total:,} | {pace()}")

@@ -1,4 +1,4 @@
-"""`launch.py report RUN [RUN2 ...]`: a run's numbers as one HTML page, or several runs beside each other."""
+"""`launch.py report RUN [RUN2 ...]`: a run's numbers as one HTML page, or several runs side by side."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SCHEMA = ReportConfig
 USAGE = """
 usage: python launch.py report RUN [RUN2 …] [output=FILE]
 
-RUN is a run directory, whether its run is over or not, or the directory of a sweep, which stands for all its runs:
+RUN is a run directory, of a finished or running run, or the directory of a sweep, which means all its runs:
   python launch.py report runs/quickstart
   python launch.py report runs/quickstart runs/try output=compare.html
 """
 
 
 def run(context: Context) -> int:
-    """Write the page, and print where it is."""
+    """Write the page, and print its path."""
     if not context.targets:
         raise UserError("report needs a run directory: launch.py report RUN [RUN2 ...]")
     targets = [open_path(target) for target in context.targets]

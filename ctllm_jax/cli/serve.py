@@ -1,4 +1,4 @@
-"""`launch.py serve MODEL`: a model behind OpenAI's interface, and a page to chat with it."""
+"""`launch.py serve MODEL`: an OpenAI-compatible server for a model, with a chat page."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ def run(context: Context) -> int:
 
 
 def read_key(config: ServeConfig) -> str | None:
-    """The API key, or None where none is needed.
+    """The API key, or None if none is needed.
 
     Raises:
-      UserError: no key for an address that others can reach.
+      UserError: there is no key for an address that others can reach.
     """
     key = os.environ.get(config.api_key_env, "").strip()
     if not key and config.host not in _LOOPBACK:

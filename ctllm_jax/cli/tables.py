@@ -1,4 +1,4 @@
-"""`launch.py tables RUN…`: what was measured of runs, beside the paper's figures."""
+"""`launch.py tables RUN…`: results of runs next to the paper's figures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ evaluated), RUN@STEP, or a folder that evaluate or judge wrote to with output=:
 
 
 def run(context: Context) -> int:
-    """Read what was measured, and write the tables."""
+    """Read the results, and write the tables."""
     if not context.targets:
         raise UserError("tables needs a run directory: launch.py tables RUN [RUN2 …]")
     from ctllm_jax.config.evaluate_data import read_suite
@@ -67,7 +67,7 @@ def _print(console: Console, tables: Sequence[Table], written_as: str) -> None:
     from ctllm_jax.evaluation.tables import foot_lines, to_rich
 
     if not console.is_terminal:
-        # A pipe has no width: what is searched or compared must not be broken.
+        # A pipe has no width, and wrapped lines would hinder searching and comparing.
         console.width = 10_000
     for table in tables:
         console.print(to_rich(table))

@@ -1,4 +1,4 @@
-"""What the chips can do, by the name that JAX gives them. Peak figures are the makers', dense and in bf16.
+"""Data of the chips by JAX's device kind. Peak figures are the vendors', dense and in bf16.
 
 Sources: Google Cloud's pages of each TPU generation (architecture tables), NVIDIA's data sheets (SXM versions).
 """
@@ -13,7 +13,7 @@ class Chip:
     """One device as JAX counts them: a TPU v7x chip is two, a TPU v4 chip (megacore) one.
 
     Attributes:
-      name: as users say it.
+      name: the chip's name for users.
       peak_flops: bf16 multiply-adds counted twice, a second.
       memory_gib: of high-bandwidth memory.
       memory_bandwidth: bytes a second from and to it.

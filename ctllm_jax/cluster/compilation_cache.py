@@ -1,13 +1,14 @@
-"""Where JAX keeps compiled programs for the next start, put into the environment before jax is imported. No jax.
+"""The folder of JAX's compilation cache, set in the environment before jax is imported. No jax.
 
-On by itself where it is safe, beside the run directory, which all processes of a run see. It is not safe:
+By default it is enabled where it is safe, next to the run directory, which all processes of a run share. It is not
+safe:
 
 - on CPUs: a program there is machine code for the very processor that compiled it, and its key does not say which. On
   a shared file system another one takes it, and may stop at an instruction that it has not;
 - in a directory that each host has for itself: only process 0 writes (jax._src.compiler), so that at the next start it
   alone does not compile, where processes on GPUs share the work of autotuning.
 
-What lies there is run as it is: whoever may write to the directory may run code in the next start.
+Cached programs are run unchecked: anyone who can write to the directory can run code at the next start.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def choose_directory(setting: str, *, run_dir: str, environment: Mapping[str, st
 
 
 def set_directory(environment: MutableMapping[str, str], setting: str, *, run_dir: str) -> str | None:
-    """Choose the directory, and tell it to a JAX that is imported later."""
+    """Choose the directory, and set it for a JAX that is imported later."""
     directory = choose_directory(setting, run_dir=run_dir, environment=environment)
     if directory is not None:
         environment[VARIABLE] = directory

@@ -1,4 +1,5 @@
-"""Several processes as one program: who starts them is detected, and what would hang or go wrong silently is said."""
+"""Several processes as one program: detect the launcher, and report problems that would otherwise hang or fail
+silently."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from ctllm_jax.config.statuses import REQUEUE
 
 _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _PORT = 61_440
-"""First of the 4,096 ports of which a job's number chooses one: two jobs on a node then seldom meet."""
+"""First of the 4,096 ports from which a job's number selects one, so that two jobs on a node rarely collide."""
 _TPU_VM = ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID")
 _TPU_PORT = 8476
 """Where JAX's service listens on TPUs, whose runtime chooses the coordinator."""
@@ -43,7 +44,7 @@ class Launch:
 
     Attributes:
       kind: explicit, slurm, openmpi, kubernetes, tpu or local.
-      coordinator: host:port of process 0; None where there is one process, or TPU's runtime knows.
+      coordinator: host:port of process 0; None for one process, or if TPU's runtime knows it.
       processes, index: how many there are, and which one this is.
       local_devices: numbers of the GPUs of this process; None: all of its machine.
     """
@@ -69,7 +70,7 @@ class Launch:
 
 
 def detect(environment: Mapping[str, str]) -> Launch:
-    """What the environment says of other processes: the first of these that is set.
+    """The process layout from the environment: the first of these sources that is set.
 
     | set | by |
     |---|---|
@@ -104,13 +105,13 @@ def initialize(heartbeat_seconds: int = 100, *, arrival_seconds: float = ARRIVAL
     second call does nothing.
 
     Args:
-      heartbeat_seconds: a process without a sign of life for so long is dead, and `training.supervision.watchdog`
-        names it. JAX, which aborts all others and names none, gets a longer limit.
+      heartbeat_seconds: seconds without a heartbeat after which a process counts as dead, and
+        `training.supervision.watchdog` names it. JAX, which aborts all others and names none, gets a longer limit.
       arrival_seconds: how long the processes wait for each other.
 
     Raises:
       Missing: some did not arrive in time; the message names them.
-      UserError: as `detect`, or process 0 cannot be found by name: the runtime would wait, and say nothing.
+      UserError: as `detect`, or the host name of process 0 does not resolve, for which the runtime would wait silently.
     """
     launch, patience = detect(os.environ), 2 * heartbeat_seconds + _PATIENCE
     if launch.processes > 1 and _is_initialized():
@@ -170,7 +171,7 @@ def _ends_after(seconds: float) -> Iterator[int]:
 
 
 def tpu_coordinator(environment: Mapping[str, str]) -> str:
-    """Where JAX starts its service for TPUs whose hosts the environment names: on the first host of the first slice."""
+    """The address of JAX's service for TPUs whose hosts the environment names: the first host of the first slice."""
     host = environment.get("MEGASCALE_COORDINATOR_ADDRESS") or environment[_TPU_VM[0]].split(",")[0]
     return f"{host.partition(':')[0]}:{_TPU_PORT}"
 
@@ -217,7 +218,7 @@ def _slurm(environment: Mapping[str, str]) -> Launch:
 
 
 def _check_gpus(environment: Mapping[str, str], tasks: int) -> None:
-    """GPUs that the job has on this node, and that none of its tasks there would use."""
+    """GPUs of the job on this node that none of its tasks would use."""
     given = environment.get("SLURM_GPUS_ON_NODE", "")
     visible = [device for device in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
     if given.isdigit() and visible and len(visible) * tasks < int(given):
@@ -272,7 +273,7 @@ def _share(environment: Mapping[str, str], tasks: int, index: int) -> tuple[int,
 
 
 def count_gpus(environment: Mapping[str, str]) -> int:
-    """How many NVIDIA GPUs a process would see, without asking a driver; 0 where JAX is to use something else."""
+    """The number of NVIDIA GPUs that a process would see, without a driver call; 0 if JAX will use another platform."""
     if environment.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
         return 0
     if not any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")):

@@ -25,7 +25,7 @@ MOUNT = "/gcs"
 PORT = 8476
 POD = "worker"
 SPOT_SECONDS = 15
-"""What a pod has on a spot node after the notice; the node itself ends 30 s after it (GKE, Spot VMs)."""
+"""Seconds that a pod on a spot node has after the notice; the node itself ends 30 s after it (GKE, Spot VMs)."""
 SAVE_BANDWIDTH = 0.2e9
 """Bytes a second at which a host surely writes its part of a checkpoint, and reads it; a bucket takes several times as
 much."""
@@ -111,7 +111,8 @@ def render(job: GKEJobConfig, command: TrainingCommand, *, checkpoint_bytes: int
               *(f"              - {_text(word)}" for word in words)]
     environment = []
     if not topology.is_tpu or not several:
-        # TPU's runtime tells the hosts of a slice of each other; nobody tells GPUs, or a single host.
+        # TPU's runtime informs the hosts of a slice about each other; GPU nodes and single hosts get no such
+        # information.
         environment = [("JOBSET_COORDINATOR", coordinator), ("JOBSET_PROCESSES", str(topology.hosts))]
     if environment:
         lines.append("              env:")
@@ -149,12 +150,12 @@ def render(job: GKEJobConfig, command: TrainingCommand, *, checkpoint_bytes: int
 
 
 def next_step(path: str) -> str:
-    """What to type when the job lies in a file."""
+    """Commands to show when the job is written to a file."""
     return f"kubectl apply -f {shlex.quote(path)}"
 
 
 def _failure_policy(job: GKEJobConfig) -> list[str]:
-    """What the end of a pod means, as the messages of the pod failure policy tell it."""
+    """Meaning of a pod's end, from the messages of the pod failure policy."""
     return ["  failurePolicy:",
             f"    maxRestarts: {job.max_restarts}  # after failures that no rule below names",
             "    rules:",
@@ -186,7 +187,7 @@ def _grace(job: GKEJobConfig, topology: Topology, checkpoint_bytes: int | None) 
     if seconds is None and checkpoint_bytes is None:
         seconds = UNKNOWN_GRACE
     elif seconds is None:
-        # A bucket that is mounted has no page cache to rely on: what was written is read from the bucket.
+        # A mounted bucket has no reliable page cache, so written files are read back from the bucket.
         save = save_seconds(checkpoint_bytes, machines=topology.hosts, write=SAVE_BANDWIDTH, read=SAVE_BANDWIDTH)
         seconds = -(-int(max(LEAST_GRACE, 60 + 2 * save)) // 10) * 10
         lines.append(f"            # A checkpoint is {checkpoint_bytes / 1e9:,.1f} GB: about {math.ceil(save)} s to"
@@ -236,7 +237,7 @@ def _name(job: GKEJobConfig, command: TrainingCommand) -> str:
 
 
 def _mounted(command: TrainingCommand) -> tuple[list[str], list[str]]:
-    """The command's words with every gs:// path where it is mounted, and the buckets."""
+    """The command's words with every gs:// path replaced by its mount path, and the buckets."""
     tree = command.config.model_dump(mode="json")
     paths = dict(_paths(tree))
     if "run.dir" not in paths:
@@ -250,7 +251,7 @@ def _mounted(command: TrainingCommand) -> tuple[list[str], list[str]]:
                         "from / on)")
     given = [f"{key}={MOUNT}/{value.removeprefix('gs://')}" if value.startswith("gs://") else word
              for word in command.overrides for key, _, value in [word.partition("=")]]
-    # What a config file says, and no word of the command; a word for a section decides for its keys.
+    # Values from a config file that no word of the command overrides; a word for a section covers its keys.
     spoken = {word.partition("=")[0] for word in command.overrides}
     moved = [f"{path}={MOUNT}/{value.removeprefix('gs://')}" for path, value in paths.items()
              if not any(path == key or path.startswith(f"{key}.") for key in spoken)]

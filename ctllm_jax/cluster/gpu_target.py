@@ -16,7 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GPU:
-    """What differs from card to card; shared memory in bytes a block may opt in to, and a multiprocessor has."""
+    """Properties of a card; shared memory in bytes per block (opt-in) and per multiprocessor."""
 
     name: str
     capability: tuple[int, int]
@@ -66,7 +66,7 @@ def target_config(name: str) -> str:
 
 
 def missing_packages() -> list[str]:
-    """What is not installed of JAX's CUDA plugin."""
+    """The missing parts of JAX's CUDA plugin."""
     missing = []
     for name in ("jax_cuda13_plugin", "jax_plugins.xla_cuda13"):
         try:
@@ -79,10 +79,10 @@ def missing_packages() -> list[str]:
 
 
 def find_gpus(name: str, count: int = 1, *, nodes: int = 1, description: str | None = None) -> list[Any]:
-    """The `jax.Device`s of nodes with so many GPUs of GPUS each, which need not be here.
+    """The `jax.Device`s of nodes with this many GPUs of GPUS each, which may be absent.
 
     Args:
-      description: XLA's protobuf text of another card, in place of ours.
+      description: XLA's protobuf text of another card, instead of ours.
 
     Raises:
       RuntimeError: the plugin is not installed; its own errors where CUDA's compilers are not.

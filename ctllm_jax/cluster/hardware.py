@@ -1,4 +1,4 @@
-"""What accelerators this machine has, by its PCI bus and its drivers: known before jax is imported. No jax."""
+"""Detect this machine's accelerators by PCI bus and drivers, before jax is imported. No jax."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Accelerators:
 
     Attributes:
       platform: tpu or gpu.
-      chip: as `ctllm_jax.cluster.chips.Chip.name`; "" where the card is none of those.
+      chip: as `ctllm_jax.cluster.chips.Chip.name`; "" for other cards.
       count: how many, of which a process need not see all.
     """
 
@@ -36,7 +36,7 @@ class Accelerators:
 
 
 def find_accelerators(environment: Mapping[str, str], *, bus: Path = BUS) -> Accelerators | None:
-    """The TPUs or NVIDIA GPUs here; None where there are none, or JAX_PLATFORMS leaves them alone."""
+    """The TPUs or NVIDIA GPUs of this machine; None if there are none, or JAX_PLATFORMS excludes them."""
     wanted = [name for name in environment.get("JAX_PLATFORMS", "").split(",") if name]
     found: dict[str, list[str]] = {"tpu": [], "gpu": []}
     for device in sorted(bus.glob("*")):
@@ -52,13 +52,13 @@ def find_accelerators(environment: Mapping[str, str], *, bus: Path = BUS) -> Acc
 
 
 def nvidia_driver(path: Path = NVIDIA_DRIVER) -> tuple[int, ...] | None:
-    """Version of NVIDIA's kernel driver, such as (580, 95, 5); None where there is none."""
+    """Version of NVIDIA's kernel driver, such as (580, 95, 5); None if there is none."""
     match = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _read(path) + " ")
     return tuple(map(int, match[1].split("."))) if match else None
 
 
 def cuda_extra(driver: tuple[int, ...]) -> str | None:
-    """The extra of setup.cfg whose CUDA this driver runs; None where it is too old for both.
+    """The extra of setup.cfg whose CUDA this driver supports; None if it is too old for both.
 
     CUDA 13 needs driver 580, CUDA 12 driver 525 (CUDA's release notes, minor version compatibility).
     """

@@ -73,7 +73,7 @@ class _Host:
         self._selector = selectors.DefaultSelector()
 
     def meet(self, host: str, port: int) -> dict[str, Any]:
-        """Collect the others until all are there, and tell each the verdict, which is returned."""
+        """Wait for all other processes, send each the result, and return it."""
         with self._selector, self._listen(host, port) as server:
             server.setblocking(False)
             self._selector.register(server, selectors.EVENT_READ)
@@ -139,7 +139,7 @@ class _Host:
         self._selector.register(peer, selectors.EVENT_READ)
 
     def _read(self, peer: socket.socket) -> str | None:
-        """Take what a peer says; returns a problem that ends the run. One that says anything else is no process of
+        """Read a peer's message; returns a problem that ends the run. A peer with another message is not a process of
         this run, and one that hangs up has not arrived."""
         try:
             data = peer.recv(_LINE)
@@ -184,7 +184,7 @@ class _Host:
 
 
 def _report(mine: dict[str, Any], address: tuple[str, int], *, seconds: float) -> dict[str, Any]:
-    """Any other process: report to process 0 until it tells the verdict."""
+    """In any other process: report to process 0 until it sends the result."""
     end = time.monotonic() + seconds
     answered, why = False, "no answer"
     while (left := end - time.monotonic()) > 0:
@@ -208,7 +208,7 @@ def _report(mine: dict[str, Any], address: tuple[str, int], *, seconds: float) -
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The JSON object of a line; None where it is none."""
+    """The JSON object of a line; None if it is not one."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):

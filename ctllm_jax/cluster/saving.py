@@ -1,7 +1,7 @@
-"""How long a checkpoint takes, from what a process does (`training.checkpoint_manager`). Arithmetic alone.
+"""Estimate the time of a checkpoint from the work of a process (`training.checkpoints.manager`).
 
 Each process writes its own part of a step, reads that part back for its checksums, and waits until it is on the disk.
-No process reads what another one wrote.
+No process reads another one's files.
 """
 
 CHECKSUM_SECONDS = 0.3

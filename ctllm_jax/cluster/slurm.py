@@ -1,15 +1,15 @@
 """A training command as an sbatch script.
 
-What such a script gets wrong elsewhere, and how it is right here:
+Common mistakes of such scripts, and how this one avoids them:
 
 - a task a GPU by --ntasks-per-node and --gres, not by --gpus-per-task, which hides a node's GPUs from each other;
-- one task a node has all GPUs: `distributed` says so to JAX, which would give it one;
-- the shell is told before the time limit (--signal=B:), and tells all processes by srun; without B: the tasks would be
-  told, and the shell not wait for them;
+- with one task per node, the task has all GPUs: `distributed` configures JAX, which would give it only one;
+- SLURM signals the shell before the time limit (--signal=B:), and the shell signals all processes by srun; without B:
+  SLURM would signal the tasks, and the shell would not wait for them;
 - srun does not end the others when the first one ends with 75 (--kill-on-bad-exit=0), but when they do not follow;
 - status 75, and no other, requeues: a wrong config must not come back for ever; nor does what scancel told to end, and
   that is COMPLETING already, which `scontrol requeue` would bring back;
-- srun takes no --cpus-per-task from sbatch since SLURM 22.05, so it is told.
+- srun does not inherit --cpus-per-task from sbatch since SLURM 22.05, so it is passed explicitly.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ under way when the notice comes is finished before the last one begins, so two a
 _WAIT = 120
 """Seconds that srun gives processes whose peer has ended: `distributed.heartbeat_seconds` is 100."""
 _END = r"""
-# Told to make way, this shell tells all processes; they keep a step and end with {requeue}.
+# On preemption, this shell signals all processes; they save a step and end with {requeue}.
 told=0
 trap 'told=1; kill -USR1 "$step" 2>/dev/null' USR1 TERM
 {srun} &
@@ -44,9 +44,9 @@ while [ "$told" = 1 ]; do told=0; wait "$step"; status=$?; done  # a signal ends
 echo "job $SLURM_JOB_ID ended with status $status at $(date '+%F %T')"
 if [ "$status" = {requeue} ]; then
     case "$(scontrol show job --oneliner "$SLURM_JOB_ID")" in
-        *JobState=RUNNING*) echo "back into the queue, to go on from the step that was kept"
+        *JobState=RUNNING*) echo "back into the queue, to continue from the saved step"
                             scontrol requeue "$SLURM_JOB_ID" ;;
-        *) echo "cancelled: it does not come back; sbatch goes on from the step that was kept" ;;
+        *) echo "cancelled: it does not come back; sbatch continues from the saved step" ;;
     esac
 fi
 exit "$status"
@@ -57,8 +57,8 @@ def render(job: SlurmJobConfig, command: TrainingCommand, *, checkpoint_bytes: i
     """The script.
 
     Args:
-      job: where it runs.
-      command: what it runs.
+      job: the keys of the job.
+      command: the training command.
       checkpoint_bytes: size of a resumable step, for the notice; None: not known.
 
     Raises:
@@ -98,7 +98,7 @@ def render(job: SlurmJobConfig, command: TrainingCommand, *, checkpoint_bytes: i
 
 
 def next_step(path: str) -> str:
-    """What to type when the job lies in a file."""
+    """Commands to show when the job is written to a file."""
     return f"sbatch {shlex.quote(path)}"
 
 

@@ -27,7 +27,7 @@ _FLAT = ("v5e", "v6e")
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "7x": "tpu7x"}
 _MACHINES = {"a2-ultragpu": "a100", "a3-highgpu": "h100", "a3-megagpu": "h100", "a3-ultragpu": "h200",
              "a4-highgpu": "b200"}
-# The usual shape of a slice of so many chips (Google Cloud's tables of supported configurations).
+# The usual shape of a slice with this many chips (Google Cloud's tables of supported configurations).
 _SHAPES_2D = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 _SHAPES_3D = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8),
               512: (8, 8, 8), 1024: (8, 8, 16), 2048: (8, 16, 16), 4096: (16, 16, 16), 6144: (16, 16, 24)}
@@ -41,7 +41,7 @@ class Topology:
 
     Attributes:
       name: as it was written.
-      chip: what one device of JAX can do.
+      chip: data of one JAX device.
       kind: `jax.Device.device_kind`.
       shape: chips of a slice along each direction of its network; (GPUs of a node,).
       slices: slices, or nodes.
@@ -71,7 +71,7 @@ class Topology:
 
     @property
     def shape_name(self) -> str:
-        """As libtpu says it: 4x4x4."""
+        """libtpu's form: 4x4x4."""
         return "x".join(map(str, self.shape))
 
     @property
@@ -93,7 +93,7 @@ def parse_topology(name: str) -> Topology:
     """The hardware of a name, as the table above has them.
 
     Raises:
-      UserError: no such name, or a size that is not sold; says what there is.
+      UserError: there is no such name or size; the message lists the existing ones.
     """
     match = re.fullmatch(r"\s*(?:(\d+)\s*[*x]\s*)?([a-zA-Z][\w]*(?:-[a-z]+gpu)?)(?:[-:](\w+))?\s*", name)
     if match is None:
@@ -111,7 +111,7 @@ def parse_topology(name: str) -> Topology:
     else:
         shape = _sized(name, family, size)
     chips = math.prod(shape)
-    # A v5e or v6e host has one, four or eight chips; eight only where they are all there is.
+    # A v5e or v6e host has one, four or eight chips; eight only if the slice has no others.
     per_host = chips if chips in (1, 8) and family in _FLAT else min(chips, 4)
     kind = _KINDS[family]
     cores = chips * (2 if family in _BY_CORES else 1)

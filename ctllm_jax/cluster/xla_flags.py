@@ -1,4 +1,5 @@
-"""XLA's flags per chip, put into the environment before jax is imported; the user's own stand last, and win. No jax.
+"""XLA's flags per chip, set in the environment before jax is imported; the user's own flags come last and take
+precedence. No jax.
 
 TPU's compiler reads LIBTPU_INIT_ARGS, the GPU's XLA_FLAGS. In the wrong variable a flag aborts the process: jaxlib
 knows no `xla_tpu_*`. `launch.py` calls `set_flags`; importing this changes nothing. tests/cluster/test_xla_flags.py
@@ -56,20 +57,20 @@ class Preset:
 
 
 def preset_for(chip: str) -> Preset | None:
-    """The preset of a chip of `ctllm_jax.cluster.chips`; None where nothing is known to help."""
+    """The preset of a chip of `ctllm_jax.cluster.chips`; None if no flag is known to help."""
     if chip == "v5e":
         return Preset(chip, TPU_VARIABLE, dict(_V5E))
     return Preset(chip, GPU_VARIABLE, dict(_HOPPER)) if chip in ("h100", "h200") else None
 
 
 def flags_for(chip: str) -> dict[str, Flag]:
-    """Flag -> value for a chip; empty where nothing is known to help. A pure function."""
+    """Flag -> value for a chip; empty if no flag is known to help. A pure function."""
     preset = preset_for(chip)
     return {} if preset is None else preset.flags
 
 
 def own_flags(environment: Mapping[str, str], variable: str) -> dict[str, str]:
-    """What a variable holds: flag -> value, the last of a name; a flag without one is "true"."""
+    """Parse a variable: flag -> value, the last of a name counts; a flag without a value is "true"."""
     try:
         words = shlex.split(environment.get(variable, ""))
     except ValueError:
@@ -79,7 +80,7 @@ def own_flags(environment: Mapping[str, str], variable: str) -> dict[str, str]:
 
 
 def compiler_options(chip: str, environment: Mapping[str, str]) -> dict[str, Flag]:
-    """The preset for one compilation (`compile(compiler_options=)`), less what the user's environment decides."""
+    """The preset for one compilation (`compile(compiler_options=)`), without the flags of the user's environment."""
     preset = preset_for(chip)
     if preset is None:
         return {}
@@ -110,7 +111,7 @@ def set_flags(environment: MutableMapping[str, str], setting: str) -> Preset | N
 
 
 def describe_flags(environment: Mapping[str, str]) -> str:
-    """One line for the banner: the preset that is in force, and what else is set."""
+    """One line for the banner: the active preset, and other flags."""
     preset, parts = preset_here(environment), []
     if preset is not None:
         there = own_flags(environment, preset.variable)

@@ -1,11 +1,11 @@
 """The pieces every schema is made of.
 
 A section is a frozen pydantic model that forbids unknown keys, and control characters in its texts. Every key has a
-description (the help text) and may have these marks: `changeable` (a resumed run may differ in it), `local` (the
-processes of a run may differ in it), `prose` (its texts may hold line ends and tabs), `text` (prose that may be read
-from a file or from standard input: `key=@FILE`, `key=-`), `output` (a "file" or "folder" that the command writes;
-whether it can is checked first), and `older` (what a run did that was started before the key existed, if that is not
-the default). `shorthand` on the class is the key that a bare value for the whole section stands for.
+description (the help text) and may have these marks: `changeable` (its value may change on resume), `local` (its value
+may differ between the processes of a run), `prose` (its texts may contain line ends and tabs), `text` (prose that can
+be read from a file or standard input: `key=@FILE`, `key=-`), `output` (a "file" or "folder" that the command writes,
+which is checked first), and `older` (the value for runs started before the key existed, if that is not the default).
+`shorthand` on the class is the key that a bare value for the whole section stands for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ctllm_jax.config.control import find_control
 
 
 class Section(BaseModel):
-    """A mapping of a config. `shorthand`, if set, is the key that a bare value for the whole section stands for."""
+    """A mapping of a config. `shorthand`, if set, is the key that a bare value for the whole section sets."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
@@ -30,7 +30,8 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _refuse_control_characters(cls, value: Any, info: ValidationInfo) -> Any:
-        """Values reach job scripts, paths, logs and pages, where a line end or an escape would become a command."""
+        """Values are written to job scripts, paths, logs and pages, where a line end or an escape could act as a
+        command."""
         prose = bool(info.field_name and marks_of(cls.model_fields[info.field_name]).get("prose"))
         for text in _texts(value):
             found = find_control(text, prose=prose)
@@ -47,7 +48,7 @@ def marks_of(field: FieldInfo) -> JsonDict:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text of a value, names of mappings included; a section has checked its own."""
+    """Every text of a value, including names of mappings; a section has checked its own."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -61,7 +62,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 def key(default: Any = ..., meaning: str = "", *, changeable: bool = False, local: bool = False, text: bool = False,
         prose: bool = False, output: str | None = None, older: Any = ..., **constraints) -> Any:
-    """A key of a section: its default (`...` if it must be given), its meaning, its marks, and pydantic's constraints."""
+    """Declare a key of a section: its default (`...` if it is required), its description, its marks, and pydantic's
+    constraints."""
     marks: JsonDict = {name: on for name, on in (("changeable", changeable), ("local", local), ("text", text),
                                        ("prose", prose or text), ("output", output)) if on}
     if older is not ...:

@@ -8,11 +8,11 @@ from ctllm_jax.config.sft import TemplateConfig
 
 
 class ChatConfig(DrawingConfig):
-    """Sampling, and how the dialogue begins."""
+    """Sampling, and the beginning of the dialogue."""
 
-    template: TemplateConfig | None = key(None, "how messages become ids, for a model that has learned no template; null: the one that it has learned")
+    template: TemplateConfig | None = key(None, "chat template for a model that was trained without one; null: the model's own")
     system: str | None = key(None, "system prompt; null: the one of the model's template", text=True)
-    max_tokens: int = key(512, "most tokens of an answer", ge=1)
-    temperature: float = key(0.7, "0: the likeliest token each time. A MODEL with sampling defaults of its own (generation_config.json) has them for the keys that are not given", ge=0, le=HIGHEST_TEMPERATURE)
-    top_p: float = key(0.9, "draw from the likeliest tokens that together have this probability", gt=0, le=1)
-    seed: int = key(0, "seed of the draws; it rises by one with each answer", ge=0, lt=2**31)
+    max_tokens: int = key(512, "largest number of tokens of an answer", ge=1)
+    temperature: float = key(0.7, "0: always the likeliest token. If a MODEL has sampling defaults (generation_config.json), they apply to keys that are not given", ge=0, le=HIGHEST_TEMPERATURE)
+    top_p: float = key(0.9, "sample from the likeliest tokens that together have this probability", gt=0, le=1)
+    seed: int = key(0, "random seed; it increases by one with each answer", ge=0, lt=2**31)

@@ -1,4 +1,4 @@
-"""Characters that steer a terminal, a shell or a reader's eye."""
+"""Control characters that can affect a terminal or a shell, or mislead a reader."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NOT_IN_PROSE = re.compile(f"(?!\r)[{_STEERING}]")
 
 
 def visible(text: str) -> str:
-    """The text with every character that steers a terminal or hides from the eye replaced by a visible one."""
+    """Replace every control or invisible character of a text by a visible one."""
     return _SHOWN.sub(_picture, text)
 
 
@@ -34,13 +34,14 @@ def as_started(text: str) -> str:
 
 
 def find_control(text: str, *, prose: bool) -> str | None:
-    """The first character that a config value may not hold; prose may hold tabs, line ends and marks of direction."""
+    """The first character that a config value may not contain; prose may contain tabs, line ends and direction
+    marks."""
     found = (_NOT_IN_PROSE if prose else _NOT_IN_A_LINE).search(text)
     return found and found.group()
 
 
 def holds_surrogate(value: Any) -> bool:
-    """Whether a text in JSON's values cannot be written in UTF-8: no tokenizer and no file takes it."""
+    """Whether a text in JSON's values cannot be encoded in UTF-8, as tokenizers and files require."""
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:

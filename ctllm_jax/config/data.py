@@ -21,7 +21,7 @@ class SourceConfig(Section):
     weight: float = key(1.0, "share of the mixture's tokens, relative to the other sources' weights", gt=0)
     text_field: str = key("text",
                           "field of a record that holds the text; only read where the path is not tokenized yet")
-    split: str = key("train", "split of the dataset that is trained on")
+    split: str = key("train", "split of the dataset used for training")
 
 
 class DataConfig(Section):
@@ -30,13 +30,13 @@ class DataConfig(Section):
     kind: Literal["mixture", "synthetic"] = key("mixture", "synthetic: random tokens, no files needed")
     sources: dict[str, SourceConfig] = key({}, "name -> source; names appear in metrics and the report")
     tokenizer: str | None = key(None,
-                                "tokenizer for sources that are still text (.model or tokenizer.json); dataset "
-                                "directories carry their own", local=True)
-    cache_dir: str = key("data_cache", "where sources that are still text are kept once tokenized, and shards of sources on gs:// once downloaded", changeable=True, local=True)
-    cache_gb: float = key(200.0, "GB (1e9 bytes) that downloaded shards may take on each machine's disk", gt=0, changeable=True, local=True)
+                                "tokenizer for text sources (.model or tokenizer.json); dataset "
+                                "directories contain their own", local=True)
+    cache_dir: str = key("data_cache", "cache for tokenized text sources, and for downloaded shards of sources on gs://", changeable=True, local=True)
+    cache_gb: float = key(200.0, "GB (1e9 bytes) that downloaded shards may use on each machine's disk", gt=0, changeable=True, local=True)
     isolate_documents: bool = key(True, "attention and positions stop at document ends; CT-LLM trained with this off")
     mask_eod: bool = key(True, "no loss where the input is the end of a document (Megatron's --eod-mask-loss)")
-    damaged_budget: int = key(10, "records that cannot be read and are replaced by others, over the whole run, before it stops", ge=0, changeable=True)
+    damaged_budget: int = key(10, "number of unreadable records that a whole run replaces by others before it stops", ge=0, changeable=True)
     workers: int = key(0, "loader processes; 0 loads with threads of the trainer", ge=0, changeable=True, local=True)
     threads: int = key(2, "loader threads in each process", ge=1, changeable=True, local=True)
     prefetch: int = key(4, "batches made ahead", ge=1, changeable=True, local=True)
@@ -61,7 +61,7 @@ class TokenizerTrainConfig(Section):
 
     input: list[str] = key(..., "text to train on: files or folders (JSONL, .gz, .zst, Parquet, plain)")
     output: str = key(..., "path of the model to write, ending in .model")
-    vocab_size: int = key(..., "pieces, the special and byte pieces included", ge=300)
+    vocab_size: int = key(..., "number of pieces, including special and byte pieces", ge=300)
     links: Links = key("follow", "follow: links below a folder of the input are read, each folder once; skip: they are "
                                  "left out, for input that you do not trust")
     text_field: str = key("text", "field of a record that holds the text")
@@ -70,11 +70,11 @@ class TokenizerTrainConfig(Section):
     max_sentences: int = key(2_000_000, "at most this many lines are sampled for training", ge=1)
     seed: int = key(42, "seed of that sampling")
     max_bad: int = key(0,
-                       "bad records (malformed JSON, invalid UTF-8, no text) put aside before the command fails", ge=0)
+                       "bad records (malformed JSON, invalid UTF-8, no text) set aside before the command fails", ge=0)
 
 
 class BuildConfig(Section):
-    """Text straight to a dataset directory, in one process: what a training source that is still text goes through."""
+    """Convert text directly to a dataset directory in one process, as for a text source of a training run."""
 
     input: list[str] = key(..., "text to prepare: files or folders (JSONL, .gz, .zst, Parquet, plain)")
     output: str = key(..., "dataset directory to write")
@@ -86,7 +86,7 @@ class BuildConfig(Section):
     shards: int = key(1, "shards of the training split", ge=1)
     validation_fraction: float = key(0.01,
                                      "share of the documents held out, chosen by a hash of their text", ge=0, lt=1)
-    deduplicate: bool = key(True, "drop exact copies of a document before the split")
+    deduplicate: bool = key(True, "drop exact duplicates of a document before the split")
     seed: int = key(42, "seed of the document shuffle")
     max_bad: int = key(0,
-                       "bad records (malformed JSON, invalid UTF-8, no text) put aside before the command fails", ge=0)
+                       "bad records (malformed JSON, invalid UTF-8, no text) set aside before the command fails", ge=0)

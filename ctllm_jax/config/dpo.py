@@ -1,4 +1,4 @@
-"""`launch.py dpo`: pairs of answers, how they are written out and packed, and the loss over them."""
+"""`launch.py dpo`: pairs of answers, their template and packing, and the loss over them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class PairSourceConfig(Section):
     shorthand = "path"
 
     path: str = key(..., "JSON lines (.jsonl, .gz, .zst), a JSON array (.json), Parquet, or a folder of these", local=True)
-    group: str = key("", "what metrics are also counted under, such as zh or en; empty: the source's name")
-    layout: Literal["trl", "sharegpt", "alpaca", "ultrafeedback", "hh"] | None = key(None, "how a row holds its pair; null: detected, and named in the log")
-    max_bad: int = key(0, "rows that cannot be read (malformed JSON, wrong fields) put aside before the run fails", ge=0)
+    group: str = key("", "group name for separate metrics, such as zh or en; empty: the source's name")
+    layout: Literal["trl", "sharegpt", "alpaca", "ultrafeedback", "hh"] | None = key(None, "layout of a row; null: detected, and named in the log")
+    max_bad: int = key(0, "rows that cannot be read (malformed JSON, wrong fields) set aside before the run fails", ge=0)
 
 
 class PairDataConfig(Section):
@@ -26,12 +26,12 @@ class PairDataConfig(Section):
 
     sources: dict[str, PairSourceConfig] = key(..., "name -> source; names appear in the report", min_length=1)
     tokenizer: str | None = key(None, "tokenizer (.model or tokenizer.json); null: the one of the model that training starts from", local=True)
-    template: TemplateConfig | None = key(None, "how messages become ids; null: the one that the model has learned")
-    over_length: Literal["drop", "truncate", "raise"] = key("drop", "a pair of more than sequence_length tokens, or an answer beyond the model's context: leave the pair out, cut the ends of its answers off, or fail; counted in the report")
-    pairs_per_row: int | None = key(None, "most pairs of a row; 1 makes a step of as many pairs as the batch has rows. null: as many as fit into a row of at most two contexts", ge=1)
+    template: TemplateConfig | None = key(None, "chat template; null: the one that the model was trained with")
+    over_length: Literal["drop", "truncate", "raise"] = key("drop", "a pair of more than sequence_length tokens, or an answer beyond the model's context: drop the pair, truncate its answers, or fail; counted in the report")
+    pairs_per_row: int | None = key(None, "largest number of pairs per row; with 1, a step has as many pairs as the batch has rows; null: as many as fit into a row of at most two contexts", ge=1)
     held_out: float = key(0.0, "share of each source's prompts, chosen by a hash of their tokens, whose pairs are only evaluated", ge=0, lt=1)
     epochs: int = key(2, "times that every pair is seen", ge=1, changeable=True)
-    reference: str | None = key(None, "file (.npz) of the reference log-probabilities, made where there is none; null: in the folder NAME.reference beside the first source, a file for each reference, tokenizer, template and length", changeable=True)
+    reference: str | None = key(None, "file (.npz) of the reference log-probabilities, made if it does not exist; null: a file for each reference, tokenizer, template and length in the folder NAME.reference next to the first source", changeable=True)
 
     @classmethod
     def from_shorthand(cls, value: str) -> dict:
@@ -50,21 +50,21 @@ class PreferenceLossConfig(Section):
     shorthand = "kind"
 
     kind: Literal["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo_sum", "ipo_token_mean", "reference_free", "simpo", "orpo"] = key("sigmoid", "sigmoid: DPO; sigmoid_norm: by answer length; robust; hinge: SLiC; ipo_sum, ipo_token_mean; without a reference model: reference_free, simpo, orpo")
-    beta: float = key(0.1, "how far answers may move from the reference: smaller is farther", gt=0)
-    label_smoothing: float = key(0.0, "share of labels thought wrong; sigmoid, sigmoid_norm, robust, reference_free, simpo", ge=0, lt=0.5)
-    gamma: float = key(0.0, "simpo: the margin that is aimed at", ge=0)
+    beta: float = key(0.1, "strength of the penalty for leaving the reference: a smaller value allows larger changes", gt=0)
+    label_smoothing: float = key(0.0, "assumed share of wrong labels; sigmoid, sigmoid_norm, robust, reference_free, simpo", ge=0, lt=0.5)
+    gamma: float = key(0.0, "simpo: the target margin", ge=0)
     sft_weight: float = key(0.0, "weight of the chosen answer's own cross-entropy, added to the loss", ge=0)
 
 
 class DPOConfig(PretrainConfig):
-    """A run on preferences."""
+    """A DPO run."""
 
-    steps: int | None = key(None, "optimizer steps; null: as many as data.epochs take", ge=1, changeable=True)
-    init: str = key(..., "MODEL to start from, which is the reference too: a run directory, RUN@STEP, or a Hugging Face folder", changeable=True)
+    steps: int | None = key(None, "optimizer steps; null: as many as data.epochs need", ge=1, changeable=True)
+    init: str = key(..., "MODEL to start from, which is also the reference: a run directory, RUN@STEP, or a Hugging Face folder", changeable=True)
     model: ModelConfig | None = key(None, "the architecture; null: that of init")
     data: PairDataConfig = key(..., "the pairs")
     loss: PreferenceLossConfig = section(PreferenceLossConfig, "the loss")
-    warmup_ratio: float | None = key(None, "share of the steps that warm up, in place of optimizer.warmup_steps", ge=0, lt=1)
+    warmup_ratio: float | None = key(None, "share of warm-up steps, instead of optimizer.warmup_steps", ge=0, lt=1)
 
     def row_limit(self, context: int) -> tuple[int, str]:
         """The longest row that the pairs of a row can fill, since the context limits each answer, and what to change."""
@@ -77,5 +77,5 @@ class DPOConfig(PretrainConfig):
 
     @property
     def isolated(self) -> bool:
-        """Answers of a row never see each other."""
+        """Answers of a row never attend to each other."""
         return True

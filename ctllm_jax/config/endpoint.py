@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible endpoint: where it is, how it is asked, how long it is waited for."""
+"""An OpenAI-compatible endpoint: its address, the settings of requests, and timeouts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pydantic import field_validator
 from ctllm_jax.config.base import Section, key
 
 _OURS = ("messages", "model", "n", "stream")
-"""Fields of a request that are never taken from `body`: the client writes or relies on them itself."""
+"""Fields of a request that `body` may not set, because the client sets or relies on them."""
 
 
 def check_base_url(url: str) -> str:
-    """The URL without a slash at its end. ValueError, which never repeats a password, says what is wrong with it."""
+    """Return the URL without a trailing slash. Raises ValueError with the problem, never with a password."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -37,21 +37,21 @@ class EndpointConfig(Section):
     """An endpoint that answers POST {base_url}/chat/completions."""
 
     base_url: str = key(..., "address of an OpenAI-compatible server up to its version, such as "
-                             "http://localhost:8000/v1; a proxy is taken from the environment, but not to this machine")
+                             "http://localhost:8000/v1; a proxy is read from the environment, but not used for this machine")
     model: str = key(..., "name of the model, as the server knows it", min_length=1)
     api_key_env: str | None = key(None, "name of the environment variable that holds the key; null: none is sent")
-    max_tokens: int | None = key(1024, "most tokens of an answer; null: the server's own limit", ge=1)
-    temperature: float | None = key(None, "0: the likeliest token each time; null: the server's own default", ge=0)
-    top_p: float | None = key(None, "draw from the likeliest tokens that together have this probability; null: the "
-                                    "server's own default", gt=0, le=1)
+    max_tokens: int | None = key(1024, "largest number of tokens of an answer; null: the server's limit", ge=1)
+    temperature: float | None = key(None, "0: always the likeliest token; null: the server's default", ge=0)
+    top_p: float | None = key(None, "sample from the likeliest tokens that together have this probability; null: the "
+                                    "server's default", gt=0, le=1)
     body: dict[str, Any] = key({}, "further fields of a request, such as {top_k: 50}; null leaves out one that would "
                                    "be sent, as in {max_tokens: null, max_completion_tokens: 1024}", prose=True)
-    send_seed: bool = key(False, "send a seed of its own with each request; some servers refuse the field")
+    send_seed: bool = key(False, "send a separate seed with each request; some servers refuse the field")
     timeout: float = key(120.0, "seconds that an answer may take", gt=0)
     retries: int = key(5, "times that a request is sent again after 408, 429, 5xx, a timeout or a lost connection, "
                           "after 1, 2, 4, … seconds or as Retry-After says", ge=0)
     concurrency: int = key(8, "requests at a time", ge=1)
-    max_failures: int = key(20, "requests that fail one after the other before the command stops", ge=1)
+    max_failures: int = key(20, "number of consecutive failed requests before the command stops", ge=1)
 
     @field_validator("base_url")
     @classmethod

@@ -1,4 +1,4 @@
-"""What a user can mend, told without a traceback."""
+"""Errors that a user can fix, reported without a traceback."""
 
 import difflib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`launch.py evaluate MODEL`: which tasks, how they are asked, where the results go."""
+"""`launch.py evaluate MODEL`: tasks, settings, and the place of the results."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ class HeldOutSourceConfig(Section):
 
 
 class HeldOutConfig(Section):
-    """What tasks=bits_per_byte measures."""
+    """Text for tasks=bits_per_byte."""
 
-    sources: dict[str, HeldOutSourceConfig] = key({}, "name -> path, such as held_out.sources.zh=zh.jsonl; none: what the run held out of its training data")
+    sources: dict[str, HeldOutSourceConfig] = key({}, "name -> path, such as held_out.sources.zh=zh.jsonl; none: the held-out part of the run's training data")
     split: str = key("validation", "split of a dataset directory")
-    max_tokens: int = key(1_000_000, "about so many tokens of each source: of a dataset directory the first, in the shuffled order of its documents; of text a random sample of documents", ge=1)
+    max_tokens: int = key(1_000_000, "approximate number of tokens of each source: the first ones of a dataset directory, whose documents are shuffled; a random sample of documents of text", ge=1)
 
 
 class EvaluateConfig(Section):
     """Tasks of lm-eval on a MODEL."""
 
     tasks: list[str] = key([], "tasks, subjects and groups between commas, such as cmmlu,ceval-valid,mmlu; evaluate list shows all; bits_per_byte: of held_out")
-    suite: str | None = key(None, "in place of tasks: a file that names tasks and their examples, such as configs/eval/paper.yaml")
+    suite: str | None = key(None, "instead of tasks: a file that names tasks and their number of examples, such as configs/eval/paper.yaml")
     num_fewshot: int | None = key(None, "examples before each question; null: the suite's number, else each task's own", ge=0)
-    checkpoints: list[str] = key([], "of a run: all, milestones, or steps between commas, in place of one MODEL; a step that has these results is left out")
+    checkpoints: list[str] = key([], "checkpoints of a run, instead of one MODEL: all, milestones, or steps separated by commas; steps with existing results are skipped")
     held_out: HeldOutConfig = section(HeldOutConfig, "text for tasks=bits_per_byte")
-    limit: float | None = key(None, "the first questions of each task, as lm-eval takes them; below 1: their share; null: all", gt=0)
+    limit: float | None = key(None, "number of first questions of each task, as in lm-eval; below 1: their share; null: all", gt=0)
     data: str | None = key(None, "folder of the official question files; null: data/evaluation")
-    apply_chat_template: Literal["false", "true", "auto"] = key("false", "ask through the chat template that the model has learned; auto: if it has learned one")
-    template: TemplateConfig | None = key(None, "with apply_chat_template=true: template for a model that has learned none")
-    multiturn: bool = key(True, "behind a chat template, examples are earlier turns of the dialogue; false: part of the question")
+    apply_chat_template: Literal["false", "true", "auto"] = key("false", "use the chat template that the model was trained with; auto: if there is one")
+    template: TemplateConfig | None = key(None, "with apply_chat_template=true: template for a model that was trained without one")
+    multiturn: bool = key(True, "with a chat template, examples are earlier turns of the dialogue; false: part of the question")
     system: str | None = key(None, "system prompt of every question; @FILE reads it from a file", text=True)
-    batch: int = key(8192, "tokens that go through the model at once", ge=1)
-    max_length: int | None = key(None, "most tokens that the model sees at once, longer questions lose their beginning; null: the model's context", ge=2)
-    dtype: Literal["float32", "bfloat16"] = key("float32", "what the model computes in; bfloat16 on accelerators takes half the memory")
-    mesh: MeshConfig | None = key(None, "devices that the model is split over, such as {tensor: 4}; null: it lies on the first one")
+    batch: int = key(8192, "number of tokens in one forward pass", ge=1)
+    max_length: int | None = key(None, "largest number of tokens of an input; longer questions lose their beginning; null: the model's context", ge=2)
+    dtype: Literal["float32", "bfloat16"] = key("float32", "dtype of computation; bfloat16 on accelerators needs half the memory")
+    mesh: MeshConfig | None = key(None, "mesh that the model is sharded over, such as {tensor: 4}; null: the first device")
     output: str | None = key(None, "folder for the results; null: RUN/evaluation/STEP. A Hugging Face folder needs it", output="folder")
-    samples: bool = key(False, "write every question with its answers beside the results")
-    seed: int = key(1234, "of drawn examples and texts", ge=0, lt=2**32)
-    bootstrap: int = key(1000, "draws for standard errors of metrics that are no mean (lm-eval: 100000); 0: no standard errors at all", ge=0)
+    samples: bool = key(False, "also write a file with every question and its answers")
+    seed: int = key(1234, "random seed of examples and texts", ge=0, lt=2**32)
+    bootstrap: int = key(1000, "number of bootstrap draws for standard errors of metrics that are not means (lm-eval: 100000); 0: no standard errors at all", ge=0)
 
     @field_validator("tasks")
     @classmethod

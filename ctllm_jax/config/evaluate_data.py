@@ -16,10 +16,10 @@ class BenchmarkConfig(Section):
 
     shorthand = "task"
 
-    task: str | None = key(None, "task or group of lm-eval, or of ours; null: there is none, and absent says why")
+    task: str | None = key(None, "task or group of lm-eval or of this package; null: there is none, and absent gives the reason")
     shots: int | None = key(None, "examples before each question; null: the task's own number", ge=0)
-    metric: str = key("acc,none", "what is reported, as lm-eval names it in its results: METRIC,FILTER")
-    absent: str | None = key(None, "why there is no task", prose=True)
+    metric: str = key("acc,none", "reported metric, by lm-eval's name: METRIC,FILTER")
+    absent: str | None = key(None, "reason why there is no task", prose=True)
 
     @model_validator(mode="after")
     def _check(self):
@@ -29,7 +29,7 @@ class BenchmarkConfig(Section):
 
 
 class SuiteConfig(Section):
-    """Benchmarks that are asked together (configs/eval)."""
+    """Benchmarks that are evaluated together (configs/eval)."""
 
     benchmarks: dict[str, BenchmarkConfig] = key(..., "name in tables -> task, shots, metric", min_length=1)
 
@@ -48,7 +48,7 @@ class SuiteConfig(Section):
 
     @property
     def shots(self) -> dict[str, int]:
-        """Examples by task, where the suite says a number."""
+        """Number of examples by task, if the suite states one."""
         return {one.task: one.shots for one in self.benchmarks.values() if one.task and one.shots is not None}
 
 
@@ -56,13 +56,13 @@ def read_suite(path: str | Path) -> SuiteConfig:
     """A suite from its file, or by the name of one that comes with the package (`eval/paper`).
 
     Raises:
-      UserError: no such file, or all that is wrong with it, with file and line.
+      UserError: there is no such file, or it has errors, each listed with file and line.
     """
     return load(SuiteConfig, target=path)
 
 
 def choose_names(tasks: list[str], suite: str | None) -> tuple[list[str], SuiteConfig | None]:
-    """The tasks that are meant: those that are named, else those of the suite; and the suite.
+    """The requested tasks: the named ones, else those of the suite; and the suite.
 
     Raises:
       UserError: both are given.
@@ -76,15 +76,15 @@ def choose_names(tasks: list[str], suite: str | None) -> tuple[list[str], SuiteC
 
 
 class ListConfig(Section):
-    """`launch.py evaluate list`: which questions are here, and how the others get here."""
+    """`launch.py evaluate list`: which questions are on this machine, and how to get the others."""
 
-    tasks: list[str] = key([], "tasks, groups and subjects, with commas; empty: all that are known, or those of the suite")
+    tasks: list[str] = key([], "tasks, groups and subjects, with commas; empty: all known ones, or those of the suite")
     suite: str | None = key(None, "suite, such as configs/eval/paper.yaml")
     data: str = key("data/evaluation", "folder of official question files and of datasets")
 
 
 class FetchConfig(Section):
-    """`launch.py evaluate fetch`: questions through the datasets client, into the folder of questions."""
+    """`launch.py evaluate fetch`: download questions with the datasets client into the folder of questions."""
 
     tasks: list[str] = key([], "tasks, groups and subjects, with commas; empty: those of the suite")
     suite: str | None = key(None, "suite, such as configs/eval/paper.yaml")

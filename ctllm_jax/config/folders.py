@@ -1,4 +1,4 @@
-"""The files below a folder, those of linked folders included."""
+"""The files below a folder, including those of linked folders."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 def files_below(folder: Path, *, links: Links = "follow") -> list[Path]:
-    """The files below `folder`, sorted by the parts of their path; hidden ones and those in hidden folders are not.
+    """The files below `folder`, sorted by the parts of their path, without hidden files and folders.
 
-    `links="follow"` reads linked files and folders, each folder once, however many links lead to it: under its own path
-    if it lies below `folder`, else under that of the first link. `links="skip"` leaves out every link, for folders that
-    somebody else has filled. A warning names the linked folders and what is left out.
+    `links="follow"` reads linked files and folders, each folder once: under its own path if it is below `folder`, else
+    under the path of the first link. `links="skip"` leaves out every link, for untrusted folders. A warning names the
+    linked folders and everything that is left out.
     """
     files: list[Path] = []
     linked: list[Path] = []
@@ -44,7 +44,7 @@ def files_below(folder: Path, *, links: Links = "follow") -> list[Path]:
     visit(folder)
     followed: list[Path] = []
     while linked:
-        # In order, so that the same tree gives the same paths; a linked folder may hold further links.
+        # In order, so that the same tree gives the same paths; a linked folder may contain further links.
         path = heapq.heappop(linked)
         if links == "skip":
             skipped.setdefault("links=skip says so", []).append(path)

@@ -11,31 +11,31 @@ from ctllm_jax.config.base import Section, key
 HIGHEST_TEMPERATURE = 100.0
 MOST_TOP_K = 2**31 - 1
 PENALTIES = (0.01, 100.0)
-"""Bounds of numbers that decide a draw: inside them nothing overflows in float32 and int32."""
+"""Bounds of sampling settings, inside which nothing overflows in float32 and int32."""
 
 
 class DrawingConfig(Section):
-    """How tokens are drawn, wherever a MODEL writes."""
+    """Sampling settings for all generated text."""
 
-    top_k: int | None = key(None, "draw from this many likeliest tokens", ge=1, le=MOST_TOP_K)
-    min_p: float = key(0.0, "draw no token that is less likely than this times the likeliest one", ge=0, lt=1)
-    repetition_penalty: float = key(1.0, "above 1: what stands in prompt and text already becomes less likely", ge=PENALTIES[0], le=PENALTIES[1])
-    stop: list[str] = key([], "texts that end what is written, and are left out; ['\\n'] for the end of a line", prose=True)
-    dtype: Literal["float32", "bfloat16"] = key("float32", "what the model computes in; bfloat16 on accelerators takes half the memory")
+    top_k: int | None = key(None, "sample from this many likeliest tokens", ge=1, le=MOST_TOP_K)
+    min_p: float = key(0.0, "exclude tokens that are less likely than this factor times the likeliest one", ge=0, lt=1)
+    repetition_penalty: float = key(1.0, "above 1: tokens of prompt and text become less likely", ge=PENALTIES[0], le=PENALTIES[1])
+    stop: list[str] = key([], "texts that end the output, and are left out; ['\\n'] for the end of a line", prose=True)
+    dtype: Literal["float32", "bfloat16"] = key("float32", "dtype of computation; bfloat16 on accelerators needs half the memory")
 
 
 class GenerateConfig(DrawingConfig):
     """Prompts, and sampling."""
 
-    prompt: str = key("", "text to go on from; @FILE and - read it from a file or standard input, @@ stands for one @", text=True)
-    prompts: str | None = key(None, "JSON lines instead of one prompt: each has prompt (text) or messages (for a model that was taught to answer); other fields are kept")
-    output: str | None = key(None, "JSON lines to write with prompts: what is there is kept, and the same command goes on", output="file")
-    logprobs: int | None = key(None, "with prompts: log-probabilities of the written tokens, and of so many of the likeliest beside each", ge=0, le=20)
-    slots: int = key(16, "with prompts: texts that are written at once", ge=1)
-    max_tokens: int = key(128, "most tokens to write", ge=1)
-    num_samples: int = key(1, "texts to write behind each prompt, each with its own random numbers", ge=1)
-    temperature: float = key(0.8, "0: the likeliest token each time. A MODEL with sampling defaults of its own (generation_config.json) has them for the keys that are not given", ge=0, le=HIGHEST_TEMPERATURE)
-    top_p: float = key(0.95, "draw from the likeliest tokens that together have this probability", gt=0, le=1)
+    prompt: str = key("", "text to continue; @FILE and - read it from a file or standard input, @@ means a literal @", text=True)
+    prompts: str | None = key(None, "JSON lines instead of one prompt: each has prompt (text) or messages (for a model trained on dialogues); other fields are kept")
+    output: str | None = key(None, "JSON lines to write with prompts: existing lines are kept, and the same command continues", output="file")
+    logprobs: int | None = key(None, "with prompts: report log-probabilities of the generated tokens, and of this many likeliest tokens at each position", ge=0, le=20)
+    slots: int = key(16, "with prompts: number of texts generated at once", ge=1)
+    max_tokens: int = key(128, "largest number of new tokens", ge=1)
+    num_samples: int = key(1, "number of texts for each prompt, each with its own random numbers", ge=1)
+    temperature: float = key(0.8, "0: always the likeliest token. If a MODEL has sampling defaults (generation_config.json), they apply to keys that are not given", ge=0, le=HIGHEST_TEMPERATURE)
+    top_p: float = key(0.95, "sample from the likeliest tokens that together have this probability", gt=0, le=1)
     seed: int = key(0, "seed of the draws", ge=0, lt=2**32)
 
     @model_validator(mode="after")

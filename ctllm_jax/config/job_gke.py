@@ -19,12 +19,12 @@ class GKEJobConfig(JobConfig):
     image: str = key(..., "container image, of docker/Dockerfile: REGION-docker.pkg.dev/PROJECT/REPOSITORY/ctllm:TAG")
     service_account: str = key(..., "Kubernetes service account that may read and write the run's bucket")
     reservation: str | None = key(None, "name of the reservation whose capacity is used; null: none")
-    spot: bool = key(False, "take spot capacity, which may be taken back at any time")
+    spot: bool = key(False, "use spot capacity, which can be withdrawn at any time")
     queue: str | None = key(None, "local queue of Kueue; null: none")
     secret: str | None = key(None, "Kubernetes secret whose entries become environment variables, such as WANDB_API_KEY; null: none")
-    user: int = key(1000, "user id in the container, as the image has it; 0 where a node gives its devices to root alone", ge=0)
+    user: int = key(1000, "user id in the container; 0 if only root can use the node's devices", ge=0)
     max_restarts: int = key(10, "restarts after a failure; those after a requeue (status 75) or a lost node do not count", ge=0)
-    grace_seconds: int | None = key(None, "between the notice and the end of a pod; null: the time of two saves by the checkpoint's size, written and read back, and a minute", ge=1)
+    grace_seconds: int | None = key(None, "seconds between the notice and the end of a pod; null: the estimated time of two saves, written and read back, plus a minute", ge=1)
 
     @model_validator(mode="after")
     def _check(self):

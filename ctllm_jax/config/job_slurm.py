@@ -19,25 +19,25 @@ class SlurmJobConfig(JobConfig):
     nodes: int = key(1, "nodes", ge=1)
     gpus_per_node: int = key(8, "GPUs of each node; 0: a job on CPUs, one process a node", ge=0)
     gpu_type: str | None = key(None, "type of the GPUs, as the cluster calls it: h100")
-    task_per: Literal["gpu", "node"] = key("gpu", "one process a GPU (each has its own Python to feed it), or one a node, which has all GPUs of it")
+    task_per: Literal["gpu", "node"] = key("gpu", "one process per GPU, or one per node with all its GPUs")
     time: str = key("24:00:00", "time limit: minutes, HH:MM:SS or D-HH:MM:SS")
-    notice: int | None = key(None, "seconds before the time limit at which the run is told to keep a step and be requeued; null: two minutes and one save at 0.5 GB/s", ge=30)
+    notice: int | None = key(None, "seconds before the time limit at which the run saves a step and is requeued; null: two minutes plus the estimated time of saving", ge=30)
     partition: str | None = key(None, "partition")
     account: str | None = key(None, "account that pays")
     qos: str | None = key(None, "quality of service")
     constraint: str | None = key(None, "features that the nodes must have")
     cpus_per_task: int | None = key(None, "CPU cores of each process; null: the cluster's default", ge=1)
     memory: str | None = key(None, "memory of each node, such as 400G; 0: all of it; null: the cluster's default")
-    exclusive: bool = key(False, "no other job on the nodes")
+    exclusive: bool = key(False, "allow no other job on the nodes")
     sbatch: list[str] = key([], "more options of sbatch, such as --reservation=NAME")
     log: str = key("slurm-%x-%j.log", "log of the job; SLURM makes no directories")
-    directory: str | None = key(None, "where the command runs, and its paths begin; null: where the job is submitted")
-    setup: list[str] = key([], "lines of shell before the run, such as module load cuda; they are written as they are")
+    directory: str | None = key(None, "working directory of the command; null: the directory of the submission")
+    setup: list[str] = key([], "shell commands before the run, such as module load cuda; they are written unchanged")
     venv: str | None = key(None, "virtual environment that is activated")
     container: str | None = key(None, "image that the processes run in; null: none")
-    container_runtime: Literal["pyxis", "apptainer"] = key("pyxis", "what starts the container: srun's plugin, or apptainer")
-    mounts: list[str] = key([], "directories that the container sees: PATH or PATH:INSIDE")
-    launcher: str = key("python launch.py", "what starts a command: python launch.py in a checkout, ctllm where the package is installed; words, and no shell: $NAME and ; are not read")
+    container_runtime: Literal["pyxis", "apptainer"] = key("pyxis", "program that starts the container: srun's plugin, or apptainer")
+    mounts: list[str] = key([], "directories mounted into the container: PATH or PATH:INSIDE")
+    launcher: str = key("python launch.py", "start of the command: python launch.py in a checkout, ctllm if the package is installed; words without shell syntax: $NAME and ; are not interpreted")
 
     @model_validator(mode="after")
     def _check(self):
@@ -66,7 +66,7 @@ def seconds_of(time: str) -> int:
     """A time limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is not a time limit.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:

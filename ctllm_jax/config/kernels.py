@@ -8,7 +8,7 @@ from ctllm_jax.config.base import Section, key
 
 
 class KernelsCheckConfig(Section):
-    """Numerics on the device that is here."""
+    """Numerics on the local device."""
 
     op: str | None = key(None, "this op only; null: all")
     match: str = key("", "cases whose name contains this", text=True)
@@ -16,7 +16,7 @@ class KernelsCheckConfig(Section):
 
 
 class KernelsBenchConfig(Section):
-    """Timings on the device that is here."""
+    """Timings on the local device."""
 
     op: str | None = key(None, "this op only; null: all")
     lengths: list[int] = key([2048, 4096, 8192, 16384], "sequence lengths")
@@ -32,7 +32,7 @@ class KernelsBenchConfig(Section):
 
 
 class KernelsCompileConfig(Section):
-    """Compiles ahead of time, for chips that need not be here."""
+    """Ahead-of-time compilation for chips that may be absent."""
 
     op: str | None = key(None, "this op only; null: all")
     chips: list[Literal["v4", "v5e", "v5p", "v6e", "tpu7x"]] = key(

@@ -1,9 +1,9 @@
-"""A config from its file, the files it extends, and the command line.
+"""Load a config from its file, the files it extends, and the command line.
 
-Files are YAML, merged by OmegaConf (`extends: other.yaml`, or a list; later wins). In a file `${model.hidden_size}`
-stands for the value of another key. OmegaConf's resolvers (`${oc.env:HOME}`) are refused: a config of somebody else
-could take secrets from the environment into a path or a log. What stands on the command line comes last, typed by the
-schema and never by YAML. All errors are reported at once.
+Files are YAML, merged by OmegaConf (`extends: other.yaml`, or a list; later wins). In a file `${model.hidden_size}` is
+replaced by the value of another key. OmegaConf's resolvers (`${oc.env:HOME}`) are refused, because an untrusted config
+could copy secrets from the environment into a path or a log. Command-line values come last; they are typed by the
+schema, not by YAML. All errors are reported at once.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Loaded:
     origins: dict[str, str] = field(default_factory=dict)
 
     def origin(self, path: str) -> str:
-        """Where a key was set, or the nearest key above it."""
+        """The origin of a key, or of the nearest key above it."""
         while path:
             if path in self.origins:
                 return self.origins[path]
@@ -61,7 +61,7 @@ class Loaded:
 
 
 class ConfigError(UserError):
-    """All that is wrong with a config, one line each."""
+    """All errors of a config, one line each."""
 
     def __init__(self, problems: Sequence[str]):
         self.problems = list(problems)
@@ -70,14 +70,14 @@ class ConfigError(UserError):
 
 
 def config_root() -> Path:
-    """The folder of the configs that come with the package: in a checkout beside it, in an installation inside it."""
+    """The folder of the package's configs: next to the package in a checkout, inside it in an installation."""
     package = Path(__file__).resolve().parent.parent
     beside = package.parent / "configs"
     return beside if (package.parent / "setup.cfg").exists() and beside.is_dir() else package / "configs"
 
 
 def find_config(target: str) -> Path:
-    """The file of a config: a path, or the name of one that comes with the package (`configs/` and `.yaml` optional)."""
+    """The file of a config: a path, or the name of a config of the package (`configs/` and `.yaml` optional)."""
     name = target.removeprefix("configs/")
     root = config_root()
     for path in (Path(target), Path(target + ".yaml"), root / name, root / (name + ".yaml")):
@@ -96,7 +96,7 @@ def read_file(path: Path) -> Loaded:
     """A config file merged over the files that it extends, with every `${key}` replaced by that key's value.
 
     Raises:
-      UserError: a file that cannot be read, or an interpolation other than of a key; with file and line.
+      UserError: a file cannot be read, or an interpolation does not name a key; with file and line.
     """
     loaded = Loaded()
     try:
@@ -112,7 +112,7 @@ def read_file(path: Path) -> Loaded:
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """The values of the config.yaml of a run, as it was written. UserError where they cannot be read."""
+    """Read the unvalidated values of a run's config.yaml. Raises UserError if they cannot be read."""
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -124,7 +124,7 @@ def read_values(path: Path) -> dict[str, Any]:
 
 def _merge_files(path: Path, *, seen: tuple[Path, ...] = (), read: list[Path] | None = None
                  ) -> tuple[DictConfig, dict[str, str]]:
-    """(the values of a file over those that it extends, nothing replaced yet; where each key stands).
+    """Return (the values of a file merged over those that it extends, before interpolation; the origin of each key).
 
     `read` collects every file that was read.
     """
@@ -149,7 +149,7 @@ def _merge_files(path: Path, *, seen: tuple[Path, ...] = (), read: list[Path] | 
     assert isinstance(own, DictConfig)
     raw = _plain(own)
     own_origins = {key: f"{shown}:{line}" for key, line in key_lines(root)}
-    # Before anything else, since merging into an interpolation resolves it.
+    # This comes first, because merging into an interpolation resolves it.
     problems = [f"{key} ({own_origins.get(key, shown)}): {text} is not supported: only ${{KEY}}, the value of another key "
                 "of the config, is replaced; write the value itself, or \\${ for these two characters"
                 for key, text in _other_interpolations(raw)]
@@ -192,14 +192,14 @@ def _other_interpolations(tree: Any, path: str = "") -> Iterator[tuple[str, str]
             yield from _other_interpolations(inner, f"{path}.{name}" if path else str(name))
     elif isinstance(tree, str):
         text, names = _ESCAPED.sub("", tree), 1
-        while names:  # a name may be made of other values: ${model.${which}}
+        while names:  # a name may contain other values: ${model.${which}}
             text, names = _KEY_INTERPOLATION.subn("x", text)
         if "${" in text:
             yield path, tree
 
 
 def load(schema: type[S], *, target: str | Path | None = None, overrides: Sequence[str] = ()) -> S:
-    """The validated config of a command.
+    """Load and validate the config of a command.
 
     Args:
       schema: the section that describes it.
@@ -207,7 +207,7 @@ def load(schema: type[S], *, target: str | Path | None = None, overrides: Sequen
       overrides: `key=value` each, from the command line.
 
     Raises:
-      ConfigError: everything that is wrong, each with key, value, origin and the nearest valid key.
+      ConfigError: lists every error with key, value, origin and the nearest valid key.
     """
     loaded = read_file(find_config(str(target))) if target is not None else Loaded()
     problems = []
@@ -234,7 +234,7 @@ def to_yaml(config: Section) -> str:
 
 
 def shared_values(config: Section) -> dict[str, Any]:
-    """What all processes of a run must have in common, as JSON: every key but those that are marked `local`."""
+    """The keys that all processes of a run must share, as JSON: every key except those marked `local`."""
     from ctllm_jax.config.types import mark
 
     shared = config.model_dump(mode="json")
@@ -250,14 +250,14 @@ def shared_values(config: Section) -> dict[str, Any]:
 
 
 def changeable_paths(schema: type[Section]) -> set[str]:
-    """Dotted keys in which a resumed run may differ from its beginning; a section's mark covers its keys."""
+    """Dotted keys that may change on resume; a section's mark covers its keys."""
     from ctllm_jax.config.types import mark
 
     return {path for path, info in keys_of(schema) if mark(info, "changeable")}
 
 
 def _shown(path: Path) -> str:
-    """A path as a user would write it: relative to the working directory where it lies below."""
+    """A path as a user would write it: relative to the working directory if it is below."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
@@ -265,7 +265,7 @@ def _shown(path: Path) -> str:
 
 
 def _shorthand(schema: type[Section], value: Any) -> dict[str, Any] | None:
-    """What a bare value for a whole section stands for, or None if it stands for nothing."""
+    """The mapping that a bare value for a section means, or None if it has no meaning."""
     if isinstance(value, str) and hasattr(schema, "from_shorthand"):
         return schema.from_shorthand(value)
     if isinstance(value, str) and schema.shorthand:
@@ -274,7 +274,7 @@ def _shorthand(schema: type[Section], value: Any) -> dict[str, Any] | None:
 
 
 def _expand_shorthands(schema: type[Section], values: dict[str, Any]) -> None:
-    """Bare values for whole sections, in place; a named section set to null is taken out."""
+    """Expand bare values for sections in place, and remove named sections that are set to null."""
     for name, info in schema.model_fields.items():
         annotation, _ = without_none(info.annotation)
         value = values.get(name)
@@ -365,7 +365,7 @@ def _nearest(schema: type[Section], path: str) -> str:
 
 
 def _explain(schema: type[Section], loaded: Loaded, detail: ErrorDetails) -> str:
-    """One of pydantic's errors as a line: key, value, origin, what is needed."""
+    """Format one of pydantic's errors as a line: key, value, origin, what is needed."""
     path = ".".join(str(part) for part in detail["loc"])
     kind, context = detail["type"], detail.get("ctx", {})
     origin = loaded.origin(path)
@@ -389,7 +389,7 @@ def _explain(schema: type[Section], loaded: Loaded, detail: ErrorDetails) -> str
 
 
 def _set_at(loaded: Loaded, section: str, message: str) -> list[str]:
-    """Where the keys stand that a message about a section names as `key=value`."""
+    """Origins of the keys that a message about a section names as `key=value`."""
     start = f"{section}." if section else ""
     return list(dict.fromkeys(origin for key, origin in loaded.origins.items() if key.startswith(start)
                               and re.search(rf"(?<![\w.]){re.escape(key.removeprefix(start))}=", message)))

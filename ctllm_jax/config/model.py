@@ -1,4 +1,4 @@
-"""What the model is (`model`), and how it is computed (`compute`)."""
+"""The architecture (`model`), and how it is computed (`compute`, `mesh`)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Remat = Literal["none", "ffn", "attention", "block"]
 
 
 class ModelConfig(Section):
-    """The architecture: a Llama decoder. Defaults are those of CT-LLM where the paper's size does not matter."""
+    """The architecture: a Llama decoder. Defaults are CT-LLM's for keys that do not depend on the model's size."""
 
-    vocab_size: int = key(..., "ids the tokenizer can give, its added special ids included", ge=2)
+    vocab_size: int = key(..., "number of ids of the tokenizer, including added special ids", ge=2)
     vocab_multiple: int = key(128, "the embedding's rows are padded to a multiple of this", ge=1)
     hidden_size: int = key(..., "width of the residual stream (D)", ge=1)
     num_layers: int = key(..., "decoder blocks (L)", ge=1)
@@ -28,7 +28,7 @@ class ModelConfig(Section):
     rope_theta: float = key(10_000.0, "base of the rotary frequencies", gt=0)
     norm_eps: float = key(1e-5, "epsilon of RMSNorm", gt=0)
     qkv_bias: bool = key(False, "bias on the query, key and value projections (Qwen2)")
-    sliding_window: int | None = key(None, "a token sees this many tokens, itself included (Mistral); null: all", ge=1)
+    sliding_window: int | None = key(None, "a token attends to this many tokens, including itself (Mistral); null: all", ge=1)
     init_std: float = key(0.02, "standard deviation of the initial weights", gt=0)
     context_length: int = key(4096, "longest sequence the model is meant for", ge=1)
 
@@ -47,26 +47,26 @@ class ModelConfig(Section):
 
 
 class ComputeConfig(Section):
-    """How the model is computed: numerics, memory and kernels. Only `dtype` changes what a run means."""
+    """How the model is computed: numerics, memory and kernels. Only `dtype` changes the results of a run."""
 
     dtype: Literal["float32", "bfloat16"] = key("bfloat16", "type of activations and matmul inputs; parameters, softmax and logits stay float32")
     attention: Implementation = key("auto", "implementation of attention", changeable=True)
     swiglu: Implementation = key("auto", "implementation of the gate, up and activation", changeable=True)
     scan_layers: bool = key(True, "one compiled block scanned over the layers (short compile) instead of L copies (faster step)", changeable=True)
-    remat: Remat = key("block", "what the backward pass computes again: none; ffn (the FFN's wide activations); attention (all but attention's inputs and output); block (everything but each block's input)", changeable=True)
-    loss_chunk: int = key(4096, "tokens whose logits are held at once, on each device", ge=1, changeable=True)
-    gradient_rings: Literal["auto", "off", "remote_copies"] = key("auto", "how a TPU slice sums gradients over mesh.fsdp: auto (around its rings, where its compiler's permutes are asynchronous), off (by XLA's reductions), remote_copies (around its rings by copies of our own: what hides them on v5e of more than 16 chips)", changeable=True)
-    xla_flags: Literal["auto", "none"] = key("auto", "auto: flags of XLA that help on this machine's chips, before your own (which win); none: yours alone", changeable=True)
-    compilation_cache: str = key("auto", "where compiled programs are kept for the next start: auto (beside the run on TPUs and GPUs, nowhere on CPUs), off, or a directory or gs:// path that all processes see", changeable=True)
+    remat: Remat = key("block", "what the backward pass recomputes: none; ffn (the FFN's wide activations); attention (all but attention's inputs and output); block (everything but each block's input)", changeable=True)
+    loss_chunk: int = key(4096, "number of tokens per device whose logits are in memory at once", ge=1, changeable=True)
+    gradient_rings: Literal["auto", "off", "remote_copies"] = key("auto", "how a TPU slice sums gradients over mesh.fsdp: auto (around its rings, where its compiler's permutes are asynchronous), off (by XLA's reductions), remote_copies (around its rings by our remote copies, which overlap with computation also on v5e of more than 16 chips)", changeable=True)
+    xla_flags: Literal["auto", "none"] = key("auto", "auto: recommended XLA flags for this machine's chips, overridden by your own; none: only your own", changeable=True)
+    compilation_cache: str = key("auto", "cache of compiled programs: auto (next to the run on TPUs and GPUs, none on CPUs), off, or a directory or gs:// path that all processes share", changeable=True)
 
 
 class MeshConfig(Section):
-    """Devices along each mesh axis; one of them may be -1: all devices that the others leave."""
+    """Devices along each mesh axis; one of them may be -1 (all remaining devices)."""
 
-    replica: int | None = key(None, "copies of the model over slices or nodes, whose gradients go over the network between these; null: one a slice or node", ge=-1, changeable=True)
+    replica: int | None = key(None, "copies of the model over slices or nodes, which exchange gradients over the network; null: one per slice or node", ge=-1, changeable=True)
     data: int = key(-1, "copies of the model within a slice or node, each with its own part of the batch", ge=-1, changeable=True)
-    fsdp: int = key(1, "parameters, gradients and optimizer state are split over this many, and so is the batch", ge=-1, changeable=True)
-    tensor: int = key(1, "heads, FFN and vocabulary are split over this many", ge=-1, changeable=True)
+    fsdp: int = key(1, "parameters, gradients, optimizer state and the batch are sharded over this many devices", ge=-1, changeable=True)
+    tensor: int = key(1, "heads, FFN and vocabulary are sharded over this many devices", ge=-1, changeable=True)
     context: int = key(1, "reserved: sequences are not split over devices yet", ge=-1, changeable=True)
 
     @model_validator(mode="after")

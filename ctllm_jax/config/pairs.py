@@ -1,4 +1,4 @@
-"""`launch.py pairs`: prompts, who gives the better answer, and who the worse."""
+"""`launch.py pairs`: prompts, and the sources of the better and the worse answers."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ class PromptSourceConfig(Section):
 
     shorthand = "path"
 
-    path: str = key(..., "dialogues, or questions alone where chosen is an endpoint: JSON lines (.jsonl, .gz, .zst), a "
+    path: str = key(..., "dialogues, or only questions if chosen is an endpoint: JSON lines (.jsonl, .gz, .zst), a "
                          "JSON array (.json), Parquet, or a folder of these")
-    layout: Literal["messages", "sharegpt", "alpaca", "prompt"] | None = key(None, "how a row holds its dialogue; null: detected, and named in the log")
-    max_bad: int = key(0, "rows that cannot be read (malformed JSON, wrong fields) put aside before the command fails", ge=0)
+    layout: Literal["messages", "sharegpt", "alpaca", "prompt"] | None = key(None, "layout of a row; null: detected, and named in the log")
+    max_bad: int = key(0, "rows that cannot be read (malformed JSON, wrong fields) set aside before the command fails", ge=0)
 
 
 class RejectedConfig(EndpointConfig):
-    """Who gives the rejected answers. A bare value is a MODEL of ours."""
+    """The source of the rejected answers. A bare value is a local MODEL."""
 
     shorthand = "model"
 
-    base_url: str | None = key(None, "address of an OpenAI-compatible server, up to its version; null: model is a MODEL of ours")
+    base_url: str | None = key(None, "address of an OpenAI-compatible server, up to its version; null: model is a local MODEL")
     model: str = key(..., "MODEL (a run directory of sft or dpo, or RUN@STEP), or with base_url the name that the server knows", min_length=1)
-    max_tokens: int | None = key(512, "most tokens of an answer; a MODEL of ours also stops where its context is full", ge=1)
-    temperature: float | None = key(0.8, "0: the likeliest token each time; null: a server's own default", ge=0, le=HIGHEST_TEMPERATURE)
-    top_p: float | None = key(0.95, "draw from the likeliest tokens that together have this probability; null: from all, or a server's own default", gt=0, le=1)
-    top_k: int | None = key(None, "MODEL: draw from this many likeliest tokens", ge=1, le=MOST_TOP_K)
+    max_tokens: int | None = key(512, "largest number of tokens of an answer; a local MODEL also stops when its context is full", ge=1)
+    temperature: float | None = key(0.8, "0: always the likeliest token; null: a server's default", ge=0, le=HIGHEST_TEMPERATURE)
+    top_p: float | None = key(0.95, "sample from the likeliest tokens that together have this probability; null: from all, or a server's default", gt=0, le=1)
+    top_k: int | None = key(None, "MODEL: sample from this many likeliest tokens", ge=1, le=MOST_TOP_K)
     batch_tokens: int = key(16_384, "MODEL: tokens, of prompts and answers, that are held in memory at a time: longer prompts, fewer rows", ge=1)
     min_room: int = key(16, "MODEL: tokens of its context that a prompt must leave for the answer", ge=1)
 
@@ -56,13 +56,13 @@ class RejectedConfig(EndpointConfig):
 class PairsConfig(Section):
     """`launch.py pairs`: preference pairs for `dpo`."""
 
-    data: PromptSourceConfig = key(..., "the prompts, with their good answers or without")
+    data: PromptSourceConfig = key(..., "the prompts, with or without their good answers")
     chosen: EndpointConfig | None = key(None, "endpoint that gives the chosen answers; null: the last answer of each dialogue of data is chosen")
-    rejected: RejectedConfig = key(..., "the weaker model, a MODEL of ours or an endpoint, that gives the rejected answers")
-    output: str = key(..., "file to write, ending in .jsonl; what was made is kept there, and the same command goes on", output="file")
-    cut_answers: Literal["drop_chosen", "drop", "keep"] = key("drop_chosen", "an answer that max_tokens ended: drop the pair where it is the chosen one, where it is either, or keep all")
-    limit: int | None = key(None, "only the first prompts: a trial; without it the same command goes on", ge=1, changeable=True)
-    seed: int = key(0, "seed of the draws; those of a prompt depend on it and on the prompt alone", ge=0, lt=2**32)
+    rejected: RejectedConfig = key(..., "the weaker model for the rejected answers: a local MODEL or an endpoint")
+    output: str = key(..., "file to write, ending in .jsonl; existing pairs are kept, and the same command continues", output="file")
+    cut_answers: Literal["drop_chosen", "drop", "keep"] = key("drop_chosen", "handling of answers that max_tokens ended: drop the pair if it is the chosen one, if it is either, or keep all")
+    limit: int | None = key(None, "only the first prompts, for a trial; without it the same command continues", ge=1, changeable=True)
+    seed: int = key(0, "random seed; the draws of a prompt depend only on it and the prompt", ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _check(self):

@@ -14,12 +14,12 @@ _TIME = ("h", "d", "min")
 
 
 class PlanConfig(PretrainConfig):
-    """A run, what may be spent on it, and where."""
+    """A run, its budget, and the hardware."""
 
     budget: str = key(..., "time on the topology (36h, 90min, 3d) or tokens (40B, 300M, 1.2T)")
     topology: str = key(..., "hardware by name: v5p-256, v5litepod-256, 4*v6e-256, h100:8, a3-highgpu-8g")
-    mfu: float = key(0.4, "share of the peak, of causal FLOPs, that is expected; `compile` gives a bound", gt=0, le=1)
-    price: float | None = key(None, "what a chip costs an hour, in any currency; null: no cost is printed", gt=0)
+    mfu: float = key(0.4, "expected model FLOPs utilization, by causal FLOPs; `compile` gives a bound", gt=0, le=1)
+    price: float | None = key(None, "price of a chip per hour, in any currency; null: no cost is printed", gt=0)
     output: str | None = key(None, "config file to write, which extends CONFIG; null: none", output="file")
 
     @model_validator(mode="after")

@@ -15,12 +15,12 @@ from ctllm_jax.config.reliability import BadStepsConfig, DistributedConfig, Watc
 
 
 class RunConfig(Section):
-    """Where a run lives. A bare value is its directory."""
+    """The directory of a run. A bare value is its path."""
 
     shorthand = "dir"
 
     dir: str = key("", "run directory; an existing run there is resumed. Empty: runs/ and the config's name", changeable=True)
-    stale_after: float = key(60.0, "seconds without a sign of life after which a run that another machine began counts as dead", gt=0, changeable=True)
+    stale_after: float = key(60.0, "seconds without a heartbeat after which a run of another machine counts as dead", gt=0, changeable=True)
 
 
 def default_run_dir(target: str) -> str:
@@ -30,11 +30,11 @@ def default_run_dir(target: str) -> str:
 
 
 class BatchConfig(Section):
-    """The global batch, which no change of devices alters."""
+    """The global batch, which does not depend on the number of devices."""
 
     tokens: int = key(..., "tokens of one optimizer step, over all devices", ge=1)
     sequence_length: int = key(4096, "tokens of a row (S)", ge=2)
-    rows_per_device: int | None = key(None, "most rows a device computes at once; the rest is accumulated. null: no accumulation", ge=1, changeable=True)
+    rows_per_device: int | None = key(None, "largest number of rows that a device computes at once; the rest is accumulated. null: no accumulation", ge=1, changeable=True)
 
     @model_validator(mode="after")
     def _check(self):
@@ -49,7 +49,7 @@ class BatchConfig(Section):
 
 
 class ParameterRule(Section):
-    """What differs for the parameters whose path a pattern matches. The first rule that matches counts."""
+    """Exceptions for parameters whose path matches a pattern. The first matching rule counts."""
 
     pattern: str = key(..., "regular expression, searched in a parameter's path, such as blocks/gate")
     lr_multiplier: float = key(1.0, "factor on the learning rate; 0 freezes", ge=0)
@@ -60,16 +60,16 @@ class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
     lr: float = key(..., "peak learning rate", gt=0)
-    schedule: Literal["cosine", "wsd", "constant"] = key("cosine", "after warm-up: cosine to min_lr; wsd: stay, then fall linearly to min_lr over decay_steps; constant")
+    schedule: Literal["cosine", "wsd", "constant"] = key("cosine", "after warm-up: cosine to min_lr; wsd: constant, then a linear decay to min_lr over decay_steps; constant")
     warmup_steps: int = key(0, "steps of linear warm-up from 0", ge=0)
-    decay_steps: int | None = key(None, "wsd: steps of the last, falling part; null: a tenth of the run", ge=1)
+    decay_steps: int | None = key(None, "wsd: number of decay steps at the end; null: a tenth of the run", ge=1)
     min_lr: float = key(0.0, "learning rate at the end of cosine and wsd", ge=0)
     b1: float = key(0.9, "decay of the first moment", ge=0, lt=1)
     b2: float = key(0.95, "decay of the second moment", ge=0, lt=1)
     eps: float = key(1e-8, "added to the root of the second moment", gt=0)
     weight_decay: float = key(0.1, "decoupled weight decay, times the learning rate", ge=0)
     clip_norm: float | None = key(1.0, "gradients are scaled down to this global norm; null: never", gt=0)
-    rules: list[ParameterRule] = key([], "exceptions by parameter path; printed with what each one hit")
+    rules: list[ParameterRule] = key([], "exceptions by parameter path; printed with the parameters that each one matches")
 
     @model_validator(mode="after")
     def _check(self):
@@ -81,21 +81,21 @@ class OptimizerConfig(Section):
 
 
 class LossConfig(Section):
-    """The loss of pretraining: cross-entropy, and what is added to it."""
+    """The loss of pretraining: cross-entropy and additional terms."""
 
     z_loss: float = key(0.0, "weight of the squared log-normaliser (PaLM uses 1e-4)", ge=0)
 
 
 class LoopTasksConfig(Section):
-    """Benchmarks that choose among answers by log-probability, asked of the weights as they train (extra: eval)."""
+    """Multiple-choice benchmarks by log-probability, evaluated during training (extra: eval)."""
 
     every: int = key(0, "steps between evaluations, and once at the end; 0: never", ge=0, changeable=True)
     names: list[str] = key([], "tasks, subjects and groups of lm-eval, such as cmmlu,mmlu_stem; evaluate list shows all", changeable=True)
-    limit: int | None = key(20, "questions of each task or subject, its first; null: all", ge=1, changeable=True)
+    limit: int | None = key(20, "number of first questions of each task or subject; null: all", ge=1, changeable=True)
     num_fewshot: int | None = key(None, "examples before each question; null: each task's own number", ge=0, changeable=True)
     data: str | None = key(None, "folder of the official question files; null: data/evaluation", changeable=True)
-    batch: int = key(8192, "tokens that go through the model at once", ge=1, changeable=True)
-    apply_chat_template: bool = key(False, "ask through the template that sft or dpo teaches", changeable=True)
+    batch: int = key(8192, "number of tokens in one forward pass", ge=1, changeable=True)
+    apply_chat_template: bool = key(False, "use the chat template of sft or dpo", changeable=True)
 
     @model_validator(mode="after")
     def _check(self):
@@ -109,36 +109,36 @@ class EvaluationConfig(Section):
 
     every: int = key(0, "steps between evaluations; 0: never, not even at the end", ge=0, changeable=True)
     split: str = key("validation", "split of each training source that is held out", changeable=True)
-    max_tokens: int = key(1_000_000, "about so many tokens are evaluated of each source: of text the first, in the shuffled order of the documents; of dialogues and pairs a random sample", ge=1, changeable=True)
+    max_tokens: int = key(1_000_000, "approximate number of evaluated tokens of each source: the first ones of text, whose documents are shuffled; a random sample of dialogues and pairs", ge=1, changeable=True)
     rows_per_device: int = key(8, "rows of an evaluation batch on each device", ge=1, changeable=True)
     tasks: LoopTasksConfig = section(LoopTasksConfig, "benchmarks in the loop", changeable=True)
 
 
 class SampleConfig(Section):
-    """Text that the model writes as it learns."""
+    """Text that the model writes during training."""
 
     every: int = key(0, "steps between samples; 0: never, not even at the end", ge=0, changeable=True)
-    prompts: list[str] = key(["今天", "中国"], "what the samples go on from", changeable=True, prose=True)
+    prompts: list[str] = key(["今天", "中国"], "prompts of the samples", changeable=True, prose=True)
     max_tokens: int = key(64, "tokens of a sample", ge=1, changeable=True)
-    temperature: float = key(0.8, "0: the likeliest token each time", ge=0, le=HIGHEST_TEMPERATURE, changeable=True)
-    top_k: int | None = key(None, "draw from this many likeliest tokens", ge=1, le=MOST_TOP_K, changeable=True)
-    top_p: float = key(0.95, "draw from the likeliest tokens that together have this probability", gt=0, le=1, changeable=True)
+    temperature: float = key(0.8, "0: always the likeliest token", ge=0, le=HIGHEST_TEMPERATURE, changeable=True)
+    top_k: int | None = key(None, "sample from this many likeliest tokens", ge=1, le=MOST_TOP_K, changeable=True)
+    top_p: float = key(0.95, "sample from the likeliest tokens that together have this probability", gt=0, le=1, changeable=True)
 
 
 class CheckpointConfig(Section):
-    """What is kept. A resumable step holds the optimizer too; a milestone holds weights alone."""
+    """Checkpoints. A resumable step includes the optimizer state; a milestone has only weights."""
 
     every: int = key(1000, "steps between resumable checkpoints; the last step always has one", ge=1, changeable=True)
     keep_last: int = key(3, "newest resumable checkpoints kept", ge=1, changeable=True)
     keep_every: int | None = key(None, "also keep each resumable checkpoint whose step is a multiple of this", ge=1, changeable=True)
-    milestones: list[float] = key([], "billions of trained tokens at which the weights are kept for good", changeable=True)
-    milestone_optimizer: bool = key(False, "keep the optimizer's state with milestones too", changeable=True)
-    verify: Literal["full", "size", "off"] = key("full", "how the step that a run goes on from is compared with its manifest: full (size and checksum of every file), size, off", changeable=True)
-    tolerate_failures: int = key(0, "saves in a row that may fail, and are told; one more ends the run", ge=0, changeable=True)
+    milestones: list[float] = key([], "billions of trained tokens at which the weights are saved permanently", changeable=True)
+    milestone_optimizer: bool = key(False, "also save the optimizer's state with milestones", changeable=True)
+    verify: Literal["full", "size", "off"] = key("full", "how the step that a run resumes from is compared with its manifest: full (size and checksum of every file), size, off", changeable=True)
+    tolerate_failures: int = key(0, "number of consecutive saves that may fail, with a warning; one more ends the run", ge=0, changeable=True)
 
 
 class LogConfig(Section):
-    """What is shown and where the numbers go. metrics.jsonl is always written."""
+    """Output of metrics. metrics.jsonl is always written."""
 
     every: int = key(10, "steps between metrics", ge=1, changeable=True)
     tensorboard: bool = key(False, "also write TensorBoard events (extra: tb)", changeable=True)
@@ -162,7 +162,7 @@ class PretrainConfig(Section):
     data: DataConfig = key(..., "the training data")
     loss: LossConfig = section(LossConfig, "the loss")
     optimizer: OptimizerConfig = key(..., "optimizer and schedule")
-    lora: LoraConfig | None = key(None, "train low-rank adapters beside the frozen weights of init; null: train all weights")
+    lora: LoraConfig | None = key(None, "train low-rank adapters in addition to the frozen weights of init; null: train all weights")
     evaluation: EvaluationConfig = section(EvaluationConfig, "held-out loss in the loop")
     sample: SampleConfig = section(SampleConfig, "samples in the loop")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "what is kept")

@@ -1,4 +1,4 @@
-"""What a run does about bad steps, hangs and lost processes."""
+"""Handling of bad steps, hangs and lost processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class SpikesConfig(Section):
 
     shorthand = "deviations"
 
-    deviations: float | None = key(None, "skip the update of a step whose loss or gradient norm lies more than so many standard deviations above its running mean; null: never", gt=0, changeable=True)
+    deviations: float | None = key(None, "skip the update of a step whose loss or gradient norm is more than this many standard deviations above its running mean; null: never", gt=0, changeable=True)
     window: int = key(100, "steps that the running mean and deviation remember, weighted exponentially", ge=2, changeable=True)
     warmup: int = key(100, "steps that they learn from before any is skipped", ge=2, changeable=True)
 
@@ -21,7 +21,7 @@ class BadStepsConfig(Section):
     """Steps whose update is skipped: those that are not finite, and with `spikes` those that are far off."""
 
     spikes: SpikesConfig = section(SpikesConfig, "finite steps that are far off", changeable=True)
-    rollback_after: int | None = key(None, "skipped steps in a row after which the run goes back to the checkpoint before them, and on behind their data; null: never", ge=1, changeable=True)
+    rollback_after: int | None = key(None, "consecutive skipped steps after which the run returns to the checkpoint before them and skips their data; null: never", ge=1, changeable=True)
     max_rollbacks: int = key(3, "rollbacks of a run before it stops as diverged", ge=0, changeable=True)
 
 
@@ -43,4 +43,4 @@ class WatchdogConfig(Section):
 class DistributedConfig(Section):
     """Several processes as one program."""
 
-    heartbeat_seconds: int = key(100, "a process without a sign of life for so long is taken for dead; the others say which one, and end", ge=5, changeable=True)
+    heartbeat_seconds: int = key(100, "seconds without a heartbeat after which a process counts as dead; the others name it, and end", ge=5, changeable=True)

@@ -1,4 +1,4 @@
-"""`launch.py report RUN [RUN2 ...]`: one HTML page of a run, or of several beside each other."""
+"""`launch.py report RUN [RUN2 ...]`: one HTML page of a run, or of several side by side."""
 
 from __future__ import annotations
 

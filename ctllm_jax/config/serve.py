@@ -1,4 +1,4 @@
-"""`launch.py serve MODEL`: a model behind OpenAI's interface."""
+"""`launch.py serve MODEL`: an OpenAI-compatible server for a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ctllm_jax.config.sft import TemplateConfig
 
 
 class ServeConfig(Section):
-    """Where it listens, what it allows, how much it does at once."""
+    """Address, limits and concurrency of the server."""
 
     host: str = key("127.0.0.1", "address to listen at; any but this machine's own needs an API key", min_length=1)
     port: int = key(8000, "port to listen at; 0: any that is free", ge=0, le=65535)

@@ -13,7 +13,7 @@ from ctllm_jax.config.pretrain import PretrainConfig
 
 
 class TemplateConfig(Section):
-    """How messages become ids. A bare value is its kind."""
+    """The chat template. A bare value is its kind."""
 
     shorthand = "kind"
 
@@ -50,7 +50,7 @@ class SFTSourceConfig(Section):
     path: str = key(..., "JSON lines (.jsonl, .gz, .zst), a JSON array (.json), Parquet, or a folder of these", local=True)
     group: str = key("", "what `ratio` and the report count it under, such as zh or en; empty: the source's name")
     layout: Literal["messages", "sharegpt", "alpaca", "prompt"] | None = key(None, "how a row holds its dialogue; null: detected, and named in the log")
-    max_bad: int = key(0, "rows that cannot be read (malformed JSON, wrong fields) put aside before the run fails", ge=0)
+    max_bad: int = key(0, "rows that cannot be read (malformed JSON, wrong fields) set aside before the run fails", ge=0)
 
 
 class SFTDataConfig(Section):

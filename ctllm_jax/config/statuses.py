@@ -9,7 +9,7 @@ WRONG_INPUT = 2
 DIVERGED = 3
 """Training broke down again after every rollback: the same command would do the same, and must not be started again."""
 REQUEUE = 75
-"""Told to make way (SIGTERM, SIGUSR1) before the end, and kept, or hung, or lost a peer: the same command goes on
+"""Preempted (SIGTERM, SIGUSR1) with a checkpoint saved, or hung, or lost a process: the same command continues
 (EX_TEMPFAIL of sysexits.h)."""
 INTERRUPTED = 130
 """Ctrl-C; a training run is kept at the step it reached."""

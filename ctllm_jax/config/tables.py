@@ -1,4 +1,4 @@
-"""`launch.py tables`: which runs' figures stand beside the paper's, and how they are written."""
+"""`launch.py tables`: the runs to show next to the paper's figures, and the format."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def _parse_structure(text: str, annotation: Any) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The values of a YAML text. ValueError where it is none, or where its aliases make it grow beyond all bounds."""
+    """The values of a YAML text. Raises ValueError if it is not YAML, or its aliases expand to too many values."""
     import yaml
 
     check_aliases(yaml.compose(text, Loader=yaml.SafeLoader))
@@ -187,13 +187,13 @@ def parse_yaml(text: str) -> Any:
 
 
 def check_aliases(root: yaml.Node | None) -> None:
-    """ValueError where a file has too many values once every alias is replaced by what it names."""
+    """Raise ValueError if a file has too many values after all aliases are expanded."""
     if root is not None and _count_nodes(root, {}) > _MOST_NODES:
         raise ValueError(f"its aliases (*NAME) repeat more than {_MOST_NODES:,} values")
 
 
 def _count_nodes(node: yaml.Node, known: dict[int, float]) -> float:
-    """How many values a file has once every alias is replaced by what it names; infinite where one holds itself."""
+    """Number of values of a file after all aliases are expanded; infinite if one contains itself."""
     if id(node) not in known:
         known[id(node)] = math.inf
         children = node.value if isinstance(node.value, list) else []

@@ -1,4 +1,4 @@
-"""Records in, Batch out."""
+"""From records to batches."""
 
 from ctllm_jax.config.extras import need_train
 

@@ -1,8 +1,8 @@
-"""Messages to ids: one template object for training, chat, evaluation and export. No jax here.
+"""Convert messages to ids: one template object for training, chat, evaluation and export. No jax.
 
-A template is a table: what stands before, at the end of, and after the text of each role. Markers are ids, and the
-text between them is tokenized on its own, so which token belongs to an answer is known and never searched for, and a
-marker that a user types is text.
+A template is a table of what precedes, ends and follows the text of each role. Markers are ids, and the text between
+them is tokenized separately. So the tokens of an answer are known without a search, and a marker that a user types
+stays text.
 
 T tokens of a dialogue.
 """
@@ -28,7 +28,7 @@ LOSS_ON = ("answers", "last_answer", "everything")
 
 
 class Message(NamedTuple):
-    """What one side says. `weight` scales the loss of its tokens; 0 leaves an answer out of it."""
+    """A message of one role. `weight` scales the loss of its tokens; 0 excludes an answer from the loss."""
 
     role: str
     content: str
@@ -36,14 +36,14 @@ class Message(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """A dialogue: ids int32 [T]; weights float32 [T], how much each id counts as a target, 0 where it does not."""
+    """A dialogue: ids int32 [T]; weights float32 [T], the weight of each id as a target."""
 
     ids: np.ndarray
     weights: np.ndarray
 
 
 class Part(NamedTuple):
-    """A stretch of a dialogue: given ids, or (`ids` None) a text still to be tokenized. `message` is -1 outside all."""
+    """A part of a dialogue: ids, or (`ids` None) a text to tokenize. `message` is -1 outside all messages."""
 
     ids: tuple[int, ...] | None
     text: str
@@ -66,21 +66,22 @@ class ChatTemplate(ABC):
 
     @abstractmethod
     def _spoken(self) -> dict[int, str]:
-        """Added tokens that an assistant's text may hold; in other texts, which anybody types, they stay text."""
+        """Added tokens that an assistant's text may contain; in other texts, which users type, they stay text."""
 
     @cached_property
     def _answers(self) -> tuple[re.Pattern[str], Tokenizer]:
-        """What finds the name of an added token in an assistant's text, and the encoder that gives its id."""
+        """A pattern for names of added tokens in an assistant's text, and the encoder that gives their ids."""
         spoken = self._spoken()
         names = "|".join(map(re.escape, spoken.values()))
         return re.compile(names or "(?!)"), self._vocabulary.text_encoder(self._markers, spoken)
 
     def render(self, messages: Sequence[Message], *, loss_on: str = "answers") -> Rendered:
-        """A whole dialogue. UserError where roles are unknown or stand where the template has no place for them."""
+        """Render a whole dialogue. Raises UserError for unknown roles, and for roles in a place that the template does
+        not allow."""
         return self.render_many([messages], loss_on=loss_on)[0]
 
     def render_many(self, dialogues: Sequence[Sequence[Message]], *, loss_on: str = "answers") -> list[Rendered]:
-        """Each dialogue as `render` gives it; their texts are tokenized together."""
+        """Render several dialogues, tokenizing their texts together."""
         if loss_on not in LOSS_ON:
             raise UserError(f"loss_on={loss_on!r} must be one of {', '.join(LOSS_ON)}")
         completed = [self._completed(messages) for messages in dialogues]
@@ -101,18 +102,18 @@ class ChatTemplate(ABC):
         return rendered
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids that an answer to these messages goes on from: what stands before that answer in training, id for id."""
+        """Return the prompt for an answer to these messages: exactly the ids that precede that answer in training."""
         if messages and messages[-1].role == "assistant":
-            raise UserError("the last message of a prompt is the assistant's: end with what is to be answered")
+            raise UserError("the last message of a prompt is the assistant's: end with the message to be answered")
         completed = self._completed(messages)
         parts = self._parts(completed, prompt=True)
         texts = iter(self._encode_parts([(completed, part) for part in parts]))
         return [token for part in parts for token in (part.ids if part.ids is not None else next(texts))]
 
     def stretches(self, messages: Sequence[Message]) -> list[tuple[int, ...] | str]:
-        """What `prompt_ids` is made of: ids, and texts that are tokenized each on its own (`encode_texts`).
+        """The parts of `prompt_ids`: ids, and texts that are tokenized separately (`encode_texts`).
 
-        Where the last message is the assistant's, it ends with that text: an answer to be gone on with.
+        If the last message is the assistant's, the parts end with its text, as an answer to continue.
         """
         completed = self._completed(messages)
         goes_on = completed[-1].role == "assistant"
@@ -125,46 +126,46 @@ class ChatTemplate(ABC):
                 for part, tokens in zip(parts, said, strict=True) if part.text or part.ids]
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts as they stand within a dialogue. UserError where one would hold a marker."""
+        """Ids of texts inside a dialogue. Raises UserError if one would contain a marker."""
         return self._encode(list(texts))
 
     def fingerprint(self) -> str:
-        """Hash of all that decides the ids of a dialogue but the tokenizer's treatment of its texts."""
+        """Hash of everything that determines the ids of a dialogue, except the tokenizer."""
         return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
 
     @property
     def markers(self) -> frozenset[int]:
-        """Ids that are no text: those that a dialogue is held together by."""
+        """Ids of structural tokens, which are not text."""
         return self._markers
 
     def marker_names(self) -> dict[int, str]:
-        """What to call the ids that are no text: the role that one stands before, or its piece."""
+        """Names of structural tokens: the role that one precedes, or its piece."""
         ids = [*self._markers, *self.stop_ids]
         return {marker: self._vocabulary.pieces.get(marker, f"id {marker}") for marker in ids}
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids, spaces at its ends included; markers have none."""
+        """The text of these ids, including spaces at its ends; markers have no text."""
         return self._encoder.decode(ids)
 
     @abstractmethod
     def to_jinja(self) -> str:
-        """The template as Hugging Face reads it, answers inside {% generation %}.
+        """The template in Hugging Face's format, with answers inside {% generation %}.
 
-        It gives the same ids and mask where the names of markers are special tokens there, no message holds such a
-        name, and the tokenizer joins no text of the template with a text of a message: Hugging Face tokenizes them as
-        one, we do not.
+        It gives the same ids and mask if the names of markers are special tokens there, no message contains such a
+        name, and the tokenizer does not join text of the template with text of a message: Hugging Face tokenizes them
+        together, we do not.
         """
 
     @abstractmethod
     def _parts(self, messages: Sequence[Message], *, prompt: bool) -> list[Part]:
-        """The stretches of a dialogue, or of the prompt for the next answer."""
+        """The parts of a dialogue, or of the prompt for the next answer."""
 
     @abstractmethod
     def _identity(self) -> Any:
-        """What `fingerprint` hashes, as JSON."""
+        """The input of `fingerprint`, as JSON."""
 
     def _completed(self, messages: Sequence[Message]) -> list[Message]:
-        """With the system prompt, and checked."""
+        """Add the system prompt, and check the roles."""
         for index, message in enumerate(messages):
             if message.role not in ROLES:
                 raise UserError(f"messages[{index}].role={message.role!r} must be one of {', '.join(ROLES)}")
@@ -185,7 +186,7 @@ class ChatTemplate(ABC):
         return encoded
 
     def _says_tokens(self, messages: Sequence[Message], part: Part) -> bool:
-        """Whether a part is an assistant's text with the name of an added token in it."""
+        """Whether a part is an assistant's text that contains the name of an added token."""
         return (part.ids is None and part.message >= 0 and messages[part.message].role == "assistant"
                 and self._answers[0].search(part.text) is not None)
 

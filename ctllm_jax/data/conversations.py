@@ -1,4 +1,4 @@
-"""Files of dialogues to messages, in the layouts that `layouts.DIALOGUES` describes. No jax here.
+"""Read files of dialogues as messages, in the layouts that `layouts.DIALOGUES` describes. No jax.
 
 Rows of preference pairs (`chosen` and `rejected`, or an `output` of two) are read too: their chosen answer counts.
 """
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Dialogue(NamedTuple):
-    """Messages that end with an answer, and where they stood: the line, or the number in an array or table, from 1."""
+    """Messages that end with an answer, and their place: the line, or the number in an array or table, from 1."""
 
     messages: tuple[Message, ...]
     file: Path
@@ -36,7 +36,7 @@ class Dialogue(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What was made of rows: that which is of use, the rows read, those left out by reason."""
+    """The usable items made from rows, the number of rows read, and rows left out by reason."""
 
     parsed: list[Any]
     rows: int
@@ -44,7 +44,7 @@ class Rows(NamedTuple):
 
 
 class Conversations(NamedTuple):
-    """What was read: the dialogues, the layout of each file in words, rows read, rows left out by reason."""
+    """The dialogues, the layout of each file in words, rows read, rows left out by reason."""
 
     dialogues: list[Dialogue]
     layouts: dict[str, str]
@@ -53,22 +53,22 @@ class Conversations(NamedTuple):
 
 
 class _Named(Quarantine):
-    """A `Quarantine` that also logs where each row stood."""
+    """A `Quarantine` that also logs the place of each row."""
 
     def put(self, file: Path, line: int, reason: str, raw: bytes = b"") -> None:
-        """Put one record aside."""
+        """Set one record aside."""
         super().put(file, line, reason, raw)
         logger.warning("%s:%d is left out: %s", file, line, reason)
 
 
 def read_conversations(path: Path | str, *, layout: str | None = None, max_bad: int = 0,
                        quarantine: Path | None = None) -> Conversations:
-    """All dialogues of a file, or of the files below a folder in order of their paths.
+    """Read all dialogues of a file, or of the files below a folder in order of their paths.
 
     A row without an answer, with an empty question, or with a field that cannot be used (`layouts.DIALOGUES`) is left
-    out and counted; what follows the last answer is cut off. A row that cannot be read counts against `max_bad`, and is
-    listed in the file `quarantine` if given. UserError where there are more, or where no layout is recognized, with the
-    fields that were seen.
+    out and counted; messages after the last answer are removed. A row that cannot be read counts against `max_bad`, and
+    is listed in the file `quarantine` if given. Raises UserError if there are more, or if no layout is recognized, with
+    the fields that were seen.
     """
     layouts: dict[str, str] = {}
     tables: dict[Path, dict[str, str]] = {}
@@ -85,11 +85,11 @@ def read_conversations(path: Path | str, *, layout: str | None = None, max_bad: 
 
 def message_parser(layout: str | None, layouts: dict[str, str], tables: dict[Path, dict[str, str]]
                    ) -> Callable[[dict, Path, int], list[Message]]:
-    """`(record, file, row) -> all messages of the row`, as they are.
+    """Return `(record, file, row) -> all messages of the row`, unchanged.
 
-    The layout of a file is that of its first row where None is given. `layouts` receives it in words, and `tables` the
-    fields that it has. ValueError or `Dropped` for a row that has no messages in it; UserError where no layout is
-    recognized, with the fields seen.
+    If the layout is None, it is detected from the file's first row. `layouts` receives it in words, and `tables` its
+    fields. Raises ValueError or `Dropped` for a row without messages, and UserError if no layout is recognized, with
+    the fields seen.
     """
     detected: dict[Path, str] = {}
 
@@ -107,11 +107,11 @@ def message_parser(layout: str | None, layouts: dict[str, str], tables: dict[Pat
 
 def read_rows(path: Path | str, parse: Callable[[dict, Path, int], Any], *, max_bad: int = 0,
               quarantine: Path | None = None, tables: Mapping[Path, dict[str, str]] | None = None) -> Rows:
-    """`parse(record, file, row)` of every row of a file, or of the files below a folder in order of their paths.
+    """Apply `parse(record, file, row)` to every row of a file, or of the files below a folder in order of their paths.
 
-    A row for which it raises `Dropped` is counted by reason; one for which it raises ValueError is put aside, as is one
-    that is no JSON object. Fields that a file's part of `tables` lacks are reported once. UserError goes through, and
-    is raised where more than `max_bad` rows were put aside.
+    A row for which it raises `Dropped` is counted by reason. A row for which it raises ValueError is set aside, as is
+    one that is not a JSON object. Fields that are missing from the file's entry in `tables` are reported once. A
+    UserError is passed on, and also raised if more than `max_bad` rows were set aside.
     """
     bad = _Named(quarantine, max_bad)
     parsed: list[Any] = []
@@ -144,8 +144,8 @@ def read_rows(path: Path | str, parse: Callable[[dict, Path, int], Any], *, max_
 
 
 def first_record(path: Path | str) -> dict[str, Any] | None:
-    """The first JSON object or table row of a file, or of the files below a folder; None where there is none, or where
-    the file is of another kind."""
+    """The first JSON object or table row of a file, or of the files below a folder; None if there is none, or if the
+    file has another format."""
     try:
         for file in _files(Path(path)):
             for _, record in _records(file, Quarantine(None, max_bad=_FIRST_LINES)):
@@ -157,7 +157,7 @@ def first_record(path: Path | str) -> dict[str, Any] | None:
 
 
 def detect_layout(record: dict[str, Any]) -> str | None:
-    """The layout that the fields of a row show, or None."""
+    """Return the layout that matches the fields of a row, or None."""
     def entries(name: str) -> dict:
         value = record.get(name)
         return value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else {}
@@ -213,7 +213,7 @@ def _from_pair(record: dict) -> list[Message]:
 
 def _pair_of(record: dict) -> tuple[str, str] | None:
     found = [pair for pair in _PAIRS if set(pair) <= record.keys()]
-    # A table has all of its columns in every row, and null where a row has no such field.
+    # Every row of a table has all columns, with null if the row has no such field.
     return next((pair for pair in found if record[pair[0]] is not None), found[0] if found else None)
 
 
@@ -221,7 +221,7 @@ _PARSERS = {"messages": _from_list, "sharegpt": _from_list, "alpaca": _from_alpa
 
 
 def up_to_last_answer(messages: list[Message]) -> tuple[Message, ...]:
-    """The messages up to the last answer, if it can be learned. An empty system prompt is none."""
+    """The messages up to the last answer, if it has a weight above 0. An empty system prompt counts as none."""
     if messages and messages[0].role == "system" and not messages[0].content.strip():
         messages = messages[1:]
     while messages and not (messages[-1].role == "assistant" and messages[-1].content.strip()):

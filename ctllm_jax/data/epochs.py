@@ -1,4 +1,4 @@
-"""Items of some length, such as dialogues or pairs, packed whole into rows, epoch by epoch.
+"""Pack items of some length, such as dialogues or pairs, into rows without splitting them, epoch by epoch.
 
 B rows of a batch, N items, R rows of an epoch.
 """
@@ -14,17 +14,17 @@ import numpy as np
 
 
 class Packing(NamedTuple):
-    """Which row each item goes to, from the longest to the shortest: int64 [N]; and the number of rows."""
+    """The row of each item, from the longest to the shortest: int64 [N]; and the number of rows."""
 
     row_of_rank: np.ndarray
     rows: int
 
 
 def best_fit(lengths: Sequence[int], capacity: int, *, most: int | None = None) -> Packing:
-    """Best-fit decreasing: each length, from the longest down, goes to the fullest row that still has room for it.
+    """Pack by best-fit decreasing: each length, in falling order, goes to the fullest row that still has room for it.
 
-    `lengths` must fall, and none may be above `capacity`; `most` is how many a row may hold. Only the lengths decide,
-    so any order of items of equal length can be put in.
+    `lengths` must be in falling order, and none may be above `capacity`; `most` is the number of items that a row may
+    hold. Only the lengths matter, so items of equal length can be permuted afterwards.
     """
     rows_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     rooms = 0  # bit n: some row has room for exactly n more
@@ -49,11 +49,11 @@ def best_fit(lengths: Sequence[int], capacity: int, *, most: int | None = None) 
 
 
 class PackedEpochs:
-    """Which items fill a row: a pure function of (seed, step, row).
+    """The items of each row, as a pure function of (seed, step, row).
 
     Row r of data step t is row `t % steps_per_epoch * B + r` of epoch `t // steps_per_epoch`: the last batch of an
-    epoch is filled up with empty rows, and no batch spans two epochs. An epoch is a new draw of which items of equal
-    length share rows, and of the order of the rows; all have the same number of rows.
+    epoch is filled up with empty rows, and no batch spans two epochs. Each epoch draws anew which items of equal length
+    share rows, and the order of the rows; all epochs have the same number of rows.
     """
 
     def __init__(self, lengths: np.ndarray, capacity: int, *, rows: int, seed: int, most: int | None = None):
@@ -61,7 +61,7 @@ class PackedEpochs:
         Args:
           lengths: int [N], none above `capacity`, the length of a row.
           rows: B.
-          most: items of a row; None: as many as fit.
+          most: largest number of items in a row; None: as many as fit.
         """
         self._lengths, self._rows, self.seed = lengths, rows, seed
         packing = best_fit(np.sort(lengths)[::-1], capacity, most=most)
@@ -69,14 +69,14 @@ class PackedEpochs:
         counts = np.bincount(packing.row_of_rank, minlength=packing.rows)
         self._ranks_of_row = np.split(by_row, np.cumsum(counts)[:-1])
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        # A row holds items of the same lengths in every epoch: which ones of equal length are drawn anew.
+        # A row holds items of the same lengths in every epoch; the items of equal length are drawn again.
         self._tokens_of_row = np.add.reduceat(np.sort(lengths)[::-1][by_row], np.cumsum(counts) - counts)
         self.most_in_a_row = int(counts.max())
         self.rows_per_epoch = packing.rows
         self.steps_per_epoch = -(-packing.rows // rows)
 
     def items(self, step: int, row: int) -> np.ndarray:
-        """The items of one row of one step, int64; none behind the end of an epoch."""
+        """The items of one row of one step, int64; none after the end of an epoch."""
         epoch, step = divmod(step, self.steps_per_epoch)
         place = step * self._rows + row
         return self.items_at(epoch, place) if place < self.rows_per_epoch else np.empty(0, np.int64)
@@ -93,9 +93,9 @@ class PackedEpochs:
         return int(epochs * self._tokens_of_row.sum() + self._tokens_of_row[order].sum())
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Item of each rank, and row of each place, of an epoch; of the last two epochs they are kept."""
+        """Item of each rank, and row of each place, of an epoch; the last two epochs are cached."""
         if epoch not in self._epochs:
-            # By length, then by a random number of the epoch: ranks of equal length are drawn anew.
+            # Sort by length, then by a random number of the epoch, so that ranks of equal length are drawn again.
             drawn = _random(self.seed, epoch, "dialogues", len(self._lengths))
             item_of_rank = np.lexsort((drawn, -self._lengths))
             order = np.argsort(_random(self.seed, epoch, "rows", self.rows_per_epoch), kind="stable")
@@ -105,7 +105,7 @@ class PackedEpochs:
         return self._epochs[epoch]
 
     def times_seen(self, steps: int) -> np.ndarray:
-        """How often each item is in the first `steps` steps, int64 [N]."""
+        """Number of occurrences of each item in the first `steps` steps, int64 [N]."""
         epochs, rest = divmod(steps, self.steps_per_epoch)
         seen = np.full(len(self._lengths), epochs, np.int64)
         for place in range(min(rest * self._rows, self.rows_per_epoch)):
@@ -114,6 +114,6 @@ class PackedEpochs:
 
 
 def _random(seed: int, epoch: int, what: str, count: int) -> np.ndarray:
-    """uint64 [count]; raw words, which NumPy promises to keep."""
+    """uint64 [count]; raw words, whose values NumPy guarantees across versions."""
     digest = hashlib.blake2b(json.dumps([seed, epoch, what]).encode(), digest_size=16).digest()
     return np.random.Philox(key=np.frombuffer(digest, "<u8")).random_raw(count)

@@ -1,8 +1,8 @@
-"""A chat template that an imported tokenizer brings, as Hugging Face's Jinja. No jax here.
+"""Chat templates of imported tokenizers, in Hugging Face's Jinja format. No jax.
 
-It is rendered with a placeholder for the text of each message; what stands between the placeholders are the markers.
-That this is what it writes with the real texts is checked for every dialogue, so that markers typed in a message stay
-text, and a template that rewrites messages is refused.
+The template is rendered with a placeholder for the text of each message; the output between the placeholders consists
+of the markers. For every dialogue we check that rendering with the real texts gives the same. So markers typed in a
+message stay text, and a template that rewrites messages is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ctllm_jax.data.chat import ChatTemplate, Message, Part
 from ctllm_jax.data.jinja_render import RenderError, is_available, render
 from ctllm_jax.data.vocabulary import Vocabulary, looks_special
 
-# Of the private use area of Unicode: a template that holds one is refused.
+# Characters of Unicode's private use area; a template that contains one is refused.
 _OPEN, _CLOSE, _BEGIN_ANSWER, _END_ANSWER = "\ue000\ue001\ue002\ue003"
 _PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 _MOST_KEPT, _LONGEST_KEPT = 256, 64
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Literal(NamedTuple):
-    """A piece of what stands between messages: ids of a special token, or a text; `message` is the one before it."""
+    """A part between messages: ids of a special token, or a text; `message` is the index of the message before it."""
 
     text: str
     special: int | None
@@ -41,14 +41,15 @@ class _Literal(NamedTuple):
 
 
 class _Slot(NamedTuple):
-    """Where the text of a message goes."""
+    """The place of a message's text."""
 
     message: int
     is_answer: bool
 
 
 class JinjaTemplate(ChatTemplate):
-    """A Hugging Face template. Answers are inside {% generation %}, or found by rendering ever longer dialogues."""
+    """A Hugging Face template. Answers are inside {% generation %}, or found by rendering growing prefixes of the
+    dialogue."""
 
     def __init__(self, config: TemplateConfig, vocabulary: Vocabulary):
         self.path = Path(config.path)
@@ -72,7 +73,7 @@ class JinjaTemplate(ChatTemplate):
         self.system = config.system
         self._has_markers = re.search(r"{%-?\+?\s*generation\b", self._source) is not None
         self._compile()
-        # Roles of short dialogues come again and again; those of long ones hardly ever do, and are large.
+        # The role sequences of short dialogues recur; those of long ones rarely do, and are large.
         self._kept = lru_cache(maxsize=_MOST_KEPT)(self._dissect)
         ends = [item.special for item in self._skeleton(("user", "assistant"), prompt=False)
                 if isinstance(item, _Literal) and item.is_answer and item.special is not None]
@@ -80,13 +81,13 @@ class JinjaTemplate(ChatTemplate):
                           if isinstance(item, _Literal))
         asked = "".join(item.text for item in self._skeleton(("user",), prompt=True) if isinstance(item, _Literal))
         if not trained.startswith(asked):
-            logger.warning("%s: the generation prompt is not what stands before an answer in training: a chat will "
-                           "differ from what was learned", self.path)
+            logger.warning("%s: the generation prompt differs from what precedes an answer in training: a chat will "
+                           "differ from the training", self.path)
         eos = vocabulary.tokenizer.eos_id
         self.stop_ids = tuple(dict.fromkeys(ends + ([] if eos is None else [eos])))
 
     def to_jinja(self) -> str:
-        """The template as it came."""
+        """The template's source."""
         return self._source
 
     def write(self, messages: Sequence[Message], *, prompt: bool) -> str:
@@ -115,7 +116,7 @@ class JinjaTemplate(ChatTemplate):
             if written == "".join(texts[item.message] if isinstance(item, _Slot) else item.text for item in skeleton):
                 break
         else:
-            raise UserError(f"{self.path} rewrites the text of a message, so that which tokens are the answer's is not "
+            raise UserError(f"{self.path} rewrites the text of a message, so its answer tokens are not "
                             f"known; the dialogue begins {messages[0].content[:60]!r}")
         parts = []
         for item in skeleton:
@@ -128,7 +129,7 @@ class JinjaTemplate(ChatTemplate):
         return parts
 
     def _skeleton(self, roles: tuple[str, ...], *, prompt: bool) -> list[_Literal | _Slot]:
-        """What a dialogue of these roles is made of, whatever its texts."""
+        """The parts of a dialogue with these roles, for any texts."""
         return (self._kept if len(roles) <= _LONGEST_KEPT else self._dissect)(roles, prompt)
 
     def _dissect(self, roles: tuple[str, ...], prompt: bool) -> list[_Literal | _Slot]:
@@ -160,14 +161,14 @@ class JinjaTemplate(ChatTemplate):
         return found
 
     def _check_generation_prompt(self, messages: list[dict], answer: int, before: str) -> None:
-        """UserError unless the prompt for this answer is what stands before it in the whole dialogue."""
+        """Raise UserError unless the prompt for this answer equals what precedes it in the whole dialogue."""
         if self._run(messages[:answer], prompt=True) != before:
             raise UserError(f"{self.path} has no {{% generation %}} markers, and its generation prompt is not what it "
                             "writes before an answer, so which tokens are the answer's is not known: put "
                             "{% generation %} and {% endgeneration %} around what the model is to write")
 
     def _check_answers(self, found: list[_Literal | _Slot], roles: tuple[str, ...]) -> None:
-        """UserError unless the answers, each with a special token at its end, are learned, and nothing others say."""
+        """Raise UserError unless exactly the answers are trained on, each with a special token at its end."""
         wrong = [item.message for item in found
                  if isinstance(item, _Slot) and item.is_answer != (roles[item.message] == "assistant")]
         if wrong:
@@ -199,7 +200,7 @@ class JinjaTemplate(ChatTemplate):
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What stands beside a tokenizer: tokenizer_config.json, and what older layouts keep in files of their own."""
+    """The settings of a tokenizer: tokenizer_config.json, and the separate files of older layouts."""
     settings = _read_json(folder / "tokenizer_config.json")
     named = _read_json(folder / "special_tokens_map.json")
     settings = {name: named[name] for name in NAMES if name in named} | {
@@ -213,10 +214,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_template(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """The source of a template, None where a folder has none, and the settings of the tokenizer beside it.
+    """Return the source of a template, None if a folder has none, and the settings of the tokenizer next to it.
 
     Raises:
-      UserError: no such file, or a malformed one.
+      UserError: the file does not exist, or is malformed.
     """
     settings = read_settings(path if path.is_dir() else path.parent)
     file = path / TEMPLATE if path.is_dir() else path
@@ -246,7 +247,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def token_text(given: str | dict) -> str:
-    """The text of a token, which settings give bare or with its properties."""
+    """The text of a token, which settings give as a string or with its properties."""
     return given["content"] if isinstance(given, dict) else given
 
 

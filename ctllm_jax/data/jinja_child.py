@@ -1,7 +1,7 @@
-"""The process in which templates of strangers are rendered, for `jinja_render`: a line of JSON in, a line out.
+"""The process that renders untrusted templates for `jinja_render`: reads a line of JSON, writes a line.
 
-It has little memory, no files to write, and a limit on the seconds that it computes for each line. Run as a script; it
-imports nothing of this package.
+It has limited memory, cannot write files, and has a CPU time limit for each line. It runs as a script and imports
+nothing from this package.
 """
 
 import json
@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class Generation(Extension):
-    """`{% generation %}`: marks around what is inside, when they are asked for."""
+    """`{% generation %}`: writes marks around its content if requested."""
 
     tags = {"generation"}
 
@@ -31,7 +31,7 @@ class Generation(Extension):
 
 
 class _OutOfTime(BaseException):
-    """No part of a template may catch it."""
+    """An error that no part of a template can catch."""
 
 
 def _refuse(message):
@@ -47,7 +47,7 @@ def _environment():
 
 
 def _answer(task, templates, environment, most):
-    """`{"text": …}`, or `{"error": …}`, where the template is malformed with its line."""
+    """Return `{"text": …}`, or `{"error": …}`, with the line if the template is malformed."""
     try:
         if task["source"] is not None:
             templates[task["name"]] = environment.from_string(task["source"])
@@ -72,7 +72,7 @@ def _answer(task, templates, environment, most):
 
 
 def main(seconds, memory, most):
-    """Answer lines until there are none."""
+    """Answer lines until the input ends."""
     for limit, value in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(limit, (value, value))
 

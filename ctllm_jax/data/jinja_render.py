@@ -1,8 +1,8 @@
-"""Jinja templates of strangers, rendered in a process of their own. No jax here.
+"""Render untrusted Jinja templates in a separate process. No jax.
 
-Jinja's sandbox keeps a template from the files of this machine, but not from endless loops or from texts of gigabytes,
-and it has had holes. So a child process renders them (`jinja_child`), with limits on memory and computing time, and
-without the environment of this process. One child serves all templates of a process.
+Jinja's sandbox protects this machine's files, but does not prevent endless loops or texts of gigabytes, and it has had
+security holes. So a child process renders them (`jinja_child`), with limits on memory and CPU time, and without the
+environment of this process. One child serves all templates of a process.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _KEPT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "
 MEMORY = 2**30
 MOST_CHARACTERS = 2**24
 COMPUTING = 5.0
-"""Seconds of a template's own computing; a dialogue takes less than a millisecond."""
+"""CPU seconds of a template; a dialogue takes less than a millisecond."""
 WAITING = 60.0
-"""Seconds on the clock, after which a child that does not even react to its own limit is killed."""
+"""Wall-clock seconds after which a child that does not react to its own limit is killed."""
 
 
 class RenderError(Exception):
-    """A template cannot be compiled or rendered; `line` where it is malformed."""
+    """A template cannot be compiled or rendered; `line` is set if it is malformed."""
 
     def __init__(self, message: str, *, line: int | None = None):
         super().__init__(message)
@@ -39,7 +39,7 @@ class RenderError(Exception):
 
 
 class _Renderer:
-    """The child, started when it is first needed, and again after it had to be killed."""
+    """The child process, started on first use, and again after it had to be killed."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -48,7 +48,7 @@ class _Renderer:
         self._known: set[str] = set()
 
     def render(self, source: str, values: dict[str, Any] | None, *, marks: tuple[str, str]) -> str:
-        """What a template writes; with `values` of None it is only compiled. RenderError where that fails."""
+        """Render a template; if `values` is None, only compile it. Raises RenderError on failure."""
         name = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
         with self._lock:
             if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
@@ -58,7 +58,7 @@ class _Renderer:
                 self._child.stdin.write(json.dumps(task).encode() + b"\n")
                 self._child.stdin.flush()
                 answer = json.loads(self._read())
-            except BaseException as error:  # also on Ctrl-C: the next answer would be that of this task
+            except BaseException as error:  # also on Ctrl-C, because the next answer would belong to this task
                 self.close()
                 if not isinstance(error, OSError | ValueError):
                     raise
@@ -77,7 +77,7 @@ class _Renderer:
         self._owner, self._known = os.getpid(), set()
 
     def _read(self) -> bytes:
-        """A line. TimeoutError where it does not come; ValueError where the child has ended."""
+        """Read a line. Raises TimeoutError if it does not arrive, ValueError if the child has ended."""
         until, parts = time.monotonic() + WAITING, []
         descriptor = self._child.stdout.fileno()
         while not parts or not parts[-1].endswith(b"\n"):
@@ -97,7 +97,7 @@ class _Renderer:
                 try:
                     pipe.close()
                 except OSError:
-                    pass  # what was to be written has no reader any more
+                    pass  # the reader of the data has gone
             child.wait()
 
 
@@ -111,11 +111,11 @@ def is_available() -> bool:
 
 
 def render(source: str, values: dict[str, Any] | None, *, marks: tuple[str, str] = ("", "")) -> str:
-    """The text that a template writes.
+    """Return the text that a template renders.
 
     Args:
-      values: what it may read, as JSON; None: it is only compiled.
-      marks: written around what is inside of `{% generation %}`.
+      values: the template's variables, as JSON; None: the template is only compiled.
+      marks: written around the content of `{% generation %}`.
 
     Raises:
       RenderError: it is malformed, refuses the values, or exceeds a limit.

@@ -1,4 +1,4 @@
-"""What each field of a row becomes, in every layout of dialogues and of preference pairs. No jax here.
+"""How each field of a row is used, in every layout of dialogues and of preference pairs. No jax.
 
 `DIALOGUES` and `PAIRS` are the tables that all readers use; docs/tuning.md explains them. A field that changes what a
 row means is used, or the row is left out with the name of the field as the reason. `unread_fields` names all others.
@@ -41,7 +41,7 @@ DIALOGUES: dict[str, dict[str, str]] = {
     "prompt": {**_EVERYWHERE, **_ASKED, **_QUESTIONS, "completion": ANSWER, "response": ANSWER, "answer": ANSWER,
                "chosen": ANSWER, "rejected": REJECTED},
 }
-"""Layout -> field -> what it becomes, where dialogues or prompts are read."""
+"""Layout -> field -> its use, when dialogues or prompts are read."""
 PAIRS: dict[str, dict[str, str]] = {
     "trl": {**_EVERYWHERE, **_ASKED, **_QUESTIONS, "chosen": ANSWER, "rejected": REJECTED},
     "sharegpt": {**_EVERYWHERE, **_COPIES, "conversations": DIALOGUE, "chosen": ANSWER, "rejected": REJECTED},
@@ -49,7 +49,7 @@ PAIRS: dict[str, dict[str, str]] = {
     "ultrafeedback": {**_EVERYWHERE, **_COPIES, **_ASKED, "instruction": QUESTION, "completions": COMPLETIONS},
     "hh": {**_EVERYWHERE, **_COPIES, "chosen": ANSWER, "rejected": REJECTED},
 }
-"""The same where preference pairs are read."""
+"""The same for preference pairs."""
 
 _SWITCHES = ("train", "training", "loss")  # of a message: false is a weight of 0
 _REFUSED_IN_MESSAGES = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "images", "image",
@@ -61,7 +61,7 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 
 
 class Dropped(Exception):
-    """A row that can be read, but not used: the reason."""
+    """A row that can be read but not used; the text is the reason."""
 
 
 def messages_of(value: Any, name: str) -> list[Message]:
@@ -79,8 +79,8 @@ def dialogue_of(record: dict, fields: dict[str, str], *, question: str | None, a
 
     Args:
       fields: the layout's part of a table.
-      question: which field asks, where the row has no list of messages.
-      answer: which field answers; None: the row's own messages end with it.
+      question: field of the question, if the row has no list of messages.
+      answer: field of the answer; None: the row's messages end with it.
     """
     messages, used = _before_answer(record, fields, question)
     if answer is not None:
@@ -96,7 +96,7 @@ def dialogue_of(record: dict, fields: dict[str, str], *, question: str | None, a
 
 
 def answer_of(record: dict, name: str) -> list[Message]:
-    """The messages of an answer; none where it is null."""
+    """The messages of an answer; none if it is null."""
     value = record[name]
     if name == "output" and isinstance(value, list):
         value = value[0] if value else None
@@ -118,7 +118,7 @@ def with_system(record: dict, messages: list[Message]) -> list[Message]:
 
 
 def check_fields(record: dict, fields: dict[str, str]) -> None:
-    """`Dropped` where a field has a value that changes what the row means, and that no reader can use."""
+    """Raise `Dropped` if a field has a value that changes the meaning of the row and that no reader can use."""
     for name, becomes in fields.items():
         if becomes == REFUSED and not is_empty(record.get(name)):
             raise Dropped(f"field {name!r}")
@@ -127,7 +127,7 @@ def check_fields(record: dict, fields: dict[str, str]) -> None:
 
 
 def unread_fields(record: dict, fields: dict[str, str]) -> Iterator[str]:
-    """The names of fields of a row, and of its messages, that no table has."""
+    """The names of fields of a row, and of its messages, that are in no table."""
     for name, value in record.items():
         if name not in fields:
             if value not in (None, "", [], {}):
@@ -138,7 +138,7 @@ def unread_fields(record: dict, fields: dict[str, str]) -> Iterator[str]:
 
 
 def is_empty(value: Any, *, depth: int = 3) -> bool:
-    """Whether a value says nothing: null, false, an empty text, or a list or an object of such values."""
+    """Whether a value is empty: null, false, an empty text, or a list or an object of such values."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     if isinstance(value, (dict, list, tuple)):
@@ -196,7 +196,7 @@ def _as_messages(value: Any, name: str, role: str) -> list[Message]:
 
 
 def _before_answer(record: dict, fields: dict[str, str], question: str | None) -> tuple[list[Message], tuple[str, ...]]:
-    """The messages before the answer, and the fields that they are made of."""
+    """The messages before the answer, and the fields that they come from."""
     dialogue = next((name for name, becomes in fields.items()
                      if becomes == DIALOGUE and not is_empty(record.get(name))), None)
     if dialogue is not None:
@@ -222,7 +222,7 @@ def _before_answer(record: dict, fields: dict[str, str], question: str | None) -
 
 
 def _text(record: dict, name: str) -> str:
-    """A text that may be absent; `Dropped` where a context is no text."""
+    """A text that may be absent. Raises `Dropped` if a context is not text."""
     value = record.get(name)
     if name == "context" and not isinstance(value, str | None):
         raise Dropped("a context that is not text")
@@ -230,7 +230,7 @@ def _text(record: dict, name: str) -> str:
 
 
 def _joined(before: Sequence[Message], answer: Sequence[Message], *, of_text: bool) -> list[Message]:
-    """Messages and what an answer adds to them, where it may begin with some or all of them again."""
+    """Append an answer to the messages; the answer may repeat some or all of them at its beginning."""
     old, new = ([(message.role, message.content.strip()) for message in side] for side in (before, answer))
     for again in range(min(len(old), len(new)), 0, -1):
         if old[-again:] == new[:again]:
@@ -253,7 +253,7 @@ def _is_part(value: Any, messages: Sequence[Message], *, depth: int = 3) -> bool
 
 
 def _is_whole(value: Any, messages: Sequence[Message]) -> bool:
-    """Whether a value is a text with all messages in it, of which the last is an answer and ends the text."""
+    """Whether a value is a text that contains all messages, of which the last is an answer and ends the text."""
     return (isinstance(value, str) and bool(messages) and messages[-1].role == "assistant"
             and value.rstrip().endswith(messages[-1].content.strip())
             and all(message.content.strip() in value for message in messages))

@@ -1,4 +1,4 @@
-"""Sources mixed by weight into one endless order of rows, which arithmetic alone decides."""
+"""Mix sources by weight into one endless order of rows that is computed by arithmetic alone."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import numpy as np
 
 from ctllm_jax.data.batch import Batch, stack_rows
 
-_ENDLESS = 2**62  # Grain does arithmetic on lengths, in part as floats: the largest int would overflow
+_ENDLESS = 2**62  # Grain computes with lengths, partly as floats; the largest int would overflow
 _PROBED_ROWS = (*range(64), *(10**9 + row for row in range(64)))
 
 
 class Interleaving:
-    """Which source each row of an endless mixture comes from, with counts in closed form.
+    """The source of each row of an endless mixture, with counts in closed form.
 
-    Of the first n rows, the first source has n minus the floor of its complement's share, the next the same of what is
-    left, and so on: exact in integers, and never further from n times its share than the number of sources. Weights
-    count to their last decimal, where Grain's own `mix` rounds them to a hundredth of the smallest.
+    Of the first n rows, the first source has n minus the floor of its complement's share; the next source is computed
+    in the same way from the remaining rows, and so on. The counts are exact integers, and differ from n times the share
+    by at most the number of sources. Weights are used exactly, whereas Grain's `mix` rounds them to a hundredth of the
+    smallest.
     """
 
     def __init__(self, weights: Sequence[float]):
@@ -89,7 +90,7 @@ class Mixture:
         return dict(zip(self.names, self._interleaving.counts(steps * self._rows), strict=True))
 
     def order_sha256(self) -> str:
-        """Hash of where some rows come from, near and far: it changes if a library changes what a seed means."""
+        """Hash of the sources of some early and late rows; it changes if a library changes the meaning of a seed."""
         orders = [self._shuffled(name, grain.MapDataset.range(self.sizes[name])) for name in self.names]
         places = [self._interleaving.place(row) for row in _PROBED_ROWS]
         probed = [(source, int(orders[source][position])) for source, position in places]

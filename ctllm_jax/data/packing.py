@@ -1,4 +1,4 @@
-"""A stretch of a token stream to one row, and a split to its rows.
+"""Convert a window of a token stream to one row, and a split to its rows.
 
 S tokens of a row; a row's arrays are [S].
 """
@@ -13,9 +13,9 @@ from ctllm_jax.dataset.reader import SplitReader, Window
 
 
 def pack_row(window: Window, sequence_length: int, *, isolate_documents: bool, mask_eod: bool) -> Batch:
-    """The row of a window of at most S + 1 tokens, of which the last is a target only.
+    """Return the row of a window of at most S + 1 tokens, of which the last is only a target.
 
-    With isolation, a segment is a document, or the part of one that lies in the row, and positions start at 0 in each;
+    With isolation, a segment is a document, or the part of one that is in the row, and positions start at 0 in each;
     without, the row is one segment. Loss weight is 0 where the input ends a document (`mask_eod`), where the stream
     has no next token, and in the padding after it.
     """
@@ -40,9 +40,9 @@ def pack_row(window: Window, sequence_length: int, *, isolate_documents: bool, m
 
 
 class PackedRows:
-    """The rows of a split: random access, as Grain wants it. Shards follow each other; no row spans two.
+    """The rows of a split with random access, as Grain requires. Shards are concatenated; no row spans two.
 
-    UserError where the sequence length neither divides nor multiplies the record length R.
+    Raises UserError if the sequence length neither divides nor multiplies the record length R.
     """
 
     def __init__(self, split: SplitReader, sequence_length: int, *, isolate_documents: bool, mask_eod: bool):

@@ -1,7 +1,7 @@
-"""Files of preference pairs to a prompt and two answers, in the layouts that `layouts.PAIRS` describes. No jax here.
+"""Read files of preference pairs as a prompt and two answers, in the layouts that `layouts.PAIRS` describes. No jax.
 
-An `output` is [chosen, rejected], and what follows is not read; of `completions` the best is chosen and the worst
-rejected; texts of `Human:` and `Assistant:` turns (hh) differ in the last answer.
+An `output` is [chosen, rejected], and further items are ignored. Of `completions`, the best is chosen and the worst
+rejected. Texts of `Human:` and `Assistant:` turns (hh) differ in the last answer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Pair(NamedTuple):
-    """A prompt, the answer that was preferred, the one that was not, and where they stood, as in `Dialogue`."""
+    """A prompt, the preferred and the rejected answer, and their place, as in `Dialogue`."""
 
     prompt: tuple[Message, ...]
     chosen: str
@@ -41,7 +41,7 @@ class Pair(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """What was read: the pairs, the layout of each file in words, rows read, rows left out by reason."""
+    """The pairs, the layout of each file in words, rows read, rows left out by reason."""
 
     pairs: list[Pair]
     layouts: dict[str, str]
@@ -50,10 +50,10 @@ class Pairs(NamedTuple):
 
 
 def read_pairs(path: Path | str, *, layout: str | None = None, max_bad: int = 0) -> Pairs:
-    """All pairs of a file, or of the files below a folder in order of their paths.
+    """Read all pairs of a file, or of the files below a folder in order of their paths.
 
-    A row whose answers are equal but for white space, of which one is empty, or which has no prompt, is dropped and
-    counted. A row that cannot be read counts against `max_bad`. UserError where there are more, or where no layout is
+    A row is dropped and counted if its answers differ only in white space, if one of them is empty, or if it has no
+    prompt. A row that cannot be read counts against `max_bad`. Raises UserError if there are more, or if no layout is
     recognized, with the fields that were seen.
     """
     layouts: dict[str, str] = {}
@@ -79,7 +79,7 @@ def read_pairs(path: Path | str, *, layout: str | None = None, max_bad: int = 0)
 
 
 def detect_layout(record: dict[str, Any]) -> str | None:
-    """The layout that the fields of a row show, or None."""
+    """Return the layout that matches the fields of a row, or None."""
     has_both = "chosen" in record and "rejected" in record
     if has_both and isinstance(record.get("conversations"), list):
         return "sharegpt"
@@ -99,7 +99,7 @@ def _from_trl(record: dict, fields: dict[str, str]) -> tuple[Sequence[Message], 
     chosen, rejected = _both(record)
     name = next((name for name in (*_PROMPTS, "input") if record.get(name) is not None), None)
     if name is None and isinstance(chosen, str):
-        # What both begin with is the prompt, to the last space before they differ.
+        # Their common beginning is the prompt, up to the last space before they differ.
         chosen, rejected = checked_value(chosen, "chosen"), checked_value(rejected, "rejected")
         same = next((index for index, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other),
                     min(len(chosen), len(rejected)))
@@ -180,7 +180,7 @@ def _sides(record: dict, fields: dict[str, str], question: str | None) -> tuple[
 
 
 def _checked(prompt: Sequence[Message], chosen: str, rejected: str) -> tuple[tuple[Message, ...], str, str]:
-    """The same, if it can be learned from. An empty system prompt is none."""
+    """Return the pair if it can be trained on. An empty system prompt counts as none."""
     if not chosen.strip() or not rejected.strip():
         raise Dropped("an empty answer")
     if chosen.strip() == rejected.strip():

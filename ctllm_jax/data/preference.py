@@ -1,6 +1,6 @@
-"""Batches of preference pairs: files of pairs in, a `BatchSource` out.
+"""Batches of preference pairs: from files of pairs to a `BatchSource`.
 
-Both answers of a pair, each behind its prompt, are segments of one row. B rows of a batch, S tokens of a row, M
+Both answers of a pair, each after its prompt, are segments of one row. B rows of a batch, S tokens of a row, M
 segments of a row, N pairs; answer 2i is the chosen one of pair i, 2i + 1 the rejected one.
 """
 
@@ -40,18 +40,18 @@ logger = logging.getLogger(__name__)
 class PreferenceData:
     """Pairs packed into rows. A `BatchSource`.
 
-    Steps, rows and epochs are those of `PackedEpochs`, with the pairs that are trained on as items. `num_segments` is
-    M, twice the most pairs of a row, the same for every batch. `answers` and `reference_logps` float32 [2N], zeros
-    until they are set, are those of all pairs, held-out ones included. `report` tells what was read, left out and kept,
-    as JSON. `pairs` are those that `answers` were made from, if they are to be kept.
+    Steps, rows and epochs are those of `PackedEpochs`, with the training pairs as items. `num_segments` is
+    M, twice the largest number of pairs in a row, the same for every batch. `answers` and `reference_logps` float32
+    [2N], zeros until they are set, cover all pairs, including held-out ones. `report` describes what was read, left out
+    and kept, as JSON. `pairs` are those that `answers` were made from, if requested.
     """
 
     def __init__(self, config: PairDataConfig, *, template: ChatTemplate, tokenizer: Tokenizer, sequence_length: int,
                  context_length: int, rows: int, seed: int, vocab_size: int, keep_pairs: bool = False):
         """
         Args:
-          context_length: the most tokens of an answer behind its prompt.
-          rows: B, of the global batch.
+          context_length: largest number of tokens of a prompt with its answer.
+          rows: B, the rows of the global batch.
         """
         self.template = template
         self.group_names = sorted(set(config.groups.values()))
@@ -92,7 +92,7 @@ class PreferenceData:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """See `BatchSource`; with the identity of the reference, once it is set."""
+        """See `BatchSource`; includes the identity of the reference once it is set."""
         return {"kind": "preference", "seed": self._packed.seed, "rows": self._rows, "groups": self.group_names,
                 "pairs_per_row": self.num_segments // 2, "held_out": self._held_out_share, **self.identity,
                 "reference": self.reference_identity}
@@ -102,7 +102,7 @@ class PreferenceData:
         return len(self._lengths)
 
     def all_rows(self) -> list[np.ndarray]:
-        """Every pair once, int64 for each row: the rows of the first epoch, then those of what is held out."""
+        """Every pair once, int64 for each row: the rows of the first epoch, then those of held-out pairs."""
         return [*(self._trained[self._packed.items_at(0, place)] for place in range(self.rows_per_epoch)),
                 *self._rows_of(self._apart)]
 
@@ -115,7 +115,7 @@ class PreferenceData:
         return self.pack(self.items(step, row))
 
     def pack(self, pairs: Sequence[int]) -> Batch:
-        """A row of these pairs, answer behind answer; of none, padding."""
+        """Return a row of these pairs, answer after answer; without pairs, a row of padding."""
         pair_ids_M, is_chosen_M = np.zeros(self.num_segments, np.int32), np.zeros(self.num_segments, bool)
         group_M, reference_M = np.zeros_like(pair_ids_M), np.zeros(self.num_segments, np.float32)
         preference = Preference(pair_ids_M, is_chosen_M, group_M, reference_M)
@@ -140,8 +140,8 @@ class PreferenceData:
         return batches()
 
     def held_out(self, *, rows: int, split: str, max_tokens: int) -> dict[str, Iterable[Batch]]:
-        """The pairs of `config.held_out`, or a sample of them, by source; `split` says nothing here. They carry
-        `reference_logps` as it is when a batch is made."""
+        """The pairs of `config.held_out`, or a sample of them, by source; `split` is ignored. Batches contain the
+        current `reference_logps`."""
         del split
         found: dict[str, Iterable[Batch]] = {}
         for index, name in enumerate(self._names):
@@ -153,7 +153,7 @@ class PreferenceData:
         return found
 
     def _rows_of(self, pairs: np.ndarray) -> list[np.ndarray]:
-        """These pairs in rows, from the longest on, no more in one than in a row of training."""
+        """Pack these pairs into rows, longest first, with at most as many per row as in training."""
         order = pairs[np.argsort(-self._lengths[pairs], kind="stable")]
         packing = best_fit(self._lengths[order], self._sequence_length, most=self.num_segments // 2)
         by_row = np.argsort(packing.row_of_rank, kind="stable")
@@ -161,7 +161,7 @@ class PreferenceData:
         return np.split(order[by_row], ends[:-1]) if len(order) else []
 
     def _count(self, config: PairDataConfig) -> None:
-        """Adds to the report what each source and group gives to training, and what is held out of it."""
+        """Add to the report the training and held-out counts of each source and group."""
         groups: dict[str, dict[str, int]] = {}
         learned = np.add.reduceat(self.answers.weights > 0, self.answers.offsets[:-1]).reshape(-1, 2).sum(axis=1)
         for index, name in enumerate(self._names):
@@ -188,13 +188,13 @@ class PreferenceData:
         return self._packed.tokens_at(steps)
 
     def epochs(self, steps: int) -> dict[str, float]:
-        """How often each source has been seen through after `steps` steps."""
+        """Number of epochs of each source after `steps` steps."""
         return {name: tokens / max(1, self.report["sources"][name]["tokens"])
                 for name, tokens in self.tokens_per_source(steps).items()}
 
 
 class _Rows:
-    """Rows by their pairs, packed when they are asked for."""
+    """Rows of pairs, packed on access."""
 
     def __init__(self, data: PreferenceData, pairs: list[np.ndarray]):
         self.data, self.pairs = data, pairs
@@ -204,10 +204,10 @@ class _Rows:
 
 
 def held_out_pairs(answers: Examples, fraction: float) -> np.ndarray:
-    """bool [N]: the pairs of about `fraction` of the prompts, by a hash of a prompt's ids.
+    """bool [N]: select the pairs of about `fraction` of the prompts, by a hash of a prompt's ids.
 
-    Pairs of one prompt fall on one side, whatever their answers and their order: none of what is asked in training is
-    asked again.
+    All pairs of a prompt are on the same side, regardless of their answers and order, so no training prompt is held
+    out.
     """
     chosen = np.zeros(len(answers.sources) // 2, bool)
     if fraction:
@@ -220,9 +220,9 @@ def held_out_pairs(answers: Examples, fraction: float) -> np.ndarray:
 
 def tokenize_sources(config: PairDataConfig, template: ChatTemplate, *, sequence_length: int,
                      context_length: int) -> tuple[Examples, dict[str, Any], list[Pair]]:
-    """The answers of all pairs that are of use, in the order of sources and rows; the report; and the pairs.
+    """Return the answers of all usable pairs, in the order of sources and rows; the report; and the pairs.
 
-    UserError where a source cannot be read, a pair is too long with over_length=raise, or none is left.
+    Raises UserError if a source cannot be read, a pair is too long with over_length=raise, or none is left.
     """
     answers: list[Rendered] = []
     owners: list[int] = []
@@ -277,11 +277,12 @@ _REASONS = {
 
 def _fitted(both: tuple[Rendered, Rendered], sequence_length: int,
             context_length: int) -> tuple[tuple[Rendered, Rendered] | None, str]:
-    """The answers as they fit into a row, or None; and why not whole: "", "over_length_prompt" or "cut"."""
+    """Return the answers fitted to a row, or None; and the reason if they are not complete: "", "over_length_prompt" or
+    "cut"."""
     prompt = int(np.flatnonzero(both[0].weights)[0])
     if 2 * (prompt + 1) > sequence_length or prompt + 1 > context_length:
         return None, "over_length_prompt"
-    # The shorter one gets half of the row at most, the longer one what is left.
+    # The shorter answer gets at most half of the row, the longer one the rest.
     lengths = [min(len(each.ids), context_length) for each in both]
     shorter = min(*lengths, sequence_length // 2)
     fitted = tuple(Rendered(each.ids[:most], each.weights[:most]) for each, most in

@@ -1,4 +1,4 @@
-"""Batches of pretraining: a config in, a `BatchSource` out."""
+"""Batches of pretraining: from a config to a `BatchSource`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def open_training_data(config: DataConfig, *, sequence_length: int, rows: int, s
                        damage: DamageLog | None = None) -> BatchSource:
     """The training data of a config.
 
-    `rows` is the global batch (B), `sequence_length` is S, `vocab_size` the model's. With `damage`, records that cannot
-    be read are replaced and noted there; without, they raise. UserError where a source cannot
-    be read, or does not fit the model or the other sources.
+    `rows` is the global batch (B), `sequence_length` is S, `vocab_size` the model's. With `damage`, unreadable records
+    are replaced and recorded there; without, they raise. Raises UserError if a source cannot be read, or does not match
+    the model or the other sources.
     """
     if config.kind == "synthetic":
         return SyntheticData(sequence_length=sequence_length, rows=rows, seed=seed, vocab_size=vocab_size,
@@ -38,8 +38,8 @@ def open_held_out_data(config: DataConfig, *, split: str, sequence_length: int, 
                        vocab_size: int, damage: DamageLog | None = None) -> dict[str, Iterable[Batch]]:
     """For each source, batches [rows, S] of its split `split`, in order from its first token.
 
-    Each can be iterated again and again, and has a length. The last batch is filled up with rows of segment 0. At most
-    `max_tokens` tokens are read of a source, but at least one row. Synthetic data has no sources.
+    Each can be iterated repeatedly, and has a length. The last batch is filled up with rows of segment 0. At most
+    `max_tokens` tokens of a source are read, but at least one row. Synthetic data has no sources.
     """
     if config.kind == "synthetic":
         return {}
@@ -110,7 +110,7 @@ class MixtureData:
                                "weight": weights[name]} for name, source in opened.items()}}
 
     def iterate(self, start_step: int, *, local_rows: Sequence[int]) -> Iterator[Batch]:
-        """Batches of these rows from data step `start_step` on, made ahead by threads or worker processes."""
+        """Batches of these rows from data step `start_step` on, prefetched by threads or worker processes."""
         import grain
 
         local = checked_rows(local_rows, self._rows)
@@ -121,7 +121,7 @@ class MixtureData:
         if config.workers:
             from absl import flags
 
-            # Grain reads absl flags in the workers; outside an absl program nobody has parsed them.
+            # Grain reads absl flags in the workers, which nobody parses outside an absl program.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(
@@ -131,7 +131,7 @@ class MixtureData:
             iterator = iter(dataset)
             try:
                 for batch in iterator:
-                    # A worker's arrays lie in memory that it shares and takes back: ours must outlive the iterator.
+                    # A worker's arrays are in shared memory that it reuses; our copies must outlive the iterator.
                     yield Batch(*map(np.array, batch[:5])) if config.workers else batch
             finally:
                 iterator.close()
@@ -152,7 +152,7 @@ class MixtureData:
         return steps * self._rows * self._sequence_length
 
     def epochs(self, steps: int) -> dict[str, float]:
-        """How often each source has been seen through after `steps` steps."""
+        """Number of epochs of each source after `steps` steps."""
         return {name: count / self._mixture.sizes[name] for name, count in self._mixture.rows_per_source(steps).items()}
 
 

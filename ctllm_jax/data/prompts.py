@@ -1,7 +1,7 @@
-"""Files of dialogues or of questions alone, to prompts that an answer goes on from. No jax here.
+"""Read files of dialogues or of questions as prompts for answers. No jax.
 
 The layouts are those of `conversations`, with their answers or without: `prompt`, `question`, `query` or `instruction`
-may stand alone, and messages may end with a question. Rows of preference pairs are read too.
+may be the only field, and messages may end with a question. Rows of preference pairs are read too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ANSWER_OF = {"instruction": "output", "prompt": "completion", "question": "answ
 
 
 class Prompt(NamedTuple):
-    """What is to be answered, the answer that the file has for it (None: not read), and where it stood, from 1."""
+    """The messages to answer, the file's answer to them (None: not read), and their place, from 1."""
 
     messages: tuple[Message, ...]
     answer: str | None
@@ -28,7 +28,7 @@ class Prompt(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """What was read: the prompts, the layout of each file in words, rows read, rows left out by reason."""
+    """The prompts, the layout of each file in words, rows read, rows left out by reason."""
 
     prompts: list[Prompt]
     layouts: dict[str, str]
@@ -37,12 +37,12 @@ class Prompts(NamedTuple):
 
 
 def read_prompts(path: Path | str, *, with_answers: bool, layout: str | None = None, max_bad: int = 0) -> Prompts:
-    """All prompts of a file, or of the files below a folder in order of their paths.
+    """Read all prompts of a file, or of the files below a folder in order of their paths.
 
-    With answers a dialogue's last answer is its answer, what precedes it the prompt, and what follows it is cut off.
-    Without, an answer at the end of a dialogue is taken away. A row that leaves no question at the end is dropped and
-    counted. A row that cannot be read counts against `max_bad`. UserError where there are more, where no layout is
-    recognized, or where nothing is left.
+    With answers, the last answer of a dialogue is used, the messages before it are the prompt, and messages after it
+    are removed. Without, an answer at the end of a dialogue is removed. A row without a question at the end is dropped
+    and counted. A row that cannot be read counts against `max_bad`. Raises UserError if there are more, if no layout is
+    recognized, or if nothing is left.
     """
     layouts: dict[str, str] = {}
     tables: dict[Path, dict[str, str]] = {}
@@ -67,7 +67,7 @@ def read_prompts(path: Path | str, *, with_answers: bool, layout: str | None = N
 
 
 def _checked(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The same without weights, if it can be answered. An empty system prompt is none."""
+    """The messages without weights, if they can be answered. An empty system prompt counts as none."""
     if messages and messages[0].role == "system" and not messages[0].content.strip():
         messages = messages[1:]
     if not messages or messages[-1].role != "user":

@@ -1,12 +1,12 @@
-"""Files of questions that are answered and judged, CHC-Bench's and MT-Bench's, and names of their categories. No jax.
+"""Read files of questions for the LLM judge (CHC-Bench, MT-Bench), and the names of their categories. No jax.
 
 | layout | a row |
 |---|---|
 | CHC-Bench | `query`, `category` (`source`, `type`, `multi_choice` are not read); a file a category, or one for all |
 | MT-Bench | `question_id`, `category`, `turns` (one or two texts), `reference` (a text for each turn) where known |
 
-`question` and `prompt` may stand for `query`, and any row may have `question_id` or `id`, and `reference`. Categories
-that are spelled differently are one: zh_roleplay, roleplaying and role-playing are roleplay.
+`question` and `prompt` mean the same as `query`, and any row may have `question_id` or `id`, and `reference`. Different
+spellings of a category are merged: zh_roleplay, roleplaying and role-playing are roleplay.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _MOST_TURNS = 2
 
 
 class Question(NamedTuple):
-    """What is asked.
+    """A question.
 
     Attributes:
-      id: of the row, or its category and number there.
-      turns: one text, or two that are asked one after the other.
-      references: an answer that is known to be right for each of the first turns; empty: none.
+      id: that of the row, or its category and number.
+      turns: one text, or two that are asked in turn.
+      references: a correct answer for each of the first turns; empty: none.
       source: the file and the row, from 1.
     """
 
@@ -56,13 +56,13 @@ class Question(NamedTuple):
 
 
 def read_questions(path: Path | str) -> list[Question]:
-    """All questions of a file, or of the files below a folder in order of their paths.
+    """Read all questions of a file, or of the files below a folder in order of their paths.
 
-    A row's category is its own where that is a known one; else the one that its file is named by (hard_case.json,
+    A row's category is its own if that is known; else the one in its file's name (hard_case.json,
     hard_case-00000-of-00001.parquet), if known; else its own; else the file's name.
 
     Raises:
-      UserError: a row that is no question, with file and row; an id that is there twice; no question.
+      UserError: a row is not a question (with file and row), an id occurs twice, or there are no questions.
     """
     numbers: Counter[str] = Counter()
 
@@ -88,7 +88,7 @@ def read_questions(path: Path | str) -> list[Question]:
 
     try:
         questions = read_rows(path, located).parsed
-    except UserError as error:  # no bad row is allowed here, and none can be
+    except UserError as error:  # any bad row is an error here
         raise UserError(str(error).partition(". Bad records:")[0]) from None
     if not questions:
         raise UserError(f"questions={path} has no question")
@@ -103,7 +103,7 @@ def read_questions(path: Path | str) -> list[Question]:
 
 def choose(questions: Iterable[Question], *, categories: Collection[str] = (), limit: int | None = None
            ) -> list[Question]:
-    """Those of some categories, and the first `limit` of each. UserError for a category that there is not."""
+    """Select some categories, and the first `limit` questions of each. Raises UserError for an unknown category."""
     questions = list(questions)
     known = dict.fromkeys(question.category for question in questions)
     wanted = {canonical(name) for name in categories}
@@ -120,24 +120,24 @@ def choose(questions: Iterable[Question], *, categories: Collection[str] = (), l
 
 
 def canonical(category: str) -> str:
-    """A category by the name that is the same for all spellings of it."""
+    """The canonical name of a category."""
     name = re.sub(r"[\s\-]+", "_", category.strip().lower()).removeprefix("zh_")
     return _ALIASES.get(name, name)
 
 
 def in_order(categories: Iterable[str]) -> list[str]:
-    """Each category once, as tables have them: the known ones, then others as they came."""
+    """Each category once, in the order of tables: known ones, then others in the order of the file."""
     there = dict.fromkeys(categories)
     return [name for name in CATEGORIES if name in there] + [name for name in there if name not in CATEGORIES]
 
 
 def names_of(category: str) -> tuple[str, str]:
-    """A category in English and in Chinese; of an unknown one its own name, and nothing."""
+    """A category in English and in Chinese; an unknown one has its own name, and no Chinese name."""
     return CATEGORIES.get(category, (category, ""))
 
 
 def hash_of(questions: Iterable[Question]) -> str:
-    """Hash of all that is asked, wherever and in whatever order it lies, 16 hexadecimal digits."""
+    """Hash of all questions, independent of files and order, 16 hexadecimal digits."""
     content = sorted(json.dumps([question.category, question.turns, question.references]) for question in questions)
     return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
 
@@ -167,7 +167,7 @@ def _turns(record: dict) -> tuple[str, ...]:
 
 
 def _references(value: Any, turns: int) -> tuple[str, ...]:
-    """References up to the first turn that has none: the second is of no use without the first."""
+    """References up to the first turn that has none, because the second is useless without the first."""
     found = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(found, list) or len(found) > turns or not all(isinstance(each, str | None) for each in found):
         raise ValueError(f"reference must be a list of at most {turns} {'texts' if turns > 1 else 'text'}, one a turn")

@@ -1,4 +1,4 @@
-"""A source of a config to a dataset directory: what is still text is tokenized and packed once, and kept."""
+"""Resolve a source of a config to a dataset directory; text is tokenized and packed once, and cached."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _BYTES_SINCE = "0.1.0"
 
 
 class OpenedSource(NamedTuple):
-    """The dataset directory of a source, and the split of it that is trained on."""
+    """The dataset directory of a source, and its training split."""
 
     dataset: Dataset
     split: str
 
 
 def open_source(name: str, source: SourceConfig, config: DataConfig, *, sequence_length: int) -> OpenedSource:
-    """The dataset directory of a source.
+    """Return the dataset directory of a source.
 
-    Text files and TFDS directories with a text feature become one in `config.cache_dir`, as `prepare` makes it with
-    its defaults, named by a hash of content, tokenizer and options; one process of a host makes it while the others
-    wait. UserError where the source cannot be read.
+    Text files and TFDS directories with a text feature are converted to one in `config.cache_dir`, with the defaults of
+    `prepare`, named by a hash of content, tokenizer and options. One process of a host does this while the others wait.
+    Raises UserError if the source cannot be read.
     """
     path = open_path(source.path)
     if is_remote(path):
@@ -52,16 +52,17 @@ def open_source(name: str, source: SourceConfig, config: DataConfig, *, sequence
         raise UserError(f"data.tokenizer must be given: data.sources.{name}.path={source.path} is still text (a "
                         f"dataset directory has a {FILE})")
     if (path / _TFDS_FILE).exists():
-        # The split of the TFDS directory is all the text there is: it becomes a training split and a held-out one.
+        # The split of the TFDS directory is all the text; it is divided into a training and a held-out split.
         return OpenedSource(_from_tfds(name, path, source, config, sequence_length), TRAIN)
     return OpenedSource(_from_files(path, source, config, sequence_length), source.split)
 
 
 def check_room(datasets: list[Dataset], config: DataConfig) -> None:
-    """Samples are drawn from everywhere, so that a run soon reads every shard, and goes on doing so.
+    """Check the size of the shard cache. Samples are drawn from the whole data, so a run reads every shard all the
+    time.
 
     Raises:
-      UserError: those on object stores are more than the cache may hold.
+      UserError: the sources on object stores are larger than the cache.
     """
     sizes = {shard.sha256: shard.size for dataset in datasets if dataset.cache is not None
              for split in dataset.manifest.splits.values() for shard in split.shards}
@@ -121,7 +122,7 @@ def _from_tfds(name: str, path: Path, source: SourceConfig, config: DataConfig, 
 
 def _options(path: Path, files: list[Path], source: SourceConfig, config: DataConfig,
              tokenizer: Tokenizer, sequence_length: int) -> BuildConfig:
-    """How a source is prepared, and where: the directory is named by all that decides its bytes."""
+    """How and where a source is prepared; the directory's name is a hash of everything that determines its bytes."""
     record_tokens = BuildConfig.model_fields["record_tokens"].default
     if sequence_length % record_tokens and record_tokens % sequence_length:
         record_tokens = sequence_length
@@ -140,7 +141,7 @@ def _made_once(options: BuildConfig, make) -> Dataset:
         try:
             make()
         except (UserError, OSError):
-            # Another process was first while this one waited for the lock, or another host; other complaints stand.
+            # Another process or host was first while this one waited for the lock; other errors are passed on.
             if not output.exists():
                 raise
     return Dataset(output)

@@ -1,4 +1,4 @@
-"""Random packed documents: batches where there is no data. Needs numpy and nothing else."""
+"""Random packed documents: batches without data files. Needs only numpy."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class SyntheticData:
 
     @property
     def entropy(self) -> float:
-        """Nats of one token inside a document: the loss that no model can go below."""
+        """Nats per token inside a document: a lower bound of the loss of any model."""
         shares_V = np.diff(self._cumulative_V, prepend=0.0)
         return float(-(shares_V * np.log(shares_V)).sum())
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What the batches depend on, as JSON."""
+        """Everything that the batches depend on, as JSON."""
         return {"kind": "synthetic", "seed": self._seed, "vocab_size": self._vocab_size,
                 "sequence_length": self._sequence_length, "rows": self._rows,
                 "isolate_documents": self._isolate_documents, "mask_eod": self._mask_eod}
@@ -81,7 +81,7 @@ class SyntheticData:
         return batches()
 
     def held_out(self, *, rows: int, split: str, max_tokens: int) -> dict[str, Iterable[Batch]]:
-        """None: what is drawn has no end."""
+        """None: synthetic data has no epochs."""
         del rows, split, max_tokens
         return {}
 
@@ -94,5 +94,5 @@ class SyntheticData:
         return steps * self._rows * self._sequence_length
 
     def epochs(self, steps: int) -> dict[str, float]:
-        """Nothing is ever seen twice."""
+        """Zero, because no row is repeated."""
         return {"synthetic": 0.0}

@@ -1,4 +1,4 @@
-"""Text to ids and back: SentencePiece models and tokenizer.json files behind one interface. No jax here."""
+"""Convert text to ids and back: one interface for SentencePiece models and tokenizer.json files. No jax."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.storage import open_path
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space as this character
-_ROLES = {  # a tokenizer.json does not say which of its special tokens plays which role: the names in use do
+_ROLES = {  # a tokenizer.json does not state the roles of its special tokens; these common names do
     "bos": ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>"),
     "eos": ("</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>"),
     "pad": ("<pad>", "<|PAD|>", "[PAD]", "<|pad|>"),
@@ -24,7 +24,7 @@ _ROLES = {  # a tokenizer.json does not say which of its special tokens plays wh
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The characters that stand for bytes in GPT-2's vocabularies: themselves where seen, else 256 and up."""
+    """The characters that represent bytes in GPT-2's vocabularies: the byte itself if printable, else 256 and up."""
     seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in seen]
     return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(others)}
@@ -34,7 +34,7 @@ _BYTE_LEVEL = _byte_level_alphabet()
 
 
 class Tokenizer(ABC):
-    """What all tokenizers share. `vocab_size` counts ids; a role that the tokenizer lacks has the id None."""
+    """The common interface of tokenizers. `vocab_size` counts ids; a missing role has the id None."""
 
     def __init__(self, path: Path, content: bytes):
         self.path = path
@@ -46,7 +46,7 @@ class Tokenizer(ABC):
         self.unk_id: int | None = None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. No special ids are added, and text that looks like a special token is just text."""
+        """Ids of a text. No special ids are added, and text that looks like a special token stays text."""
         return self.encode_batch([text])[0]
 
     @abstractmethod
@@ -55,27 +55,27 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids. Control ids, and ids that the tokenizer does not have, stand for nothing."""
+        """The text of these ids. Control ids and unknown ids have no text."""
 
     @abstractmethod
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each id stands for, int32 [vocab_size]; 0 for control ids.
+        """Number of UTF-8 bytes of each id, int32 [vocab_size]; 0 for control ids.
 
-        Over the ids of a text they sum to the length of the text in UTF-8, if the tokenizer loses nothing and, as
-        SentencePiece's dummy prefix does, adds nothing.
+        Over the ids of a text they sum to its length in UTF-8, if the tokenizer loses nothing and adds nothing
+        (SentencePiece's dummy prefix adds a space).
         """
 
     @abstractmethod
     def id_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes that an id stands for, part of a character perhaps; none for control and unknown ids."""
+        """The UTF-8 bytes of an id, possibly part of a character; empty for control and unknown ids."""
 
     @abstractmethod
     def id_name(self, token: int) -> str:
-        """What an id is called in the vocabulary: its piece."""
+        """The piece of an id in the vocabulary."""
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece .model, as it is: its own normalization, dummy prefix and byte fallback."""
+    """A SentencePiece .model with its own normalization, dummy prefix and byte fallback."""
 
     def __init__(self, path: Path, content: bytes):
         from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
@@ -83,7 +83,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(path, content)
         try:
             self._processor = SentencePieceProcessor(model_proto=content)
-        # The second where the message would quote a piece that is no UTF-8.
+        # The second error occurs if the message would quote a piece that is not UTF-8.
         except (RuntimeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not a SentencePiece model: {error}") from None
         processor = self._processor
@@ -93,7 +93,7 @@ class SentencePieceTokenizer(Tokenizer):
         spec = sentencepiece_model_pb2.ModelProto.FromString(content)
         adds_nothing = not spec.normalizer_spec.add_dummy_prefix and not spec.normalizer_spec.remove_extra_whitespaces
         self._decoder, self._added = processor, {}
-        # Ids of the UTF-8 bytes of the character that stands for a space: encoded as itself it would come back as one.
+        # Ids of the UTF-8 bytes of the space symbol: encoded as a piece, it would be decoded to a space.
         self._space_ids: list[int] | None = None
         if spec.trainer_spec.byte_fallback and adds_nothing:
             self._space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
@@ -115,7 +115,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._decoder.decode([int(token) for token in ids if 0 <= token < known])
 
     def name_added(self, added: dict[int, str]) -> None:
-        """Give ids after the model's own pieces the texts that they stand for; no text is encoded to them."""
+        """Assign texts to ids after the model's own pieces; no text is encoded to them."""
         from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
         self._added = {index: name for index, name in added.items() if index >= self.vocab_size}
@@ -165,7 +165,7 @@ class JsonTokenizer(Tokenizer):
         try:
             self._spec = json.loads(content)
             self._backend = Backend.from_str(content.decode())
-        # The backend raises a bare Exception for anything that it cannot read, and a panic of Rust is none.
+        # The backend raises a bare Exception for anything that it cannot read; a Rust panic is not an Exception.
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
@@ -215,7 +215,7 @@ class JsonTokenizer(Tokenizer):
 
 
 def add_pieces(spec: Any, added: Mapping[int, str]) -> None:
-    """Append to the proto of a SentencePiece model what settings add to it, as symbols of the user's own.
+    """Append added tokens of the settings to the proto of a SentencePiece model, as user-defined symbols.
 
     Ids between them stay unused.
     """
@@ -224,13 +224,14 @@ def add_pieces(spec: Any, added: Mapping[int, str]) -> None:
 
 
 def find_tokenizer(directory: Path) -> Path | None:
-    """The tokenizer's file in a run directory or a Hugging Face folder; None where there is none."""
+    """The tokenizer's file in a run directory or a Hugging Face folder; None if there is none."""
     found = (directory / name for name in ("tokenizer.model", "tokenizer.json"))
     return next((path for path in found if path.is_file()), None)
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer in a SentencePiece .model or a tokenizer.json. UserError where it is missing or neither."""
+    """Load the tokenizer from a SentencePiece .model or a tokenizer.json. Raises UserError if it is missing or
+    neither."""
     path = open_path(path)
     if path.is_dir():
         found = find_tokenizer(path)

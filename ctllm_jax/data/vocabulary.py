@@ -1,4 +1,4 @@
-"""The pieces of a tokenizer by name and kind, and encoders in which chosen names are text, or ids. No jax here."""
+"""The pieces of a tokenizer by name and kind, and encoders that treat chosen names as text or as ids. No jax."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6  # types of a SentencePiece
 
 
 def looks_special(piece: str) -> bool:
-    """Whether a piece has a name like `<|end|>` or `[INST]`, which no ordinary text is made of."""
+    """Whether a piece has a name like `<|end|>` or `[INST]`, which ordinary text does not contain."""
     return _LOOKS_SPECIAL.fullmatch(piece) is not None
 
 
 class Vocabulary:
-    """The pieces of a tokenizer by name, and the encoder of texts that gives no marker."""
+    """The pieces of a tokenizer by name, and an encoder of texts that never returns a marker."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._content = tokenizer.path.read_bytes()
@@ -43,7 +43,7 @@ class Vocabulary:
         self.ids = {piece: index for index, piece in self.pieces.items()}
 
     def special_tokens(self) -> dict[str, int]:
-        """Name -> id of the pieces that are no text."""
+        """Name -> id of the pieces that are not text."""
         special = {piece: index for index, piece in self.pieces.items() if self._types.get(index) == _CONTROL}
         special |= {piece: self.ids[piece] for piece, is_special in self._added.items() if is_special}
         named = {index for index, kind in self._types.items() if kind == _USER_DEFINED} | {
@@ -51,12 +51,12 @@ class Vocabulary:
         return special | {self.pieces[index]: index for index in named if looks_special(self.pieces[index])}
 
     def check_marker(self, marker: int, name: str) -> None:
-        """UserError where a text could hold this id, or would lose a piece to it."""
+        """Raise UserError if a text could contain this id, or if reserving it would take a piece from texts."""
         piece = self.pieces.get(marker)
         if piece is None or self._types.get(marker) in (_CONTROL, _USER_DEFINED):
             return
         if self._types.get(marker) == _BYTE:
-            # These bytes are in no UTF-8 text.
+            # These bytes do not occur in UTF-8 text.
             if (byte := int(piece[3:5], 16)) in (0xC0, 0xC1) or byte >= 0xF5:
                 return
         elif looks_special(piece) and marker != self.tokenizer.unk_id:
@@ -65,8 +65,8 @@ class Vocabulary:
                         "give the id of a reserved piece")
 
     def spoken_tokens(self, structural: Iterable[int]) -> dict[int, str]:
-        """Added tokens that an assistant may write, such as <think> and <tool_call>: all but those that hold a dialogue
-        together, and those with a role of their own (BOS, EOS, padding, unknown)."""
+        """Added tokens that an assistant may write, such as <think> and <tool_call>: all except structural tokens of a
+        dialogue and those with a special role (BOS, EOS, padding, unknown)."""
         tokenizer = self.tokenizer
         kept = {*structural, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id}
         added = {self.ids[piece] for piece in self._added} | {
@@ -74,14 +74,14 @@ class Vocabulary:
         return {index: self.pieces[index] for index in added - kept}
 
     def is_special(self, token: int) -> bool:
-        """Whether the tokenizer leaves this id out of decoded text."""
+        """Whether the tokenizer omits this id from decoded text."""
         return self._types.get(token) == _CONTROL or self._added.get(self.pieces.get(token, ""), False)
 
     def text_encoder(self, markers: Iterable[int], spoken: Mapping[int, str] = MappingProxyType({})) -> Tokenizer:
-        """The tokenizer, but the names of markers, and of whatever looks like one, are text to it.
+        """A copy of the tokenizer that treats the names of markers, and anything that looks like one, as text.
 
-        SentencePiece's dummy prefix is left out: it would put a space where each text of a dialogue begins. The names
-        `spoken` become their ids.
+        SentencePiece's dummy prefix is disabled, because it would put a space at the beginning of each text of a
+        dialogue. The names `spoken` are converted to their ids.
         """
         markers = set(markers)
         if isinstance(self.tokenizer, SentencePieceTokenizer):

@@ -1,4 +1,4 @@
-"""The dataset directory: text files in, the format on disk, random access to it. No jax here."""
+"""The dataset directory: conversion of text files, the format on disk, random access. No jax."""
 
 from ctllm_jax.config.extras import need_train
 

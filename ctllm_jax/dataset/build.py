@@ -1,4 +1,5 @@
-"""Documents to a dataset directory: spill by hash, drop copies, split, tokenize, pack; each stage is a function."""
+"""Convert documents to a dataset directory: spill by hash, drop duplicates, split, tokenize, pack; one function per
+stage."""
 
 from __future__ import annotations
 
@@ -23,12 +24,12 @@ _EXPANSION = {".gz": 4, ".zst": 4, ".parquet": 4}
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-"""Told the stage, what is done of it, and its total, in bytes."""
+"""Called with the stage, the bytes done and its total bytes."""
 
 
 @dataclass
 class Summary:
-    """What became of the documents. `duplicates`, `bad` and `empty` are not in the manifest's counts."""
+    """Statistics of the documents. `duplicates`, `bad` and `empty` are not in the manifest's counts."""
 
     manifest: Manifest
     read: int
@@ -53,10 +54,10 @@ def build_from_files(config: BuildConfig, tokenizer: TextTokenizer, *,
 
 def build(read: Callable[[Quarantine], Iterator[Document]], config: BuildConfig, tokenizer: TextTokenizer, *,
           expected_bytes: int, progress: Progress = lambda stage, done, total: None) -> Summary:
-    """Make the dataset directory `config.output` from any documents: `read` gives them, and puts aside what is bad.
+    """Make the dataset directory `config.output` from any documents: `read` yields them, and sets bad ones aside.
 
-    The directory appears whole or not at all, and the same documents and options give the same bytes, in whatever
-    order the documents come. UserError where more than `max_bad` records are bad, or nothing is left.
+    The directory appears complete or not at all. The same documents and options give the same bytes, in any order of
+    the documents. Raises UserError if more than `max_bad` records are bad, or nothing is left.
     """
     eod_id = tokenizer.eos_id if config.eod_id is None else config.eod_id
     if eod_id is None:
@@ -113,7 +114,7 @@ def _fill(directory: Path, read, quarantine: Quarantine, tokenizer: TextTokenize
 
 
 def options_sha256(config: BuildConfig, tokenizer: TextTokenizer, eod_id: int) -> str:
-    """Hash of what, beside the text, decides the bytes of a dataset."""
+    """Hash of everything except the text that determines the bytes of a dataset."""
     values = config.model_dump(mode="json", exclude={"input", "output", "tokenizer", "eod_id", "max_bad"})
     values |= {"eod_id": eod_id, "tokenizer_sha256": tokenizer.sha256}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

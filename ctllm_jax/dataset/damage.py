@@ -1,4 +1,4 @@
-"""Records of a dataset that cannot be read: who met which, over all processes of a run, and how many are too many."""
+"""Records of a dataset that cannot be read, over all processes of a run, and the limit on their number."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _REMOTE_SECONDS = 30.0
 
 
 class DamagedShard(UserError):
-    """A shard is not what the manifest says, or a record of it cannot be read."""
+    """A shard differs from the manifest, or a record of it cannot be read."""
 
 
 class DamageLog:
-    """The damaged records of a run, in a folder of its directory; may be pickled, and shared by threads.
+    """The damaged records of a run, stored in a folder of its directory; can be pickled, and shared by threads.
 
-    Each process that reads, loader processes included, appends to a file of its own; what counts is the union of all,
-    by shard and record. It stays from one attempt to the next: remove the folder when the data was repaired.
+    Each reading process, including loader processes, appends to its own file; the union of all files counts, by shard
+    and record. The folder is kept across attempts: remove it after you repair the data.
 
     Args:
-      folder: made when the first damaged record is met.
-      budget: how many the run may meet.
+      folder: made for the first damaged record.
+      budget: number of damaged records that the run tolerates.
     """
 
     def __init__(self, folder: Path, *, budget: int):
@@ -47,12 +47,12 @@ class DamageLog:
         self._lock = threading.Lock()
 
     def note(self, path: Path, record: int, *, replaced_by: int, why: str) -> None:
-        """Note a damaged record. DamagedShard where it is one too many."""
+        """Record a damaged record. Raises DamagedShard if the budget is exceeded."""
         entry = {"shard": str(path), "record": record, "replaced_by": replaced_by, "why": why}
         with self._lock:
             name, line = f"{socket.gethostname()}-{os.getpid()}", json.dumps(entry) + "\n"
             if is_remote(self.folder):
-                with told(self.folder):  # nothing is appended to there
+                with told(self.folder):  # an object store cannot append
                     (self.folder / f"{name}-{time.monotonic_ns()}.jsonl").write_text(line, encoding="utf-8")
             else:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -60,12 +60,12 @@ class DamageLog:
                     file.write(line)
             count = len(self.read())
         if count > self.budget:
-            raise DamagedShard(f"{path}: record {record} cannot be read ({why}): with it {count} of this run cannot,"
+            raise DamagedShard(f"{path}: record {record} cannot be read ({why}): {count} damaged records in this run,"
                                f" more than data.damaged_budget={self.budget}: `launch.py data verify {path.parent}`"
-                               f" names all there are; {self.folder} has those that were met")
+                               f" names all of them; {self.folder} lists those that this run found")
 
     def poll(self) -> list[dict[str, Any]]:
-        """As `read`, to be asked again and again: on an object store it looks every half a minute, and never fails."""
+        """As `read`, for polling: on an object store it looks once per half minute, and never fails."""
         if not is_remote(self.folder):
             return self.read()
         now = time.monotonic()
@@ -75,17 +75,17 @@ class DamageLog:
                 with told(self.folder):
                     self._known = self.read()
             except OSError as error:
-                log.warning("%s; it is looked at again", error)
+                log.warning("%s; retrying", error)
         return self._known
 
     def read(self) -> list[dict[str, Any]]:
-        """All that were met, each once, by shard and record."""
+        """All damaged records that were found, each once, by shard and record."""
         found: dict[tuple[str, int], dict[str, Any]] = {}
         for path in sorted(self.folder.glob("*.jsonl")) if self.folder.is_dir() else ():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     entry = json.loads(line)
-                except ValueError:  # another process is just writing it
+                except ValueError:  # another process is writing it
                     continue
                 found.setdefault((entry["shard"], entry["record"]), entry)
         return [found[key] for key in sorted(found)]

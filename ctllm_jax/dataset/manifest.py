@@ -1,4 +1,4 @@
-"""The manifest of a dataset directory: what is in it, in numbers and checksums."""
+"""The manifest of a dataset directory: its contents in numbers and checksums."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TokenizerIdentity:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a reader needs to know of a dataset before it opens a shard.
+    """Everything that a reader needs to know about a dataset before it opens a shard.
 
     `record_tokens` is R; `dtype` of the tokens is uint16 or uint32; `eod_id` ends every document; `config_sha256` is
     the hash of the options that the dataset was made with.
@@ -71,7 +71,7 @@ class Manifest:
 
     @property
     def id_count(self) -> int:
-        """Ids that may occur: a model needs at least this vocabulary."""
+        """Number of ids that may occur; a model needs at least this vocabulary."""
         return max(self.tokenizer.vocab_size, self.eod_id + 1)
 
     def to_json(self) -> str:
@@ -87,9 +87,9 @@ class Manifest:
 
 
 def find_dataset(directory: Path | str) -> Path | None:
-    """The dataset directory that a path stands for: itself, or the only one that `prepare` made in it.
+    """Return the dataset directory of a path: the path itself, or the only one that `prepare` made in it.
 
-    None where there is none. UserError where there are several.
+    None if there is none. Raises UserError if there are several.
     """
     directory = open_path(directory)
     if (directory / FILE).exists():
@@ -102,7 +102,7 @@ def find_dataset(directory: Path | str) -> Path | None:
 
 
 def read_manifest(directory: Path | str) -> Manifest:
-    """The manifest of a dataset directory. UserError where it is missing, damaged, or contradicts itself."""
+    """Read the manifest of a dataset directory. Raises UserError if it is missing, damaged or inconsistent."""
     path = open_path(directory) / FILE
     try:
         values = json.loads(path.read_bytes())
@@ -117,7 +117,7 @@ def read_manifest(directory: Path | str) -> Manifest:
 
 
 def manifest_sha256(directory: Path | str) -> str:
-    """Hash of manifest.json: it holds the hash of every shard, so it stands for the whole dataset."""
+    """Hash of manifest.json, which contains the hash of every shard, so it identifies the whole dataset."""
     return hashlib.sha256((open_path(directory) / FILE).read_bytes()).hexdigest()
 
 
@@ -171,7 +171,7 @@ def _is_name(value: Any) -> bool:
 
 
 def _check_shard(shard: Shard, where: str) -> None:
-    """Numbers are numbers, and the file lies beside the manifest."""
+    """Check that numbers are numbers, and that the file is next to the manifest."""
     for name, value in dataclasses.asdict(shard).items():
         if name == "file":
             if not _is_name(value):

@@ -1,4 +1,4 @@
-"""Documents to ids, ids to the shards of a split."""
+"""Convert documents to ids, and ids to the shards of a split."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class TextTokenizer(Protocol):
-    """What is needed of a tokenizer here; `ctllm_jax.data.tokenizer` has them."""
+    """The tokenizer methods used here; see `ctllm_jax.data.tokenizer`."""
 
     path: Path
     sha256: str
@@ -62,7 +62,7 @@ def pack(parts: Sequence[Tokenized], directory: Path, *, name: str, split: str, 
          dtype: str, eod_id: int) -> list[Shard]:
     """Write the documents of `parts`, in order, as at most `shards` streams of about the same number of tokens."""
     lengths = np.concatenate([part.tokens for part in parts]) + 1
-    # Shards that a long document leaves empty are not made.
+    # Shards that a long document would leave empty are not made.
     used, places = np.unique(places_of(lengths, shards), return_inverse=True)
     if len(used) < shards:
         logger.warning("split %s: %d documents fill %d of %d shards", split, len(lengths), len(used), shards)
@@ -82,7 +82,7 @@ def pack(parts: Sequence[Tokenized], directory: Path, *, name: str, split: str, 
 
 
 def places_of(lengths: np.ndarray, shards: int) -> np.ndarray:
-    """The shard of each document, int64, rising: a document goes where the middle of its tokens falls."""
+    """The shard of each document, int64, non-decreasing: the one that contains the middle of its tokens."""
     starts = np.cumsum(lengths) - lengths
     return ((2 * starts + lengths) * shards // (2 * lengths.sum())).astype(np.int64)
 

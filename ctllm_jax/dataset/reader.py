@@ -17,14 +17,14 @@ from ctllm_jax.dataset.shard_cache import ShardCache
 from ctllm_jax.storage import in_parallel, is_remote, list_objects, local_copy, open_path
 
 _NAMED = 10
-"""Shards named in one message."""
+"""Number of shards named in one message."""
 
 
 class Window(NamedTuple):
-    """A stretch of one stream. tokens: [n]; ends: offsets in it one past each EOD, in 1..n.
+    """A window of one stream. tokens: [n]; ends: offsets in it one past each EOD, in 1..n.
 
-    Where a record was replaced, the places where it begins and ends are among the ends: what stands on the two sides
-    does not belong together.
+    If a record was replaced, its beginning and end are also in `ends`, because the tokens on both sides do not belong
+    together.
     """
 
     tokens: np.ndarray
@@ -32,10 +32,10 @@ class Window(NamedTuple):
 
 
 class ShardReader:
-    """Any stretch of one shard's stream. Opens its file when first read; may be pickled and shared by threads.
+    """Any window of one shard's stream. Opens its file on first read; can be pickled and shared by threads.
 
-    With `cache`, the file is one on this machine, of a shard on an object store. With `damage`, a record that cannot
-    be read is replaced in `window`, and noted there.
+    With `cache`, the file is a local copy of a shard on an object store. With `damage`, an unreadable record is
+    replaced in `window`, and recorded there.
     """
 
     def __init__(self, path: Path, shard: Shard, *, record_tokens: int, dtype: str, cache: ShardCache | None = None,
@@ -61,7 +61,7 @@ class ShardReader:
         load_codec(self._record_tokens, self._dtype)
 
     def record(self, index: int) -> Record:
-        """Record `index`. DamagedShard where it cannot be read."""
+        """Read record `index`. Raises DamagedShard if it cannot be read."""
         reader = self.open()
         try:
             return decode(reader.read([index])[0], record_tokens=self._record_tokens, dtype=self._dtype)
@@ -71,10 +71,10 @@ class ShardReader:
                                f"affected; `data verify {self.path.parent}` checks them all") from error
 
     def readable(self, index: int) -> tuple[Record, bool]:
-        """Record `index`, or what stands in for it where it is damaged; and whether that is so.
+        """Return record `index`, or its replacement if it is damaged, and whether it was replaced.
 
-        In for it stands the next record of the shard that can be read, behind the last one the first: the same in
-        every process, and after every restart. DamagedShard where none can, or too many cannot.
+        The replacement is the next readable record of the shard, with the first after the last: the same in every
+        process and after every restart. Raises DamagedShard if no record can be read, or too many cannot.
         """
         if index not in self._replaced:
             try:
@@ -131,7 +131,8 @@ class ShardReader:
         return Window(np.concatenate(tokens), all_ends.astype(np.int32))
 
     def open(self):
-        """The ArrayRecord reader. DamagedShard where the file is none, or holds another number of records."""
+        """The ArrayRecord reader. Raises DamagedShard if the file is not ArrayRecord, or has another number of
+        records."""
         with self._lock:
             if self._reader is None:
                 path = self.path if self._cache is None else self._cache.take(self.path, self.shard)
@@ -165,9 +166,11 @@ class SplitReader:
                        for shard in manifest.splits[split].shards]
 
     def check_sizes(self) -> None:
-        """DamagedShard where shards are missing, or not as long as the manifest says: cheap, done at every start.
+        """Raise DamagedShard if shards are missing or have another size than in the manifest: cheap, done at every
+        start.
 
-        A store lists them; on a disk, which may be this machine's own, all are looked at at the same time.
+        On a store this uses a listing; on a disk, which may be local to this machine, all files are checked in
+        parallel.
         """
         if is_remote(self.directory):
             listed = {name: entry.size for name, entry in list_objects(self.directory).items()}
@@ -187,10 +190,10 @@ class SplitReader:
 
 
 class Dataset:
-    """A dataset directory. UserError where it is none.
+    """A dataset directory. Raises UserError if it is not one.
 
     Attributes:
-      cache: where its shards are kept on this machine; None where it lies on its disk.
+      cache: local cache of its shards; None if the directory is on a disk.
     """
 
     def __init__(self, directory: Path | str, *, cache: ShardCache | None = None):
@@ -201,7 +204,7 @@ class Dataset:
     def split(self, name: str, *, damage: DamageLog | None = None) -> SplitReader:
         """A split with at least one token. UserError names the splits that exist.
 
-        With `damage`, records that cannot be read are replaced and noted there; without, they raise.
+        With `damage`, unreadable records are replaced and recorded there; without, they raise.
         """
         existing = [split for split, content in self.manifest.splits.items() if content.shards]
         if name not in existing:

@@ -1,4 +1,5 @@
-"""One record of a shard: R tokens of its stream, and where documents end in them. TFDS features, no TensorFlow."""
+"""One record of a shard: R tokens of its stream, and the document ends in them. Uses TFDS features without
+TensorFlow."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Record(NamedTuple):
 
 @cache
 def features(record_tokens: int, dtype: str):
-    """The TFDS FeaturesDict of a record. Arrays are stored as bytes: 45 us to write or read 4,096 ids, not 450."""
+    """The TFDS FeaturesDict of a record. Arrays are stored as bytes, which takes 45 us to write or read 4,096 ids
+    instead of 450."""
     import tensorflow_datasets as tfds
 
     stored = tfds.features.Encoding.BYTES
@@ -38,10 +40,10 @@ _loading = threading.Lock()
 
 @cache
 def load_codec(record_tokens: int, dtype: str) -> None:
-    """Import all that `encode` and `decode` need; call it before threads do.
+    """Import everything that `encode` and `decode` need; call this before starting threads.
 
-    TFDS imports parts of itself when they are first used, under locks of its own: two threads that decode their first
-    record at the same time can wait for each other forever (seen with tensorflow-datasets 4.9.10 on Python 3.11).
+    TFDS imports parts of itself on first use, under its own locks: two threads that decode their first record at the
+    same time can deadlock (seen with tensorflow-datasets 4.9.10 on Python 3.11).
     """
     with _loading:
         tokens = np.zeros(record_tokens, dtype)
@@ -55,12 +57,12 @@ def encode(record: Record) -> bytes:
     tokens = record.tokens
     data = features(len(tokens), tokens.dtype.name).serialize_example(
         {"tokens": tokens, "num_tokens": np.int32(record.num_tokens), "ends": np.asarray(record.ends, np.int32)})
-    # TFDS writes the features in the order of a hash map, which each process seeds anew.
+    # TFDS writes the features in the order of a hash map, whose seed differs in each process.
     return tf_example_pb2.Example.FromString(data).SerializeToString(deterministic=True)
 
 
 def decode(data: bytes, *, record_tokens: int, dtype: str) -> Record:
-    """The record in these bytes. ValueError where they are not one, or its offsets point outside it."""
+    """Decode a record. Raises ValueError if the bytes are not a record, or its offsets are out of range."""
     values = features(record_tokens, dtype).deserialize_example_np(data)
     record = Record(values["tokens"], int(values["num_tokens"]), values["ends"])
     if record.tokens.shape != (record_tokens,) or not 0 < record.num_tokens <= record_tokens:

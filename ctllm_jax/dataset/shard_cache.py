@@ -1,10 +1,11 @@
-"""Shards of datasets on an object store, kept whole on this machine's disk: random reads need a file.
+"""Shards of datasets on an object store, cached as whole files on this machine's disk, because random reads need a
+file.
 
-A shard is named by its SHA-256, so that what lies there is what a manifest means, whichever dataset it came from. All
-processes of a machine share the folder: one downloads a shard, into a file with another name and its whole length
-reserved, compares size and SHA-256, and renames it; the others wait. Who reads a shard holds a lock on it, which the
-kernel lets go of when the process ends, however it ends. What nobody reads goes, the longest unused first, when room
-is needed for another.
+A cached shard is named by its SHA-256, so it matches the manifest of any dataset that refers to it. All
+processes of a machine share the folder: one process downloads a shard into a temporary file of the full length,
+compares size and SHA-256, and renames it, while the others wait. A reader holds a lock on its shard, which the kernel
+releases when the process ends in any way. If space is needed, shards without readers are removed, least recently used
+first.
 """
 
 from __future__ import annotations
@@ -28,29 +29,29 @@ _SUFFIX, _PART = ".arrayrecord", ".part"
 _PATIENCE = 600.0
 """Seconds that a store may fail before a download gives up."""
 _held: dict[Path, int] = {}
-"""Files that this process reads, opened and locked, until it ends."""
+"""Files that this process has opened and locked, until it ends."""
 
 
 class ShardCache:
-    """Shards on this machine's disk; may be pickled.
+    """Shards on this machine's disk; can be pickled.
 
     Args:
-      folder: made if it is not there.
-      limit: bytes that all shards there may take together.
+      folder: made if it does not exist.
+      limit: largest total size of all shards, in bytes.
     """
 
     def __init__(self, folder: Path, *, limit: int):
         self.folder, self.limit = folder, limit
 
     def take(self, source: Path, shard: Shard) -> Path:
-        """The file of a shard, which stays while this process lives.
+        """Return the file of a shard, which is kept while this process lives.
 
         Args:
-          source: where it lies on the object store.
+          source: its place on the object store.
 
         Raises:
-          UserError: no room, or what lies there is not what the manifest says.
-          StoreError: it could not be read for ten minutes, or never will.
+          UserError: there is no space, or the object differs from the manifest.
+          StoreError: it could not be read for ten minutes, or the error is permanent.
         """
         target = self.folder / (shard.sha256 + _SUFFIX)
         while not self._hold(target, shard):
@@ -105,7 +106,7 @@ class ShardCache:
                 if error.lasting or time.monotonic() - began > _PATIENCE:
                     part.unlink(missing_ok=True)
                     raise
-                log.warning("%s; it is tried again", error)
+                log.warning("%s; retrying", error)
                 time.sleep(wait * random.uniform(0.5, 1))
                 wait = min(2 * wait, 30.0)
         if (size, digest) != (shard.size, shard.sha256):
@@ -115,11 +116,11 @@ class ShardCache:
         os.replace(part, target)
 
     def _make_room(self, needed: int, source: Path, *, keep: Path) -> None:
-        """Remove what nobody reads or downloads, the longest unused first, until there is room."""
+        """Remove files that nobody reads or downloads, least recently used first, until there is space."""
         files = []
         for path in self.folder.iterdir():
             if path.suffix in (_SUFFIX, _PART) and path != keep:
-                with suppress(FileNotFoundError):  # a part that has just become a shard
+                with suppress(FileNotFoundError):  # a partial file that was just renamed to a shard
                     files.append((path.stat().st_mtime, path.stat().st_size, path))
         used = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
@@ -146,7 +147,7 @@ def _copy(source: Path, part: Path) -> tuple[int, str]:
 
 
 def _remove_unused(path: Path) -> bool:
-    """Remove a shard that nobody reads, or a part that nobody downloads any more."""
+    """Remove a shard without readers, or a partial file that nobody downloads any more."""
     if path in _held:
         return False
     lock = path if path.suffix == _SUFFIX else path.with_suffix(".lock")
@@ -163,7 +164,7 @@ def _remove_unused(path: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; one that is killed lets go."""
+    """A lock for one process at a time, released if the process is killed."""
     file = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,8 +1,8 @@
-"""Documents in, by way of the disk, the same documents out: no copies, in an order that only the seed decides.
+"""Shuffle documents on disk and drop exact duplicates, in an order that only the seed determines.
 
 A document's key is a keyed hash of its text. Documents are spilled into buckets by key, and each bucket is sorted when
-it is read back: memory holds one bucket, copies of a text meet in one bucket, and neither the order of the input nor
-the number of buckets changes the result.
+it is read back: memory holds one bucket, duplicates are in the same bucket, and neither the order of the input nor the
+number of buckets changes the result.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import NamedTuple
 from ctllm_jax.dataset.text import Document
 
 BUCKET_BYTES = 64 * 2**20
-_MOST_BUCKETS = 256  # as many files are open at once
+_MOST_BUCKETS = 256  # this many files are open at once
 _HEAD = struct.Struct("<Q16sQI")
 RANGE = 2**64
-"""Keys and split values lie below it."""
+"""Upper bound of keys and split values."""
 
 
 class Text(NamedTuple):
-    """A document on its way: `key` orders it, `digest` (128 bits) tells it from others, `split_value` is in 0..2**64-1
-    and does not depend on the seed."""
+    """A document during the shuffle: `key` determines the order, `digest` (128 bits) identifies the text, `split_value`
+    is in 0..2**64-1 and does not depend on the seed."""
 
     key: int
     digest: bytes
@@ -40,7 +40,7 @@ class Text(NamedTuple):
 
 @dataclass
 class Spilled:
-    """Buckets on disk, in order of key, and what went into them."""
+    """Buckets on disk, in order of key, and counts of their documents."""
 
     buckets: list[Path]
     documents: int = 0
@@ -52,7 +52,7 @@ class Spilled:
 
 
 def as_text(text: str, *, index: int, seed: int) -> Text:
-    """A document with its place in the order of this seed."""
+    """A document with its key for this seed."""
     data = text.encode("utf-8")
     digest = hashlib.blake2b(data, digest_size=16).digest()
     key = int.from_bytes(hashlib.blake2b(digest, digest_size=8, key=str(seed).encode()).digest(), "little")
@@ -83,7 +83,7 @@ def spill(documents: Iterable[Document], directory: Path, *, seed: int, expected
 
 
 def read_bucket(bucket: Path, *, deduplicate: bool) -> list[Text]:
-    """The documents of a bucket in order of key; of exact copies only one, if `deduplicate`."""
+    """The documents of a bucket in order of key; only one of exact duplicates if `deduplicate`."""
     texts = sorted(_read_all(bucket))
     if not deduplicate:
         return texts
@@ -98,9 +98,9 @@ def _read_all(bucket: Path) -> Iterator[Text]:
 
 
 def held_out_limit(lowest: int, highest: int, fraction: float) -> int:
-    """The split value below which a document is held out, for documents between these split values.
+    """Return the split value below which a document is held out, for documents between these split values.
 
-    About `fraction` of the documents are; at least one is, and at least one is not, where there are two to divide.
+    About `fraction` of the documents are held out; if there are two or more, at least one is and at least one is not.
     """
     if not fraction or lowest >= highest:
         return 0

@@ -1,4 +1,4 @@
-"""A directory that is there whole, or not at all."""
+"""Directories that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def exclusive(directory: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logger.warning("waiting for another process that makes %s", directory)
+                logger.warning("waiting for another process that writes %s", directory)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            # The holder before us removes the file: a lock on a removed file excludes nobody.
+            # The previous holder removes the file, and a lock on a removed file excludes nobody.
             if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
                 continue
             try:
@@ -38,10 +38,10 @@ def exclusive(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def staged(directory: Path) -> Iterator[Path]:
-    """A temporary directory beside `directory`, renamed to it when the block ends well and removed when it does not.
+    """A temporary directory next to `directory`, renamed to it if the block succeeds and removed if it fails.
 
-    Hold `exclusive(directory)` around it: what a killed process of this host left behind is removed at the start.
-    OSError where `directory` exists by then, made by another host on a file system without locks between hosts.
+    Hold `exclusive(directory)` around it: leftovers of a killed process of this host are removed at the start. Raises
+    OSError if `directory` exists by then, made by another host on a file system without locks between hosts.
     """
     prefix = f"{directory.name}.tmp-{socket.gethostname()}-"
     for left in list(directory.parent.iterdir()) if directory.parent.exists() else []:
@@ -62,7 +62,7 @@ def staged(directory: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Bring a file or a folder's entries to the disk."""
+    """Flush a file or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""Text in: files to documents, one at a time, in a fixed order, and what cannot be read put aside.
+"""Read text files as documents, one at a time, in a fixed order, and set unreadable records aside.
 
-JSON lines (.jsonl, also .gz and .zst) and Parquet hold a document a record, in the field `text_field`; a .txt file is
-one document. A folder stands for all such files below it, sorted by path.
+JSON lines (.jsonl, also .gz and .zst) and Parquet hold one document per record, in the field `text_field`; a .txt file
+is one document. A folder means all such files below it, sorted by path.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ctllm_jax.config.folders import Links, files_below
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 BOM = b"\xef\xbb\xbf"
 LARGEST_LINE = 2**26
-"""Bytes of the longest line of JSON that is held: 64 MiB of text in one line are no document."""
+"""Largest size of a line of JSON in bytes: a line of more than 64 MiB is not a document."""
 _COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
-# UTF-32 before UTF-16, whose mark is the beginning of the other's.
+# UTF-32 before UTF-16, because UTF-16's mark is a prefix of UTF-32's.
 _UNICODE_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
                   codecs.BOM_UTF16_BE: "utf-16"}
 _SHOWN_BYTES = 2000
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
-    """A text, and where it stood: the line of a JSON lines file or the row of a Parquet file, from 1; 1 in a .txt."""
+    """A text and its place: the line of a JSON lines file or the row of a Parquet file, from 1; 1 in a .txt."""
 
     text: str
     file: Path
@@ -43,7 +43,7 @@ class Document(NamedTuple):
 
 @dataclass
 class Quarantine:
-    """Where bad records are put aside, as JSON lines {file, line, reason, raw}; more than `max_bad` is a UserError.
+    """Sets bad records aside, as JSON lines {file, line, reason, raw}; more than `max_bad` raise a UserError.
 
     Without a path they are only counted.
     """
@@ -53,7 +53,7 @@ class Quarantine:
     count: int = 0
 
     def put(self, file: Path, line: int, reason: str, raw: bytes = b"") -> None:
-        """Put one record aside. `raw` is what stood there, of which the first 2,000 bytes are kept."""
+        """Set one record aside. `raw` is its content, of which the first 2,000 bytes are kept."""
         self.count += 1
         listed = ""
         if self.path is not None:
@@ -71,9 +71,9 @@ class Quarantine:
 
 
 def find_files(inputs: Sequence[str], *, links: Links = "follow") -> list[Path]:
-    """The text files that `inputs` (files and folders) stand for, each once, in a fixed order.
+    """Return the text files of `inputs` (files and folders), each once, in a fixed order.
 
-    `links` says whether links below a folder are followed; one that was given itself always is.
+    `links` states whether links below a folder are followed; a link that is itself an input always is.
     """
     found: dict[Path, Path] = {}
     for given in map(Path, inputs):
@@ -99,7 +99,7 @@ def find_files(inputs: Sequence[str], *, links: Links = "follow") -> list[Path]:
 
 def read_documents(files: Sequence[Path], *, text_field: str, quarantine: Quarantine,
                    progress: Callable[[int], None] = lambda position: None) -> Iterator[Document]:
-    """All documents of `files`, in order. `progress` is told the bytes read, of the files as they lie on disk."""
+    """Yield all documents of `files`, in order. `progress` is called with the bytes read from disk."""
     before = 0
     for file in files:
         reader = _read_parquet if file.suffix == ".parquet" else _read_text if file.suffix == ".txt" else _read_lines
@@ -111,7 +111,7 @@ def read_documents(files: Sequence[Path], *, text_field: str, quarantine: Quaran
 
 
 def checked_text(values: object, text_field: str) -> str:
-    """The text of a parsed record; ValueError says what is wrong with it."""
+    """Return the text of a parsed record. Raises ValueError that states the problem."""
     if not isinstance(values, dict):
         raise ValueError(f"not a JSON object but {type(values).__name__}")
     if text_field not in values:
@@ -120,7 +120,7 @@ def checked_text(values: object, text_field: str) -> str:
 
 
 def checked_value(text: object, text_field: str) -> str:
-    """The value of a text field, where it is text that UTF-8 can hold; ValueError says what is wrong with it."""
+    """Return the value of a text field that UTF-8 can encode. Raises ValueError that states the problem."""
     if not isinstance(text, str):
         raise ValueError(f"field {text_field!r} is not text but {type(text).__name__}")
     try:
@@ -141,9 +141,10 @@ def _read_lines(file: Path, text_field: str, quarantine: Quarantine) -> Iterator
 
 
 def read_json_lines(file: Path, quarantine: Quarantine) -> Iterator[tuple[int, object, bytes, int]]:
-    """Of each line of JSON: its number, its value, its bytes, and the bytes of the file that were read.
+    """Yield for each line of JSON its number, its value, its bytes, and the bytes of the file that were read.
 
-    A bad line, or one of more than LARGEST_LINE bytes, is put aside; damaged compression costs the rest of the file.
+    A bad line, or one of more than LARGEST_LINE bytes, is set aside; after damaged compression the rest of the file is
+    lost.
     """
     with open(file, "rb") as raw, decompressed(raw, _COMPRESSIONS.get(file.suffix), str(file)) as stream:
         line = 0
@@ -169,13 +170,13 @@ def read_json_lines(file: Path, quarantine: Quarantine) -> Iterator[tuple[int, o
 
 
 def unicode_codec(start: bytes) -> str | None:
-    """utf-16 or utf-32 where the first bytes of a file are the byte order mark of one."""
+    """Return utf-16 or utf-32 if the first bytes of a file are its byte order mark."""
     return next((name for mark, name in _UNICODE_MARKS.items() if start.startswith(mark)), None)
 
 
 def as_utf8(stream: BinaryIO, encoding: str) -> BinaryIO:
-    """A stream of UTF-16 or UTF-32 as one of UTF-8. What is no character becomes bytes that are no UTF-8, so that the
-    record that holds it is found to be bad."""
+    """Convert a stream of UTF-16 or UTF-32 to UTF-8. Invalid characters become bytes that are not UTF-8, so that their
+    record is detected as bad."""
     return io.BufferedReader(_Transcoder(stream, encoding), buffer_size=2**20)
 
 
@@ -206,7 +207,7 @@ codecs.register_error(_NO_CHARACTER, lambda error: ("\udfff", error.end))
 
 
 def read_line(stream: BinaryIO, limit: int) -> tuple[bytes, int]:
-    """The next line, of which at most `limit` bytes are held, and its length; nothing and 0 at the end."""
+    """Read the next line, truncated to `limit` bytes, and its length; empty and 0 at the end."""
     data = stream.readline(limit)
     size = len(data)
     if size == limit:
@@ -217,7 +218,8 @@ def read_line(stream: BinaryIO, limit: int) -> tuple[bytes, int]:
 
 
 def parse_json(data: bytes, encoding: str = "utf-8") -> object:
-    """The JSON value of a line of bytes; ValueError says what is wrong with it. `encoding` is Python's name of it."""
+    """Return the JSON value of a line of bytes. Raises ValueError that states the problem. `encoding` is Python's
+    name."""
     try:
         return json.loads(data.decode(encoding))
     except UnicodeDecodeError as error:
@@ -229,17 +231,17 @@ def parse_json(data: bytes, encoding: str = "utf-8") -> object:
 
 
 def json_lines(path: Path | str, *, key: str) -> Iterator[tuple[str, object]]:
-    """(FILE:LINE, value) of each line of a file that is not blank. For files that fit into memory.
+    """Yield (FILE:LINE, value) for each non-blank line of a file. For files that fit into memory.
 
     Raises:
-      UserError: a file that cannot be read, named by its config key; a line that is no JSON, or holds half of a
+      UserError: the file cannot be read (the message names its config key), or a line is not JSON or contains half of a
         surrogate pair.
     """
     try:
         content = Path(path).read_bytes().removeprefix(BOM)
     except OSError as error:
         raise UserError(f"{key}={path} cannot be read: {error}") from None
-    # Only a line feed ends a row: JSON may hold U+2028 and its like as they are.
+    # Only a line feed ends a row, because JSON may contain U+2028 and similar characters unescaped.
     for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
             try:
@@ -252,19 +254,20 @@ def json_lines(path: Path | str, *, key: str) -> Iterator[tuple[str, object]]:
 
 
 def decompressed(raw: BinaryIO, compression: str | None, file: str) -> BinaryIO:
-    """The bytes of an open file, whose `compression` is gz, zst or None; `file` is its name in errors.
+    """Open the decompressed bytes of an open file, whose `compression` is gz, zst or None; `file` is its name in
+    errors.
 
     Reading on past damage raises one of `broken_stream_errors`.
     """
     if compression is None:
         return io.BufferedReader(raw, buffer_size=2**20)
-    # gzip.GzipFile hands on 8 kB at a time: 120 MB/s of JSON lines against 148.
+    # gzip.GzipFile returns 8 kB at a time: 120 MB/s of JSON lines instead of 148.
     return io.BufferedReader(_FrameReader(raw, codec(compression, file)), buffer_size=2**20)
 
 
 class Codec(NamedTuple):
-    """How gz and zst are decompressed: a new member or frame, the bytes that one begins with, what damage raises, and
-    how many compressed bytes to hand it at once, so that no more than 64 MiB come back."""
+    """How gz or zst is decompressed: a decompressor for a new member or frame, its magic bytes, the errors of damaged
+    data, and the number of compressed bytes per call, which limits the output to 64 MiB."""
 
     new: Callable
     magic: bytes
@@ -273,21 +276,21 @@ class Codec(NamedTuple):
 
 
 def codec(compression: str, file: str) -> Codec:
-    """The codec of gz or zst; `file` is its name in errors. UserError where the package is missing."""
+    """Return the codec of gz or zst; `file` is its name in errors. Raises UserError if the package is missing."""
     if compression == "gz":
         return Codec(lambda: zlib.decompressobj(zlib.MAX_WBITS | 16), b"\x1f\x8b\x08", zlib.error, 2**16)
     try:
         import zstandard
     except ImportError:
         raise UserError(f"{file} needs the package zstandard: pip install 'ctllm-jax[prep]'") from None
-    # A block of 4 bytes may stand for 128 KiB.
+    # A block of 4 bytes can expand to 128 KiB.
     return Codec(lambda: zstandard.ZstdDecompressor().decompressobj(), b"\x28\xb5\x2f\xfd", zstandard.ZstdError, 2**11)
 
 
 class _FrameReader(io.RawIOBase):
-    """The frames of a .zst file or the members of a .gz one, one after the other, each of which must be whole.
+    """Decompress the frames of a .zst file or the members of a .gz one in turn; each must be complete.
 
-    zstandard's own reader takes a cut file for a whole one.
+    zstandard's own reader does not detect a truncated file.
     """
 
     def __init__(self, raw: BinaryIO, form: Codec):
@@ -325,7 +328,7 @@ class _FrameReader(io.RawIOBase):
 
 
 def broken_stream_errors() -> tuple[type[Exception], ...]:
-    """What reading a damaged compressed stream raises."""
+    """The exceptions raised by reading a damaged compressed stream."""
     errors: list[type[Exception]] = [EOFError, zlib.error]
     try:
         import zstandard

@@ -1,4 +1,4 @@
-"""Whether a dataset directory holds what its manifest says, record by record."""
+"""Verify a dataset directory against its manifest, record by record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ctllm_jax.dataset.reader import ShardReader
 
 
 def verify(directory: Path | str, *, progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
-    """All that is wrong with a dataset, a line each with the file it is about; an empty list if nothing is.
+    """Return all problems of a dataset, one line each with the file; an empty list if there are none.
 
     Checks sizes and hashes of the shards and of the tokenizer, decodes every record, counts tokens and documents,
     looks for EOD at every document's end, and reads the TFDS metadata. Progress is (bytes done, bytes in all).
@@ -100,7 +100,7 @@ def _check_tfds(directory: Path, manifest: Manifest) -> list[str]:
                         f"{split.total('records')}"]
             if source and not np.array_equal(source[0]["tokens"].shape, (manifest.record_tokens,)):
                 return [f"{directory}: TFDS sees records of shape {source[0]['tokens'].shape} in {name}"]
-    # Whatever TFDS raises on metadata that it cannot read, the metadata is what is wrong.
+    # Any error of TFDS here means that its metadata is wrong.
     except Exception as error:
         return [f"{directory}: TFDS cannot read its metadata: {error}"]
     return []

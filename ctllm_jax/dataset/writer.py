@@ -1,4 +1,4 @@
-"""Documents to shards, and shards to a dataset directory."""
+"""Write documents to shards, and shards to a dataset directory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ShardWriter:
                 self._write()
 
     def close(self) -> Shard:
-        """Write what is left, and tell what the file holds."""
+        """Write the rest, and return what the file contains."""
         if self._filled:
             self._write()
         self._writer.close()
@@ -72,7 +72,7 @@ class ShardWriter:
 
 def finish(directory: Path, *, name: str, record_tokens: int, dtype: str, eod_id: int, tokenizer: Path,
            tokenizer_sha256: str, vocab_size: int, config_sha256: str, splits: dict[str, list[Shard]]) -> Manifest:
-    """Put the tokenizer, the TFDS metadata and, last, the manifest beside the shards in `directory`."""
+    """Put the tokenizer, the TFDS metadata and finally the manifest next to the shards in `directory`."""
     from ctllm_jax import __version__
 
     copy = "tokenizer" + tokenizer.suffix
@@ -89,7 +89,8 @@ def finish(directory: Path, *, name: str, record_tokens: int, dtype: str, eod_id
 
 def write_tfds_metadata(directory: Path, *, name: str, record_tokens: int, dtype: str,
                         splits: dict[str, list[Shard]]) -> None:
-    """dataset_info.json and features.json: with them `tfds.builder_from_directory(DIR).as_data_source()` reads us."""
+    """Write dataset_info.json and features.json, so that `tfds.builder_from_directory(DIR).as_data_source()` can read
+    the dataset."""
     import tensorflow_datasets as tfds
 
     infos = [tfds.core.SplitInfo(

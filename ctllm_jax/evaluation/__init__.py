@@ -1,4 +1,4 @@
-"""Measuring a trained model: bits per byte, and the baselines to hold it against."""
+"""Evaluation of a trained model: benchmarks, bits per byte with baselines, and LLM judges."""
 
 from ctllm_jax.config.extras import need_train
 

@@ -1,7 +1,7 @@
-"""What a model answered, by what it was asked: an evaluation goes on where it was stopped. No jax here.
+"""A store of a model's answers by question, so that an evaluation continues where it stopped. No jax.
 
-A file of JSON lines [key, answer], appended to as answers come. The key is a hash of all that decides the answer, the
-model's weights included, so that one file serves every task, and answers of another model are never taken.
+A file of JSON lines [key, answer], appended to as answers come. The key is a hash of everything that determines the
+answer, including the model's weights. So one file serves every task, and answers of another model are never used.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class AnswerStore:
     """Answers of one model.
 
     Args:
-      path: the file; None keeps nothing. What a kill left of a last line is cut off.
-      identity: all that decides an answer but the question, as JSON.
+      path: the file; None stores nothing. An incomplete last line is removed.
+      identity: everything that determines an answer except the question, as JSON.
     """
 
     def __init__(self, path: Path | None, identity: Any):
@@ -47,7 +47,7 @@ class AnswerStore:
         self.close()
 
     def close(self) -> None:
-        """No answer can be added any more."""
+        """Close the file; no answer can be added afterwards."""
         if self._file is not None:
             self._file.close()
 
@@ -61,7 +61,7 @@ class AnswerStore:
         return self._answers.get(key)
 
     def add(self, answers: Iterable[tuple[str, Any]]) -> None:
-        """Keep answers, in one append: a kill afterwards costs none of them."""
+        """Store answers in one append, so that a later kill loses none of them."""
         answers = list(answers)
         self._answers.update(answers)
         if self._file is not None and answers:

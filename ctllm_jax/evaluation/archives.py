@@ -1,8 +1,8 @@
-"""Official files of benchmarks, as downloaded, to the rows that stock lm-eval tasks read.
+"""Convert official benchmark files, as downloaded, to the rows that lm-eval's tasks read.
 
-A file is converted once: Parquet under a cache directory, in a folder named by the file's hash, which appears by a
-rename when it is whole. A row that is not in the official layout is an error with file and line: a benchmark with
-questions left out would not be that benchmark.
+A file is converted once: Parquet under a cache directory, in a folder named by the file's hash, which is renamed into
+place when complete. A row that is not in the official layout is an error with file and line, because leaving questions
+out would change the benchmark.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ctllm_jax.evaluation.registry import GAOKAO
 LETTERS = ("A", "B", "C", "D")
 LAYOUT_VERSION = 1  # of the converted files; part of their folder's name
 _MAX_MEMBER = 256 << 20  # bytes of one file in an archive; the largest real one has 2.8 MB
-_SHOWN = 5  # bad rows that an error names
+_SHOWN = 5  # number of bad rows that an error names
 
 Row = dict[str, Any]
 Split = tuple[str, str]
@@ -39,21 +39,21 @@ Split = tuple[str, str]
 
 @dataclass(frozen=True)
 class Official:
-    """A file that the authors of a benchmark give out."""
+    """A file that the authors of a benchmark distribute."""
 
     dataset: str
-    """Name of the dataset on the hub, which stock tasks ask for."""
+    """Name of the dataset on the hub, which lm-eval's tasks request."""
     names: tuple[str, ...]
     """Names under which the file is accepted."""
     read: Callable[[Path], Iterator[tuple[Split, Row]]]
     origin: str
-    """Where its authors keep it."""
+    """Where its authors publish it."""
     on_hub: bool = True
-    """Whether the datasets client finds it under its name too."""
+    """Whether the datasets client also finds it under its name."""
 
 
 class _BadRows:
-    """Rows that are not as they should be, all told at the end."""
+    """Malformed rows, reported together at the end."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -73,7 +73,7 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
     """The files of a .zip or .tar, in the order of their names. Nothing is written to disk.
 
     Raises:
-      UserError: no such archive, or a member whose name leads out of it, or that is larger than any real one.
+      UserError: there is no such archive, or a member has a name outside it or is larger than any real one.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -118,7 +118,7 @@ def _subject(name: str, splits: Mapping[str, str], *, suffix: bool) -> Split | N
     """`data/test/anatomy_test.csv` -> ("anatomy", "test"); None for anything else in the archive."""
     path = PurePosixPath(name)
     folder = path.parent.name
-    # A Mac puts `__MACOSX/…/._NAME` beside each file.
+    # macOS adds `__MACOSX/…/._NAME` for each file.
     if path.suffix != ".csv" or folder not in splits or path.name.startswith("._"):
         return None
     stem = path.stem.removesuffix(f"_{folder}") if suffix else path.stem
@@ -172,7 +172,7 @@ def _read_headed(path: Path, splits: Mapping[str, str], fields: tuple[str, ...],
         for place, values in rows:
             row = dict(zip(header, values, strict=False))
             if len(values) != len(header):
-                bad.add(place, f"a row has {len(header)} columns as the header; found {len(values)}: {_short(values)}")
+                bad.add(place, f"a row needs {len(header)} columns; found {len(values)}: {_short(values)}")
             elif not without_answers and row[answer] not in LETTERS:
                 bad.add(place, f"{answer} is one of A to D; found {row[answer]!r}")
             elif "id" in fields and not row["id"].isdecimal():
@@ -278,7 +278,7 @@ OFFICIAL: tuple[Official, ...] = (
 
 
 def find_official(dataset: str) -> Official | None:
-    """The official file of a dataset; None where it is known by its folder alone."""
+    """The official file of a dataset; None if it is known only as a folder."""
     return next((official for official in OFFICIAL if official.dataset == dataset), None)
 
 
@@ -316,7 +316,7 @@ def convert(official: Official, path: Path, *, cache: Path) -> Path:
 
 @functools.lru_cache
 def _digest(path: Path, modified: int, size: int) -> str:
-    """SHA-256 of a file; a group asks once for each of its subjects, and 67 times is 67 times too often."""
+    """SHA-256 of a file, cached because a group requests it once for each of its up to 67 subjects."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

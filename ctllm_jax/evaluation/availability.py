@@ -1,4 +1,4 @@
-"""Which questions are on this machine, and getting those that are not."""
+"""List the questions on this machine, and fetch missing ones."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ctllm_jax.evaluation.tasks import DEFAULT_CACHE, Catalog, Leaf
 
 @dataclass(frozen=True)
 class Availability:
-    """One task or group: its questions, or what to do about them."""
+    """One task or group: its questions, or how to get them."""
 
     name: str
     questions: int | None
-    """None: not here, or not readable."""
+    """None: missing, or not readable."""
     note: str
-    """Where the questions are, which file or folder is missing, or what is wrong with one."""
+    """The place of the questions, the missing file or folder, or the problem of one."""
     on_hub: bool = False
-    """Whether what is missing can be fetched."""
+    """Whether missing questions can be fetched."""
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """One dataset that was asked for."""
+    """One requested dataset."""
 
     dataset: str
     configuration: str | None
@@ -39,7 +39,7 @@ class Fetched:
 
 
 def look(names: Sequence[str], *, data: Path, cache: Path = DEFAULT_CACHE) -> Iterator[Availability]:
-    """What is here of each task or group, in turn.
+    """Yield the local state of each task or group.
 
     Raises:
       UserError: a name is unknown.
@@ -72,13 +72,13 @@ def _look_at(name: str, leaves: Sequence[Leaf], *, data: Path, cache: Path) -> A
 
 
 def fetch(names: Sequence[str], *, data: Path, cache: Path = DEFAULT_CACHE) -> Iterator[Fetched]:
-    """Get each dataset of the tasks through the datasets client, into `data`; one that is here is left alone.
+    """Fetch each dataset of the tasks with the datasets client into `data`; existing ones are kept.
 
-    A dataset becomes `DATASET/CONFIGURATION/SPLIT.parquet`, by a rename when it is whole. HF_ENDPOINT, HF_HOME and a
-    token are the client's own business.
+    A dataset becomes `DATASET/CONFIGURATION/SPLIT.parquet`, renamed into place when complete. The client itself reads
+    HF_ENDPOINT, HF_HOME and a token.
 
     Raises:
-      UserError: a name is unknown, the client was told to stay offline, or the hub cannot be reached.
+      UserError: a name is unknown, the client is configured as offline, or the hub cannot be reached.
     """
     catalog = Catalog()
     _check(names, catalog)
@@ -104,10 +104,10 @@ def _fetch_one(dataset: str, configuration: str | None, data: Path) -> Fetched:
     target = data / dataset / (configuration or "default")
     try:
         splits = datasets.load_dataset(dataset, configuration)
-    except ConnectionError as error:  # the client has tried again for half a minute: the next dataset fares no better
+    except ConnectionError as error:  # the client has retried for half a minute, so the next dataset would fail, too
         raise UserError(f"{endpoint()} cannot be reached for {dataset}: {error}; HF_ENDPOINT names a mirror, and "
                         f"python launch.py evaluate list the files that can be put into {data} by hand") from error
-    except Exception as error:  # what else the client and the hub raise
+    except Exception as error:  # other errors of the client and the hub
         lines = str(error).strip().splitlines()
         return Fetched(dataset, configuration, None, f"{type(error).__name__}: {lines[0] if lines else ''}")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,7 @@
-"""What two old methods pay for the held-out text after reading the same training text: the bar for a trained model.
+"""Bits per byte of two classical compression methods on held-out text, as a baseline for a trained model.
 
-Both are given the training documents of one source, all of them and nothing else, and pay for each held-out document
-and its end. Their figures are bits per byte of UTF-8 text, as `bits_per_byte` counts them: ends cost bits, and have no
-bytes.
+Both are trained on all training documents of one source, and encode each held-out document and its end. Figures are
+bits per byte of UTF-8 text, as in `bits_per_byte`: document ends cost bits, but have no bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ TRIGRAM = "character 3-gram"
 _SYMBOLS = 0x110000 - 0x800 + 1
 """Unicode scalar values (code points without surrogates), and the end of a document."""
 
-# xz knows bytes only; no UTF-8 text of more than a control character holds this one.
+# xz compresses only bytes; this byte does not occur in UTF-8 text except as a control character.
 _END_BYTE = b"\x00"
 
 
@@ -31,12 +30,12 @@ def measure_baselines(train: Mapping[str, Sequence[str]], held_out: Mapping[str,
     Args:
       train: source -> documents.
       held_out: source -> documents; each of its sources must be in `train`.
-      threads: compressions and models at once; both leave the interpreter to other threads most of the time.
+      threads: number of compressions and models at once; both release the interpreter lock most of the time.
     """
     if missing := set(held_out) - set(train):
         raise ValueError(f"held_out has sources without training text: {', '.join(sorted(missing))}")
     methods = {XZ: xz_bits_per_byte, TRIGRAM: trigram_bits_per_byte}
-    # The longest first, so that none of them is left to run alone at the end.
+    # The longest first, so that none runs alone at the end.
     tasks = sorted(((source, name) for name in methods for source in held_out),
                    key=lambda task: (task[1] != XZ, -sum(map(len, train[task[0]]))))
     results: dict[str, dict[str, float]] = {name: {} for name in methods}
@@ -48,7 +47,7 @@ def measure_baselines(train: Mapping[str, Sequence[str]], held_out: Mapping[str,
 
 
 def xz_bits_per_byte(train: Sequence[str], held_out: Sequence[str]) -> float:
-    """Bits per byte that `xz -9e` needs for `held_out` behind `train`: the growth of the compressed stream.
+    """Bits per byte that `xz -9e` needs for `held_out` after `train`: the growth of the compressed stream.
 
     Beyond 64 MiB, its dictionary, it would forget the beginning.
     """
@@ -75,9 +74,9 @@ class TrigramModel:
     """Characters predicted from the two before them, interpolated: Witten and Bell's method C (1991).
 
     P(c | h) = (count(h c) + T(h) · P(c | h')) / (count(h) + T(h)) with T(h) the number of distinct characters seen
-    behind h and h' the history without its first character; below the empty history stands the uniform distribution
-    over all Unicode scalar values and the end of a document. So every text has a probability, and they sum to 1. A
-    document begins behind two ends.
+    after h, and h' the history without its first character. The empty history falls back to the uniform distribution
+    over all Unicode scalar values and the end of a document, so probabilities of all texts sum to 1. A document begins
+    after two ends.
     """
 
     def __init__(self, documents: Sequence[str]):
@@ -85,12 +84,12 @@ class TrigramModel:
         self._orders = [_count(stream.context(length), stream.paid) for length in range(3)]
 
     def probabilities(self, documents: Sequence[str]) -> np.ndarray:
-        """Of each character of each document, and of its end, in order: float64 [characters + documents]."""
+        """Probability of each character of each document and of its end, in order: float64 [characters + documents]."""
         stream = _stream(documents)
         return self._interpolate([stream.context(length) for length in range(3)], stream.paid)
 
     def distribution(self, history: str, symbols: Sequence[str]) -> np.ndarray:
-        """Probability of each of `symbols` (a character, or "" for the end of the document) behind `history`."""
+        """Probability of each of `symbols` (a character, or "" for the end of the document) after `history`."""
         first, second = _stream([history]).ids[-4:-2]
         following = np.array([ord(symbol) if symbol else _END for symbol in symbols], np.uint64)
         contexts = [np.uint64(0), second, first << _BITS | second]
@@ -114,14 +113,14 @@ _END = np.uint64(0x110000)  # the first number that is no code point
 
 class Stream(NamedTuple):
     """Documents as numbers, uint64: `ids` begins with two ends, and two follow each document; `places` [n] are the
-    indices of what is paid for, each document's characters and its first end."""
+    indices of the encoded symbols: each document's characters and its first end."""
 
     ids: np.ndarray
     places: np.ndarray
 
     @property
     def paid(self) -> np.ndarray:
-        """What is paid for, [n]."""
+        """The encoded symbols, [n]."""
         return self.ids[self.places]
 
     def context(self, length: int) -> np.ndarray:
@@ -151,7 +150,7 @@ def _count(context: np.ndarray, following: np.ndarray) -> Counts:
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """`values` at the places where `keys`, sorted, holds what is wanted; 0 where it does not."""
+    """`values` at the indices of the wanted keys in the sorted `keys`; 0 for missing ones."""
     place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[place] == wanted, values[place], 0)
 

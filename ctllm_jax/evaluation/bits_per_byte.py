@@ -1,7 +1,7 @@
-"""Held-out loss and bits per byte, per source: what a model pays for text that it has not seen.
+"""Held-out loss and bits per byte, per source.
 
-Every held-out token is paid for once, ends of documents included, with what stands before it in its row as context; the
-bytes are those of the UTF-8 text. So the figure can stand beside a compressor's, whatever the tokenizer.
+Every held-out token counts once, including ends of documents, with the earlier tokens of its row as context; bytes are
+those of the UTF-8 text. So the figure is comparable with a compressor's, for any tokenizer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def make_evaluation_step(loss_fn: Callable, *, out_sharding: Any) -> Callable:
 
 
 def text_figures(sums: Mapping[str, float]) -> dict[str, float]:
-    """Sums over text to `loss` (nats a token), `tokens`, `bits_per_byte` and `bytes`; without bytes, no bits.
+    """Convert sums over text to `loss` (nats per token), `tokens`, `bits_per_byte` and `bytes`; without bytes, no bits.
 
     Any other sum of the loss function is `loss/NAME`, a token's share, as in the records of training.
     """
@@ -39,7 +39,7 @@ def text_figures(sums: Mapping[str, float]) -> dict[str, float]:
 
 def evaluate_sources(evaluation_step: Callable, params: Any, sources: Mapping[str, Iterable[Batch]], *,
                      place: Callable[[Batch], Batch]) -> dict[str, dict[str, float]]:
-    """`text_figures` of each source that has anything to learn."""
+    """`text_figures` of each source with a nonzero weight."""
     return {name: text_figures(sums)
             for name, sums in sum_sources(evaluation_step, params, sources, place=place).items()}
 
@@ -56,7 +56,7 @@ def sum_sources(evaluation_step: Callable, params: Any, sources: Mapping[str, It
     totals = {}
     for name, batches in sources.items():
         sums = [evaluation_step(params, place(batch)) for batch in batches]
-        # Summed on the host in float64: a million float32 additions would lose digits.
+        # Summed on the host in float64, because a million float32 additions would lose digits.
         sums = jax.device_get(sums)
         total = {key: math.fsum(float(entry[key]) for entry in sums) for key in (sums[0] if sums else ())}
         if total.get("weight"):

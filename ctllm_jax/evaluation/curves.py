@@ -1,6 +1,6 @@
-"""Each benchmark over the tokens of training, as charts for a report: ours with intervals, the paper's, guessing.
+"""Charts of each benchmark over the tokens of training: our results with intervals, the paper's, and chance.
 
-Figures of one curve were measured alike; those of another setting are a curve of their own. No jax here.
+Figures of one curve have the same setting; each setting has its own curve. No jax.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ctllm_jax.report.run import METRICS, labels
 
 SUITE = "eval/paper"
 _GROUPS = (" humanities", " stem", " social science", " other", " hard", " china-specific")
-"""Ends of the names of a benchmark's parts: they are in the tables, not on the page."""
+"""Suffixes of a benchmark's parts, which are in the tables but not on the page."""
 
 
 def benchmark_charts(run_dirs: Sequence[str | Path], *, suite: str = SUITE) -> list[Chart]:
-    """A chart of each benchmark that one of the runs was asked; none where nothing was measured.
+    """A chart of each benchmark that was measured for one of the runs; none if nothing was measured.
 
     Raises:
       UserError: a file of results that is malformed.
@@ -99,7 +99,7 @@ def _series(name: str, color: int, points: Sequence[tuple[Measured, Figure]], fa
 
 
 def _chance(benchmark: str, runs: Sequence[list[Measured]]) -> list[float]:
-    """The level of guessing; several where different questions were asked."""
+    """The chance level; several if different questions were asked."""
     levels = {round(figure.chance, 1) for checkpoints in runs for each in checkpoints
               for figure in each.figures.get(benchmark, ()) if figure.chance is not None}
     return sorted(levels)

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval on a model of ours: its results, with what decides them and how sure they are."""
+"""Run lm-eval's tasks on a local model, and add the settings and intervals to its results."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ PACKAGES = ("ctllm-jax", "lm-eval", "jax", "jaxlib", "flax", "numpy", "sentencep
 def run_tasks(lm: HarnessModel, task_dict: Mapping[str, Any], *, limit: float | None = None, chat: bool = False,
               multiturn: bool = True, system: str | None = None, seed: int = 1234,
               bootstrap: int = 1000) -> dict[str, Any]:
-    """lm-eval's results of these tasks, with `samples`, and our part under `results.OURS`.
+    """Return lm-eval's results of these tasks, with `samples`, and our part under `results.OURS`.
 
     Args:
-      task_dict: of `tasks.open_tasks`, or of lm-eval's `TaskManager.load`.
+      task_dict: from `tasks.open_tasks`, or from lm-eval's `TaskManager.load`.
       limit: questions of each task; below 1 their share; None: all.
-      chat: ask through the template that the model has learned.
+      chat: use the chat template that the model was trained with.
       multiturn: with `chat`, examples are earlier turns of a dialogue, not a part of the question.
       system: system prompt.
-      seed: of what tasks draw by Python's and numpy's own generators.
-      bootstrap: draws for standard errors of what is no mean; 0: no standard errors at all.
+      seed: seed of Python's and numpy's generators for tasks that draw random numbers.
+      bootstrap: number of draws for standard errors of metrics that are not means; 0: no standard errors at all.
     """
     import lm_eval
 
@@ -60,7 +60,7 @@ def run_tasks(lm: HarnessModel, task_dict: Mapping[str, Any], *, limit: float | 
 
 
 def describe(lm: HarnessModel, *, chat: bool) -> dict[str, Any]:
-    """What was asked, and how: all that figures of two evaluations must share to be compared."""
+    """The settings that two evaluations must share for their figures to be comparable."""
     model = lm.model
     return {
         "wording": "lm-eval", "checkpoint": {"run": str(model.run_dir), "step": model.step},
@@ -75,7 +75,7 @@ def describe(lm: HarnessModel, *, chat: bool) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, and of the installed packages that figures may depend on."""
+    """Versions of Python, and of the installed packages that figures may depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -92,7 +92,7 @@ def describe_device() -> str:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Without lm-eval's bar for each of CMMLU's 67 tasks, and without processes forked off one that has threads."""
+    """Without lm-eval's progress bar for each of CMMLU's 67 tasks, and without forks of a process that has threads."""
     from lm_eval.api import task
 
     def plain(items: Sequence[Any], **options: Any) -> Sequence[Any]:

@@ -1,7 +1,7 @@
-"""What a model reached on each benchmark, from the files of its evaluations and its training, with how it was asked.
+"""The results of a model on each benchmark, from its evaluation files and its training, with their settings.
 
-Figures are in percent, those of `bits per byte` in bits. Every figure carries its `Setting`; what a table shows of
-several is `best` of them, and what in its setting is not the suite's stands beside it. No jax here.
+Figures are in percent, those of `bits per byte` in bits. Every figure has its `Setting`. Of several figures, a table
+shows the `best`, and notes how its setting differs from the suite's. No jax.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from ctllm_jax.report.run import METRICS, read_run
 BITS = "bits per byte"
 BITS_TASK = "bits_per_byte"
 SHORT = 2048
-"""A model that sees fewer tokens at once than this loses the beginning of many a question with examples."""
+"""A model with a shorter context than this loses the beginning of many questions with examples."""
 _IN_PERCENT = ("squadv2",)
 """Tasks whose metrics are in percent already; those of others are shares."""
 
 
 class Setting(NamedTuple):
-    """How a figure was measured; figures of equal settings make one curve.
+    """The setting of a figure; figures with equal settings form one curve.
 
     Attributes:
-      shots: examples before each question; None where there is no such thing.
-      asked: `100 of 14,042` where not all questions were asked.
-      max_length: tokens that the model sees at once, where that is fewer than `SHORT`.
+      shots: number of examples before each question; None if not applicable.
+      asked: `100 of 14,042` if not all questions were asked.
+      max_length: context length of the model, if it is below `SHORT`.
       in_training: measured by the training loop.
     """
 
@@ -50,7 +50,7 @@ class Setting(NamedTuple):
     in_training: bool = False
 
     def notes(self, shots: int | None) -> list[str]:
-        """What is not as a suite that asks with `shots` examples wants it, in words."""
+        """Describe the differences from a suite with `shots` examples."""
         noted = []
         if self.shots is not None and shots is not None and self.shots != shots:
             noted.append(f"{_examples(self.shots)}, where the suite has {shots}")
@@ -79,7 +79,7 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Figure:
-    """A value, its 95 % interval, the level of guessing, the questions behind it, and where it stands."""
+    """A value, its 95 % interval, the chance level, the number of questions, and its file."""
 
     value: float
     setting: Setting
@@ -94,12 +94,12 @@ class Figure:
 
 @dataclass
 class Measured:
-    """A checkpoint and all that was measured of it.
+    """A checkpoint and all its measured figures.
 
     Attributes:
       kind: base, sft or dpo.
-      ratio: of a fine-tuning on two groups, as its config says it.
-      figures: benchmark -> figures, a group of curves each.
+      ratio: ratio of two groups in fine-tuning, as in its config.
+      figures: benchmark -> figures of all settings.
       judged: results of `judge`.
     """
 
@@ -112,7 +112,7 @@ class Measured:
     judged: list[Result] = field(default_factory=list)
 
     def best(self, benchmark: str, suite: SuiteConfig) -> Figure | None:
-        """The figure nearest to what the suite asks for: its examples, no template, all questions; then the newest."""
+        """The figure closest to the suite's setting: its examples, no template, all questions; then the newest."""
         wanted = suite.benchmarks.get(benchmark)
         shots = wanted.shots if wanted else None
 
@@ -125,13 +125,13 @@ class Measured:
 
 
 def read_measured(target: str, suite: SuiteConfig) -> list[Measured]:
-    """The checkpoints of a target of which something was measured, oldest first.
+    """The checkpoints of a target with measured figures, oldest first.
 
     Args:
       target: a run directory, RUN@STEP, or a folder that `evaluate output=` or `judge output=` wrote to.
 
     Raises:
-      UserError: no such directory, or a file there that is malformed.
+      UserError: there is no such directory, or a file there is malformed.
     """
     name, at, step = target.rpartition("@")
     wanted = int(step) if at and step.isdigit() else None
@@ -166,7 +166,7 @@ def read_measured(target: str, suite: SuiteConfig) -> list[Measured]:
 
 
 def extra_benchmarks(measured: Sequence[Measured], suite: SuiteConfig) -> list[str]:
-    """What was measured beside the suite's benchmarks, bits per byte last."""
+    """Measured benchmarks outside the suite, bits per byte last."""
     names = dict.fromkeys(name for each in measured for name in each.figures if name not in suite.benchmarks)
     return sorted(names, key=lambda name: name.startswith(BITS))
 
@@ -177,7 +177,7 @@ def is_bits(benchmark: str) -> bool:
 
 
 def _kind(directory: Path) -> tuple[str, str | None]:
-    """What training a run was, and its ratio."""
+    """Kind of training of a run, and its ratio."""
     path = directory / "config.yaml"
     config = read_values(path) if path.is_file() else {}
     name = stage_of_run(config).name
@@ -189,14 +189,14 @@ def _results(directory: Path) -> list[dict[str, Any]]:
 
 
 def _judged_files(directory: Path) -> Iterator[tuple[Path, int]]:
-    """(file, step) of the records of whole sets."""
+    """(file, step) of the records of complete sets."""
     for path in [*sorted((directory / results.FOLDER).glob("*/judge-*.json")), *sorted(directory.glob("judge-*.json"))]:
         if not path.stem.endswith((".part", ".comparison")) and ".part." not in path.name:
             yield path, int(path.parent.name) if path.parent.name.isdigit() else 0
 
 
 def _figures(result: Mapping[str, Any], suite: SuiteConfig) -> Iterator[tuple[str, Figure]]:
-    """(benchmark, figure) of a result: those of the suite, and what was asked for by other names."""
+    """(benchmark, figure) of a result: those of the suite, and those requested by other names."""
     known = {}
     for name, benchmark in suite.benchmarks.items():
         if benchmark.task:
@@ -234,7 +234,8 @@ def _read(result: Mapping[str, Any], task: str, metric: str, *, scale: float | N
 
 
 def _pooled(result: Mapping[str, Any], benchmark: BenchmarkConfig) -> Figure | None:
-    """A group of subjects that were all asked under another name, such as CMMLU's; None where one is missing."""
+    """The figure of a group whose subjects were all evaluated under another name, such as CMMLU's; None if one is
+    missing."""
     known = find_benchmark(benchmark.task)
     members, ours = known.members if known else (), result[results.OURS]
     counts = [ours["intervals"].get(member, {}).get(benchmark.metric, {}) for member in members]
@@ -270,7 +271,7 @@ def _setting(result: Mapping[str, Any], leaves: Sequence[str]) -> Setting:
 
 
 def _add_training(directory: Path, suite: SuiteConfig, at_step: Any) -> None:
-    """What the training loop measured: benchmarks, and bits per byte of what is held out."""
+    """Figures of the training loop: benchmarks, and bits per byte of held-out text."""
     run = read_run(directory)
     for record in run.benchmarks:
         measured = at_step(record["step"])
@@ -281,7 +282,7 @@ def _add_training(directory: Path, suite: SuiteConfig, at_step: Any) -> None:
             measured.figures[name].append(Figure(
                 told["value"], setting, told["low"], told["high"], told["chance"], told["questions"], told["metric"],
                 record["time"], str(directory / METRICS)))
-    # What tuning holds out is answers, which are no text that a base model's figures could stand beside.
+    # Held-out data of SFT and DPO are answers, whose figures are not comparable with a base model's on text.
     for record in run.evaluation if _kind(directory)[0] == "base" else ():
         for source, values in record["sources"].items():
             bits = finite(values.get("bits_per_byte"))
@@ -298,7 +299,7 @@ def _examples(shots: int) -> str:
 
 
 def to_event(result: Mapping[str, Any], asked: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What a "benchmarks" event of metrics.jsonl says of the tasks asked for: `_add_training` reads it."""
+    """The content of a "benchmarks" event of metrics.jsonl, which `_add_training` reads."""
     told = {}
     for task in asked:
         benchmark = find_benchmark(task)

@@ -1,4 +1,4 @@
-"""What the authors of CT-LLM measured, from paper.yaml, which names its sources. No jax here."""
+"""The results of CT-LLM's authors, from paper.yaml, which names its sources. No jax."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _FILE = Path(__file__).with_name("paper.yaml")
 
 
 class PaperModel(NamedTuple):
-    """A model of the paper's tables: `kind` is base, sft or dpo; `is_ours` tells CT-LLM from what it is compared with;
-    `figures` are percent by benchmark."""
+    """A model of the paper's tables: `kind` is base, sft or dpo; `is_ours` distinguishes CT-LLM from the models it is
+    compared with; `figures` are percent by benchmark."""
 
     name: str
     kind: str

@@ -1,4 +1,4 @@
-"""Held-out preferences: whether a model prefers the better answer of pairs that training has not seen."""
+"""Held-out preferences: how often a model prefers the better answer of unseen pairs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def evaluate_pairs(evaluation_step: Callable, params: Any, sources: Mapping[str,
         return {"loss": total["loss"] / total["weight"], **describe(total)}
 
     everything = {name: math.fsum(total[name] for total in sums.values()) for name in next(iter(sums.values()))}
-    # A source is of one group: of it alone, NAME/GROUP would say NAME again.
+    # A source belongs to one group, so its NAME/GROUP would only repeat NAME.
     own = {source: {name: value for name, value in total.items() if not _GROUPED.match(name)}
            for source, total in sums.items()}
     return {**figures(everything), "sources": {source: figures(total) for source, total in own.items()}}

@@ -1,7 +1,7 @@
-"""The benchmarks: where lm-eval keeps their definition, which dataset they read, what is reported of them.
+"""The benchmarks: the place of lm-eval's definitions, their datasets, and the reported metrics.
 
-A stock task is lm-eval's own, prompt for prompt. Naming its folder is what saves the index of all its tasks (13 to 18
-seconds); the folders here are read in 0.03 s at most.
+A stock task is lm-eval's own, prompt for prompt. Naming its folder avoids lm-eval's index of all tasks (13 to 18
+seconds); the folders here are read in at most 0.03 s.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ CMMLU_GROUPS: Mapping[str, tuple[str, ...]] = {
         "construction_project_management", "elementary_chinese", "elementary_commonsense", "ethnology",
         "high_school_politics", "modern_chinese", "traditional_chinese_medicine"),
 }
-"""Subjects of CMMLU by the categories of its authors (arXiv 2306.09212); China-specific subjects stand in another
-category too."""
+"""Subjects of CMMLU by the categories of its authors (arXiv 2306.09212); China-specific subjects are also in another
+category."""
 
 CEVAL_GROUPS: Mapping[str, tuple[str, ...]] = {
     "ceval-valid_stem": (
@@ -62,22 +62,22 @@ CEVAL_GROUPS: Mapping[str, tuple[str, ...]] = {
         "advanced_mathematics", "discrete_mathematics", "probability_and_statistics", "college_chemistry",
         "college_physics", "high_school_mathematics", "high_school_chemistry", "high_school_physics"),
 }
-"""Subjects of C-Eval by the categories of its authors (arXiv 2305.08322); the hard ones stand in STEM too."""
+"""Subjects of C-Eval by the categories of its authors (arXiv 2305.08322); the hard ones are also in STEM."""
 
 GAOKAO = ("biology", "chemistry", "chinese", "geography", "history", "mathcloze", "mathqa", "physics")
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A task or a group of tasks that can be asked for by name."""
+    """A task or a group of tasks that can be requested by name."""
 
     folder: str
     """Folder of its definition: below lm-eval's `tasks`, or below our `definitions` where `ours` is set."""
     metric: str = "acc"
-    """What is reported first, as lm-eval names it."""
+    """The main metric, by lm-eval's name."""
     ours: bool = False
     members: tuple[str, ...] = field(default=())
-    """Tasks of a group of ours over stock tasks; empty: the definition says."""
+    """Tasks of our group over stock tasks; empty: given by the definition."""
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -118,11 +118,11 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 }
 
 FOLDER_OF_PREFIX: Mapping[str, str] = {"mmlu_": "mmlu_stem", "cmmlu_": "cmmlu", "ceval-valid_": "ceval-valid"}
-"""A name that is none of the above but begins so is a subject of that benchmark."""
+"""Another name with this prefix is a subject of that benchmark."""
 
 
 def find_benchmark(name: str) -> Benchmark | None:
-    """What is known of a task, group or subject; None for a name that no benchmark here has."""
+    """The entry of a task, group or subject; None for an unknown name."""
     if name in BENCHMARKS:
         return BENCHMARKS[name]
     for prefix, parent in FOLDER_OF_PREFIX.items():

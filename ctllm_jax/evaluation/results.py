@@ -1,8 +1,8 @@
-"""What an evaluation came to: lm-eval's own JSON with a part of ours, where it is kept, how sure it is. No jax here.
+"""Results of an evaluation: lm-eval's JSON with our additions, its files, and its intervals. No jax.
 
 RUN/evaluation/STEP/ has a file for each set of tasks and number of examples, such as `cmmlu+mmlu-5shot.json` (with
-`-limit100` where not all questions were asked, `-chat` behind a chat template), beside it `….samples.jsonl` if asked
-for, and `answers.jsonl`, what was answered so far. `read_results` gives all results of a run.
+`-limit100` if not all questions were asked, `-chat` if a chat template was used), `….samples.jsonl` if requested, and
+`answers.jsonl` with all answers so far. `read_results` returns all results of a run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _OF_CHOICES = ("acc", "acc_norm", "acc_bytes", "exact_match")
 
 
 def result_name(tasks: Sequence[str], *, num_fewshot: int | None, limit: float | None, chat: bool) -> str:
-    """The name of a result's file, without its ending; many tasks are told apart by a hash."""
+    """The name of a result's file, without its suffix; a hash replaces a long list of tasks."""
     name = "+".join(sorted(tasks))
     if len(name) > _LONGEST_NAME:
         name = f"{len(tasks)}-tasks-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
@@ -38,19 +38,19 @@ def result_name(tasks: Sequence[str], *, num_fewshot: int | None, limit: float |
 
 
 def result_folder(run_dir: Path, step: int) -> Path:
-    """Where the results of a run's step lie."""
+    """The folder of the results of a run's step."""
     return run_dir / FOLDER / str(step)
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """A file that is there whole or not at all."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1, ensure_ascii=False, default=to_json) + "\n"
     write_whole(path, text.encode())
 
 
 def write_samples(path: Path, samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
-    """Every question as lm-eval has it, JSON lines, each with its `task`."""
+    """Write every question in lm-eval's form as JSON lines, each with its `task`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
     with open(partial, "w", encoding="utf-8") as file:
@@ -61,7 +61,7 @@ def write_samples(path: Path, samples: Mapping[str, Iterable[Mapping[str, Any]]]
 
 
 def read_results(run: Path | str, *, step: int | None = None) -> list[dict[str, Any]]:
-    """All results of a run, or of one step, in the order of their steps and names, each with the `path` that it is of.
+    """All results of a run, or of one step, in the order of steps and names, each with its `path`.
 
     Raises:
       UserError: a file that is no JSON.
@@ -72,7 +72,7 @@ def read_results(run: Path | str, *, step: int | None = None) -> list[dict[str, 
 
 
 def read_folder(folder: Path) -> list[dict[str, Any]]:
-    """The results that lie in a folder, in the order of their names; as `read_results`."""
+    """The results in a folder, in the order of their names; as `read_results`."""
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -85,7 +85,7 @@ def read_folder(folder: Path) -> list[dict[str, Any]]:
 
 
 def to_json(value: Any) -> Any:
-    """What JSON has no type for: numbers of numpy as numbers, sets as lists, functions by name, the rest as text."""
+    """Convert types that JSON lacks: numpy numbers to numbers, sets to lists, functions to names, the rest to text."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, set | frozenset):
@@ -94,9 +94,9 @@ def to_json(value: Any) -> Any:
 
 
 def wilson_interval(hits: int, count: int, *, z: float = Z_95) -> tuple[float, float]:
-    """Where a share lies of which `hits` of `count` draws were seen: (lower, upper) bound, by default at 95 %.
+    """The confidence interval of a share with `hits` of `count` draws: (lower, upper), by default at 95 %.
 
-    Wilson 1927, J. Am. Stat. Assoc. 22:209: within [0, 1], and right near both ends, where the usual interval is not.
+    Wilson 1927, J. Am. Stat. Assoc. 22:209: within [0, 1], and accurate near both ends, unlike the normal interval.
     """
     if not 0 <= hits <= count or not count:
         raise ValueError(f"{hits} of {count} is no share")
@@ -116,8 +116,8 @@ def metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:
 def intervals(result: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """The 95 % interval of every metric of every task and group: `low`, `high`, `method`.
 
-    Wilson's where the metric is a share of questions (`hits` of `count`), of a group's questions together if that is
-    how the group is averaged; else 1.96 standard errors of lm-eval; none where it gives none.
+    Wilson's interval if the metric is a share of questions (`hits` of `count`), over all questions of a group if the
+    group is averaged that way; else 1.96 standard errors of lm-eval; none if it gives none.
 
     Args:
       result: of `lm_eval.evaluate`, with its `samples`.
@@ -143,7 +143,7 @@ def intervals(result: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]
 
 
 def leaves(result: Mapping[str, Any], name: str) -> list[str]:
-    """The tasks that a name of `results` stands for: itself, or those of a group."""
+    """The tasks of a name in `results`: itself, or those of a group."""
     children = result.get("group_subtasks", {}).get(name)
     if not children:
         return [name] if name in result["samples"] else []
@@ -151,13 +151,13 @@ def leaves(result: Mapping[str, Any], name: str) -> list[str]:
 
 
 def chance(result: Mapping[str, Any]) -> dict[str, float]:
-    """What guessing comes to, of every task and group whose questions are choices, a group's weighted by questions."""
+    """The chance level of every task and group with multiple choice, weighted by questions in a group."""
     guessed = {}
     for task, rows in result["samples"].items():
         config = result["configs"].get(task, {})
         if config.get("output_type") != "multiple_choice":
             continue
-        # Mutual information asks for every choice a second time, without its question.
+        # Mutual information scores every choice a second time, without its question.
         times = 2 if any(each.get("metric") == "acc_mutual_info" for each in config.get("metric_list") or ()) else 1
         guessed[task] = [times / len(row["arguments"]) for row in rows]
     levels = {}
@@ -170,7 +170,7 @@ def chance(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def is_of_choices(metric: str) -> bool:
-    """Whether guessing gives a metric (`acc,none`) the level that `chance` says."""
+    """Whether the level of `chance` applies to a metric (`acc,none`)."""
     return metric.partition(",")[0] in _OF_CHOICES
 
 

@@ -1,9 +1,9 @@
-"""Which tokens a model must see so that every continuation behind its context gets its log-probability. No jax here.
+"""Plan the computation of log-probabilities of continuations with as few tokens as possible. No jax.
 
-Requests with equal inputs are one input (the choices A to D of a question differ in their targets alone). Inputs that
-begin alike share a prefix, such as few-shot examples, which goes through the model once (`Shared`); what stands behind
-it lies packed in rows, and there again tokens that several inputs begin with are there once: a row is a forest, in
-which a token sees those above it. What shares nothing worth it is packed by segments (`Packed`).
+Requests with equal inputs become one input (the choices A to D of a question differ only in their targets). Inputs with
+a common beginning share a prefix, such as few-shot examples, which is computed once (`Shared`). The inputs after it are
+packed into rows, in which common beginnings are again stored once: a row is a forest, in which a token attends to its
+ancestors. Inputs without a useful common prefix are packed by segments (`Packed`).
 
 Legend: B rows, S tokens of a row, G groups (of one prefix each, and B / G rows), P tokens of a prefix, N scored tokens.
 """
@@ -18,18 +18,20 @@ from typing import NamedTuple
 import numpy as np
 
 LENGTHS = (32, 64, 128, 256, 384, 512, 768, 1024)
-"""What rows and prefixes are padded to; beyond the last, its halves again: few lengths, so few programs."""
+"""Lengths that rows and prefixes are padded to; longer ones are multiples of half the last. Few lengths mean few
+programs."""
 OVERHEAD = 64
-"""Tokens that a prefix of its own must save beyond its own, or it is not worth two more programs."""
+"""Number of tokens that a separate prefix must save in addition to its own; otherwise it is not worth two more
+programs."""
 BUNDLE = 8
-"""Inputs of a group that begin with so many more equal tokens lie in one row, so that these are there once."""
+"""Inputs of a group with at least this many more common tokens share a row, which stores these tokens once."""
 ROW = 256
-"""Behind a prefix rows are so long, where no input is longer: a token looks at its whole row, seen or masked."""
+"""Row length after a prefix, unless an input is longer: attention computes the whole row, masked or not."""
 
 
 class Packed(NamedTuple):
-    """Rows of segments, each an input: int32 [B, S]; and what of them is scored, int32 [N]: a place of the flattened
-    rows, the token that is to follow, and the request that this counts for."""
+    """Rows of segments, each an input: int32 [B, S]; and the scored tokens, int32 [N]: an index of the flattened rows,
+    the token that follows, and the request that it counts for."""
 
     tokens: np.ndarray
     segment_ids: np.ndarray
@@ -41,7 +43,7 @@ class Packed(NamedTuple):
 
 class Shared(NamedTuple):
     """Rows behind prefixes: `prefix` int32 [G, P], padded on the right, and `prefix_lengths` [G]. `ends` [B, S]: a
-    token is seen by itself and by those behind it in its row, up to this place; 0 for padding. The rest as of `Packed`.
+    token is visible to itself and to later tokens of its row, up to this index; 0 for padding. The rest as in `Packed`.
     Batches in a row with the same `prefix` object need it computed once."""
 
     prefix: np.ndarray
@@ -56,9 +58,9 @@ class Shared(NamedTuple):
 
 @dataclass(eq=False)
 class Input:
-    """Tokens that the model sees, and the continuations that end behind the last one, by request.
+    """Input tokens, and the continuations that end after the last one, by request.
 
-    `first` is the first place that is scored: nothing from there on can lie in a shared prefix.
+    `first` is the first scored index: no token from there on can be in a shared prefix.
     """
 
     ids: np.ndarray
@@ -71,7 +73,7 @@ class Input:
 
 @dataclass(eq=False)
 class Group:
-    """Inputs that begin with the same `length` tokens, and the group that its prefix goes on from."""
+    """Inputs that begin with the same `length` tokens, and the group whose prefix it extends."""
 
     length: int
     parent: Group | None
@@ -81,8 +83,8 @@ class Group:
 def collect_inputs(requests: Iterable[tuple[Sequence[int], Sequence[int]]], *, max_length: int) -> list[Input]:
     """The different inputs of requests (context, continuation), in the order of their ids.
 
-    A context that is too long loses its first tokens, as lm-eval's own models do it: an input has at most `max_length`
-    tokens, of which the last token of a continuation is none.
+    A context that is too long loses its first tokens, as in lm-eval's own models: an input has at most `max_length`
+    tokens, not counting the last token of a continuation.
 
     Raises:
       ValueError: an empty context, or a continuation longer than `max_length`.
@@ -97,7 +99,7 @@ def collect_inputs(requests: Iterable[tuple[Sequence[int], Sequence[int]]], *, m
         if not len(continuation):
             continue  # Nothing to be scored: log 1.
         ids = np.asarray([*context, *continuation][-(max_length + 1):-1], ">u4")
-        # Sorted as bytes, numbers in big-endian order stand as they would as tuples, at memcmp's speed.
+        # Sorted as bytes, big-endian numbers have the order of tuples, at memcmp's speed.
         each = found.setdefault(ids.tobytes(), Input(ids.astype(np.int32), len(ids), []))
         each.first = min(each.first, len(ids) - len(continuation))
         each.continuations.append((number, continuation))
@@ -105,10 +107,10 @@ def collect_inputs(requests: Iterable[tuple[Sequence[int], Sequence[int]]], *, m
 
 
 def find_groups(inputs: Sequence[Input], *, overhead: int = OVERHEAD) -> tuple[list[Group], list[Input]]:
-    """The prefixes that are worth being computed apart, each with the inputs behind it; and what is left over.
+    """The prefixes that are worth a separate computation, each with its inputs; and the remaining inputs.
 
-    From the shortest common prefix on to longer ones: one is taken where the inputs behind it save more tokens by it
-    than it has. An input belongs to its longest one.
+    Prefixes are considered from short to long; one is used if it saves its inputs more tokens than it has. An input
+    belongs to its longest prefix.
     """
     common = np.zeros(len(inputs) + 1, np.int64)  # with the input before
     for place in range(1, len(inputs)):
@@ -131,7 +133,7 @@ def find_groups(inputs: Sequence[Input], *, overhead: int = OVERHEAD) -> tuple[l
         cuts = [start, *(np.flatnonzero(common[start + 1:stop] == depth) + start + 1).tolist(), stop]
         stack += [(one, other, group) for one, other in zip(cuts, cuts[1:], strict=False)]
     kept = []
-    # Children come behind their parents: those that kept too few inputs for themselves give them back.
+    # Children follow their parents; those with too few inputs of their own return them.
     for group in reversed(groups[1:]):
         saved = (len(group.inputs) - 1) * (group.length - group.parent.length) - group.parent.length
         if group.inputs and saved > overhead:
@@ -151,13 +153,13 @@ def common_length(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def padded(length: int) -> int:
-    """The length that a row or prefix of so many tokens is padded to."""
+    """The length that a row or prefix of this many tokens is padded to."""
     step = max(LENGTHS[-1] // 2, 1 << max(0, (length - 1).bit_length() - 2))
     return next((size for size in LENGTHS if size >= length), -(-length // step) * step)
 
 
 def fill_rows(lengths: Sequence[int], *, size: int | None = None) -> list[list[int]]:
-    """Items by rows that hold them: the longest one that is left, then always the longest one that still fits.
+    """Pack items into rows: the longest remaining one, then repeatedly the longest one that still fits.
 
     Args:
       size: of every row; None: the padded length of a row's first item.
@@ -181,7 +183,7 @@ def plan(inputs: Sequence[Input], *, batch_tokens: int, multiple: int = 1,
 
     Args:
       batch_tokens: of a batch, padding and prefixes included; one row may have more.
-      multiple: that numbers of rows are of, as a mesh wants it.
+      multiple: the number of rows is a multiple of this, as a mesh requires.
       share: False: each input goes through the model by itself.
     """
     groups, single = find_groups(inputs) if share else ([], list(inputs))
@@ -213,14 +215,14 @@ def plan(inputs: Sequence[Input], *, batch_tokens: int, multiple: int = 1,
 
 
 def bundle(group: Group) -> list[tuple[list[Input], int]]:
-    """The inputs of a group in bundles that lie in one row, each with the tokens that it takes there."""
+    """The inputs of a group in bundles for one row, each with its number of tokens there."""
     bundles: list[tuple[list[Input], int]] = []
     longest = max(len(each) for each in group.inputs) - group.length
     for each in group.inputs:
         new = len(each) - group.length
         if bundles:
             shared = common_length(bundles[-1][0][-1].ids, each.ids) - group.length
-            # An input may end within another one: then it is all there.
+            # An input may be a prefix of another one, which then contains it.
             taken = bundles[-1][1] + new - shared
             if shared >= BUNDLE and taken <= max(ROW, longest):
                 bundles[-1] = [*bundles[-1][0], each], taken
@@ -287,7 +289,7 @@ class _Scored:
         self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, each: Input, path: np.ndarray) -> None:
-        """An input whose last tokens lie at these places of the flattened rows."""
+        """Add an input whose last tokens are at these indices of the flattened rows."""
         for request, continuation in each.continuations:
             count = len(continuation)
             self._parts.append((path[-count:], np.asarray(continuation), np.full(count, request)))
@@ -301,5 +303,5 @@ def _rows_at_once(size: int, *, batch_tokens: int, multiple: int) -> int:
 
 
 def _row_count(rows: int, *, most: int, multiple: int) -> int:
-    """Rows that so many are padded to: a power of two times `multiple`, for few programs."""
+    """The padded number of rows: a power of two times `multiple`, for few programs."""
     return min(most, multiple << (-(-rows // multiple) - 1).bit_length())

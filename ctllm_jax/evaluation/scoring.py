@@ -1,7 +1,7 @@
-"""Log-probabilities of many continuations behind many contexts, each token through the model as seldom as can be.
+"""Compute log-probabilities of continuations given their contexts, with as little repeated computation as possible.
 
-`score_plan` says which tokens those are; here are the programs: packed rows through the decoder as it is, and rows
-behind a prefix whose keys and values were computed once. Figures are those of a plain pass for each request.
+`score_plan` plans the inputs. The programs here compute packed rows with the unchanged decoder, and rows after a prefix
+whose keys and values were computed once. Results equal those of a separate pass for each request.
 
 Legend: B rows, S tokens of a row, G groups, R rows of a group, P tokens of a prefix, D hidden, N query heads, K kv
 heads, M query heads of one kv head, H head dim, V vocabulary, U scored places, C targets of a place, L layers.
@@ -26,12 +26,12 @@ from ctllm_jax.model.decoder import Block, Decoder, compute_logits, forward
 
 BATCH_TOKENS = 8192
 CHOICES = 4
-"""Targets of one place that share its logits; a place with more of them is there again."""
+"""Number of targets that share the logits of one index; more targets repeat the index."""
 _LOGITS = 2**25
-"""Logits that are held at once: 128 MB."""
+"""Number of logits in memory at once: 128 MB."""
 _MASKED = -1e30
 _AHEAD = 2
-"""Batches that the device has before the first one's figures are asked for."""
+"""Number of batches dispatched before the results of the first one are read."""
 
 
 class Score(NamedTuple):
@@ -42,11 +42,11 @@ class Score(NamedTuple):
 
 
 class Scorer:
-    """A model that is asked for log-probabilities.
+    """Computes log-probabilities with a model.
 
     Args:
-      batch_tokens: tokens that go through the model at once, padding included.
-      max_length: tokens that it sees at once; None: its context.
+      batch_tokens: number of tokens in one forward pass, including padding.
+      max_length: largest input length; None: the model's context.
       share: False computes each request by itself, for comparison.
 
     Attributes:
@@ -58,7 +58,7 @@ class Scorer:
         decoder = model.decoder
         attention = decoder.attention if model.mesh is None else sharding.attention_on(model.mesh,
                                                                                        implementation="auto")
-        # Of two decoders that compute the same, one program; scanned, since there are some programs to compile.
+        # Two decoders that compute the same share one program; scanned, to compile faster.
         self._decoder = Decoder(decoder.config, decoder.dtype, attention, decoder.swiglu, scan_layers=True)
         self._params = model.params if decoder.dtype == jnp.float32 else _cast(model.params, decoder.dtype)
         self._mesh = model.mesh
@@ -67,15 +67,15 @@ class Scorer:
         self._batch_tokens, self._share = batch_tokens, share
         self.max_length = max_length or decoder.config.context_length
         self.counts: Counter[str] = Counter()
-        # The prefix of the batches before, and its keys and values.
+        # The prefix of the previous batches, and its keys and values.
         self._prefix: tuple[np.ndarray | None, Any] = (None, None)
 
     def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], *,
               report: Callable[[list[tuple[int, Score]]], None] = lambda new: None) -> list[Score]:
-        """The score of each request: ids of a context, and of what stands behind it.
+        """The score of each request: ids of a context and of its continuation.
 
         Args:
-          report: is told (place, score) of those that became known, batch by batch.
+          report: called with (index, score) of finished requests, batch by batch.
 
         Raises:
           ValueError: an empty context, or a continuation longer than `max_length`.
@@ -101,7 +101,7 @@ class Scorer:
             yield _finish(*under_way.popleft())
 
     def _begin(self, batch: Packed | Shared) -> list[Any]:
-        """Start the computation of a batch: (places, targets, and what becomes of them), part by part."""
+        """Start the computation of a batch; returns (indices, targets, results) part by part."""
         place = self._place
         if isinstance(batch, Shared):
             real, keys_values = int((batch.ends > 0).sum()), self._keys_values(batch)
@@ -121,7 +121,7 @@ class Scorer:
             rows = -(-groups // self._multiple) * self._multiple
             tokens_GP = np.zeros((rows, length), np.int32)
             tokens_GP[:groups] = batch.prefix
-            self._prefix = (None, None)  # The memory of the one before is free before there is a new one.
+            self._prefix = (None, None)  # Free the memory of the previous one before making a new one.
             self._prefix = batch.prefix, prefill(self._decoder, self._params, self._place(tokens_GP), groups=groups)
             self.counts.update(tokens=int(batch.prefix_lengths.sum()), padded=tokens_GP.size)
         return self._prefix[1]
@@ -173,7 +173,7 @@ def _pass(decoder: Decoder, params: Any, tokens_BS, segment_ids_BS, positions_BS
 
 @partial(jax.jit, static_argnums=0, static_argnames="groups")
 def prefill(decoder: Decoder, params: Any, tokens_GP: jax.Array, *, groups: int) -> tuple[jax.Array, jax.Array]:
-    """Keys and values [L, G, K, P, H] of the first `groups` prefixes; what pads one on the right is computed too."""
+    """Keys and values [L, G, K, P, H] of the first `groups` prefixes; padding on the right is computed, too."""
     positions_1P = jnp.arange(tokens_GP.shape[1], dtype=jnp.int32)[None]
 
     def attend(query, key, value, _, **options):
@@ -186,10 +186,10 @@ def prefill(decoder: Decoder, params: Any, tokens_GP: jax.Array, *, groups: int)
 @partial(jax.jit, static_argnums=0, static_argnames="row_by_row")
 def extend(decoder: Decoder, params: Any, keys_LGKPH, values_LGKPH, lengths_G, tokens_BS, ends_BS, positions_BS, *,
            row_by_row: bool) -> jax.Array:
-    """Hidden states [B, S, D] of rows behind prefixes, B / G rows behind each; see `score_plan.Shared`.
+    """Hidden states [B, S, D] of rows after prefixes, B / G rows per prefix; see `score_plan.Shared`.
 
-    `row_by_row`: attention of one row after the other, whose scores a CPU's cache holds (145 µs a token for 8 layers of
-    8 heads behind 768 tokens; all rows at once, 420).
+    `row_by_row`: compute attention one row at a time, whose scores fit into a CPU's cache (145 µs per token for 8
+    layers of 8 heads after 768 tokens, instead of 420 µs for all rows at once).
     """
     config = decoder.config
     groups, _, prefix = keys_LGKPH.shape[1:4]
@@ -228,7 +228,7 @@ def attend_behind(prefix_key_KPH, prefix_value_KPH, query_RSKMH, key_RSKH, value
     """Attention [R, S, K, M, H] of rows to the prefix of their group and to their own tokens, softmax in float32.
 
     Args:
-      before_RSP, own_RST: bool, which token of the prefix, and of its row, a query sees.
+      before_RSP, own_RST: bool, the tokens of the prefix, and of its row, that a query attends to.
     """
     R, S, K, M, H = query_RSKMH.shape
     query_RKMSH = query_RSKMH.transpose(0, 2, 3, 1, 4) * H**-0.5
@@ -237,7 +237,7 @@ def attend_behind(prefix_key_KPH, prefix_value_KPH, query_RSKMH, key_RSKH, value
     own_RKMST = _matmul(query_RKMSH.reshape(R, K, M * S, H), key_RSKH.swapaxes(1, 2), contract=3)
     before_RKMSP = jnp.where(before_RSP[:, None, None], before_RKMSP, _MASKED)
     own_RKMST = jnp.where(own_RST[:, None, None], own_RKMST.reshape(R, K, M, S, S), _MASKED)
-    # One softmax over both, without putting them side by side: exponentials of all less their common maximum.
+    # One softmax over both without concatenating them, by subtracting their common maximum.
     highest_RKMS1 = jnp.maximum(*(jnp.max(x, axis=-1, keepdims=True) for x in (before_RKMSP, own_RKMST)))
     before_RKMSP, own_RKMST = (jnp.exp(x - highest_RKMS1) for x in (before_RKMSP, own_RKMST))
     total_RKMS1 = sum(jnp.sum(x, axis=-1, keepdims=True) for x in (before_RKMSP, own_RKMST))

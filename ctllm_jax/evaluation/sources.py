@@ -1,4 +1,4 @@
-"""Where the questions of a dataset are on this machine, and reading them without a network."""
+"""Find the questions of a dataset on this machine, and read them without a network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CACHED_SPLIT = re.compile(r".+-(?P<split>[A-Za-z_]+)(-\d+-of-\d+)?\.arrow")
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset that lies on this machine; called, it gives its splits, which is what lm-eval's `custom_dataset` is."""
+    """A dataset on this machine. Calling it returns its splits, as lm-eval's `custom_dataset` requires."""
 
     dataset: str
     configuration: str | None
@@ -30,10 +30,10 @@ class Source:
     place: str
     """The file or folder that a user put there."""
     folder: str
-    """What is read: `place`, or where it is converted."""
+    """The folder to read: `place`, or the converted files."""
 
     def __call__(self, **_: Any) -> DatasetDict:
-        """Every split. lm-eval passes a task's metadata, which nothing here depends on."""
+        """Return every split. lm-eval passes a task's metadata, which is ignored."""
         from datasets import Dataset, DatasetDict
 
         files = self._files()
@@ -42,7 +42,7 @@ class Source:
         return DatasetDict({split: _read(Dataset, paths) for split, paths in files.items()})
 
     def rows(self, split: str) -> int:
-        """Number of rows of a split, from the files' footers where they have them.
+        """Number of rows of a split, from the files' footers if they have them.
 
         Raises:
           UserError: there is no such split.
@@ -63,7 +63,7 @@ class Source:
         return bool(self._files())
 
     def _files(self) -> dict[str, list[Path]]:
-        """Files of each split; empty for a layout that is left to the datasets client."""
+        """Files of each split; empty for a layout that the datasets client reads."""
         pattern = _CACHED_SPLIT if self.kind.startswith("cache") else _SPLIT_FILE
         folder = Path(self.folder)
         if not self.kind.startswith("cache"):
@@ -76,7 +76,7 @@ class Source:
 
 
 def find_source(dataset: str, configuration: str | None, *, data: Path, cache: Path) -> Source | None:
-    """Where a dataset is: a folder of its name below `data`, its official file there, or the client's own cache.
+    """Find a dataset: a folder of its name below `data`, its official file there, or the client's cache.
 
     Args:
       dataset: name on the hub, such as `cais/mmlu`.
@@ -101,7 +101,7 @@ def find_source(dataset: str, configuration: str | None, *, data: Path, cache: P
 
 
 def name_files(dataset: str) -> tuple[str, bool]:
-    """What to put into the folder of questions for a dataset, in words; and whether the hub has it as well."""
+    """Description of the files that the folder of questions needs for a dataset; and whether the hub has it, too."""
     official = find_official(dataset)
     if official is None:
         return f"folder {dataset}", True
@@ -121,12 +121,12 @@ def _folders(dataset: str, data: Path) -> Iterator[Path]:
 
 
 def _is_for_client(folder: Path) -> bool:
-    """Whether a folder has more than configurations: what was fetched for one of them is none of the others."""
+    """Whether a folder contains more than fetched configurations, which hold only their own questions."""
     return (folder / "data").is_dir() or any(child.is_file() for child in folder.iterdir())
 
 
 def _client_cache(dataset: str, configuration: str | None) -> Path | None:
-    """What the datasets client prepared earlier: `OWNER___NAME/CONFIGURATION/VERSION/HASH`."""
+    """Data that the datasets client prepared earlier: `OWNER___NAME/CONFIGURATION/VERSION/HASH`."""
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     root = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
     found = sorted((root / dataset.replace("/", "___") / (configuration or "default")).glob("*/*/dataset_info.json"),

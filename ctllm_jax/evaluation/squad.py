@@ -60,7 +60,7 @@ def _best(scored: Sequence[tuple[float, bool]], predictions: Sequence[Mapping[st
     current = best = float(sum(not has_answer for _, has_answer in scored))
     for (value, has_answer), prediction in sorted(zip(scored, predictions, strict=True),
                                                   key=lambda pair: pair[1]["no_answer_probability"]):
-        # To answer nothing is as right as to decline.
+        # An empty answer counts the same as a declined question.
         current += value if has_answer else -1.0 if prediction["prediction_text"] else 0.0
         best = max(best, current)
     return 100.0 * best / len(scored)
@@ -85,6 +85,6 @@ def _f1(gold: str, predicted: str) -> float:
 
 
 def _normalize(text: str) -> str:
-    """Lower case, without punctuation and articles, blanks as one."""
+    """Lower case, without punctuation and articles, with single spaces."""
     bare = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())

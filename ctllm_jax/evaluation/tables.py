@@ -1,7 +1,7 @@
-"""The paper's tables: its figures and ours beside each other, a benchmark a row. No jax here.
+"""The paper's tables with its figures and ours side by side, one benchmark per row. No jax.
 
-A cell without a figure is `–`: nothing was measured. What was not asked as the suite asks is marked, and a note says
-how it was asked. `to_markdown`, `to_csv` and `to_rich` write the same tables.
+A cell without a figure is `–`: not measured. A figure whose setting differs from the suite's is marked, and a note
+describes the setting. `to_markdown`, `to_csv` and `to_rich` write the same tables.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CSV_HEAD = ("table", "row", "column", "origin", "step", "tokens", "value", "low
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure in a table. `notes` say what is not as it should be; `figure` is what it was taken from."""
+    """A figure in a table. `notes` describe differences from the suite; `figure` is its source."""
 
     value: float | None = None
     low: float | None = None
@@ -44,7 +44,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A model: its name, a second line, and what it is for a CSV file: the paper's, or ours."""
+    """A model: its name, a second line, and its origin for a CSV file: the paper's, or ours."""
 
     name: str
     below: str = ""
@@ -55,7 +55,7 @@ class Column:
 
 @dataclass
 class Table:
-    """A title, columns of models, and rows of cells; `facts` are columns of plain words behind the name of a row."""
+    """A title, columns of models, and rows of cells; `facts` are text columns after the name of a row."""
 
     title: str
     columns: list[Column]
@@ -71,13 +71,13 @@ class Table:
 
 def make_tables(targets: Sequence[list[Measured]], suite: SuiteConfig, *, peers: bool = False,
                 every_row: bool = True) -> list[Table]:
-    """The tables that the targets have something for: base models, aligned models, CHC-Bench and other judged sets, and
-    of a target with several checkpoints the course of its training.
+    """The tables for which the targets have results: base models, aligned models, CHC-Bench and other judged sets, and
+    the course of training of a target with several checkpoints.
 
     Args:
-      targets: of `read_measured`, a list of checkpoints each.
+      targets: from `read_measured`, a list of checkpoints each.
       peers: also the models that the paper compares CT-LLM with.
-      every_row: benchmarks of the paper that were not measured too.
+      every_row: also benchmarks of the paper that were not measured.
     """
     named = _names([each for each in targets if each])
     newest = [(name, _newest(checkpoints)) for name, checkpoints in named]
@@ -96,14 +96,14 @@ def make_tables(targets: Sequence[list[Measured]], suite: SuiteConfig, *, peers:
 
 
 def _newest(checkpoints: Sequence[Measured]) -> Measured:
-    """The newest one that `evaluate` asked; of a run that only its loop measured, the newest of these."""
+    """The newest checkpoint that `evaluate` measured; if only the training loop measured, the newest of these."""
     asked = [each for each in checkpoints if any(
         not figure.setting.in_training for figures in each.figures.values() for figure in figures)]
     return (asked or checkpoints)[-1]
 
 
 def _judged_last(checkpoints: Sequence[Measured]) -> list[Measured]:
-    """Of each set of questions, and who answered them, the newest checkpoint that was judged."""
+    """The newest judged checkpoint for each set of questions and model."""
     def of(result: Result) -> tuple[str, str]:
         return result.name, str(result.record["answerer"].get("name"))
 
@@ -143,7 +143,7 @@ def _compare(title: str, ours: Sequence[tuple[str, Measured]], theirs: Sequence[
 
 
 def _course(name: str, checkpoints: Sequence[Measured], suite: SuiteConfig, *, every_row: bool) -> Table:
-    """A run's checkpoints in the order of tokens, the paper's nearest one behind each."""
+    """A run's checkpoints in the order of tokens, each followed by the paper's nearest one."""
     paper = read_paper()
     shown = [each for each in checkpoints if each.figures]
     of_base = shown[0].kind == "base" and all(each.tokens for each in shown)
@@ -184,7 +184,7 @@ def _cell(figure: Figure | None, benchmark: str, suite: SuiteConfig) -> Cell:
 
 
 def _facts(benchmark: str, found: Sequence[Figure | None], suite: SuiteConfig) -> list[str]:
-    """Examples, questions and the level of guessing of our figures; several where they differ."""
+    """Number of examples and questions, and chance level of our figures; several if they differ."""
     def several(values: Sequence[str | None]) -> str:
         return " / ".join(dict.fromkeys(value for value in values if value)) or NOTHING
 
@@ -233,7 +233,7 @@ def _judged_table(entries: Sequence[tuple[str, Measured, Result]]) -> Table:
     table.foot.append(f"Ratings from 1 to 10, with 95 % intervals over questions in brackets. {NOTHING}: no answer was "
                       "rated.")
     if is_chc:
-        table.foot.append("The paper's ratings of CHC-Bench are not beside these: no source of them could be read.")
+        table.foot.append("The paper's ratings of CHC-Bench are not shown, because no source of them could be read.")
     return table
 
 
@@ -281,7 +281,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def to_csv(tables: Sequence[Table]) -> str:
-    """The tables as CSV: a line a figure, numbers in full. What was not measured has no line."""
+    """The tables as CSV: one line per figure, with full precision. Missing figures have no line."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(_CSV_HEAD)
@@ -324,5 +324,5 @@ def to_rich(table: Table) -> RichTable:
 
 
 def foot_lines(table: Table) -> list[str]:
-    """What stands below a table: what it is in, and the notes behind its marks."""
+    """The text below a table: its unit, and the notes of its marks."""
     return [*table.foot, *(f"{mark} {note}" for note, mark in table.notes().items())]

@@ -1,6 +1,6 @@
-"""lm-eval's tasks over questions that lie on this machine.
+"""lm-eval's tasks with questions on this machine.
 
-Stock tasks stay as they are, prompt for prompt: only where their rows come from is ours. Nothing asks the network.
+Stock tasks are unchanged, prompt for prompt; only the source of their rows is ours. Nothing uses the network.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DEFINITIONS = Path(__file__).resolve().parent / "definitions"
 
 @dataclass(frozen=True)
 class Leaf:
-    """One task that is no group: what it reads."""
+    """A single task and its dataset."""
 
     name: str
     dataset: str
@@ -51,12 +51,12 @@ def open_tasks(names: Sequence[str], *, data: Path | None = None,
       names: tasks, subjects (`mmlu_anatomy`) and groups (`mmlu`, `cmmlu_china_specific`), each of `BENCHMARKS`.
       data: directory of official files and dataset folders; None: `data/evaluation`.
       num_fewshot: examples before each question, for all or by name (of a task or of a group above it); None keeps
-        the task's own number, 0 where it has none. A task that fixes 0 keeps it, as in lm-eval.
+        the task's own number, 0 if it has none. A task that fixes 0 keeps it, as in lm-eval.
       cache: directory where official files are kept once converted; None: `data_cache/evaluation`.
-      seed: of the draw of examples, where a task draws them; lm-eval's default.
+      seed: seed of sampled examples; by default lm-eval's.
 
     Raises:
-      UserError: all names that are unknown, or all datasets that are not there, with what to do.
+      UserError: names are unknown or datasets are missing; all are listed, with what to do.
     """
     data, cache = Path(data or DEFAULT_DATA), Path(cache or DEFAULT_CACHE)
     catalog = Catalog()
@@ -80,7 +80,7 @@ def open_tasks(names: Sequence[str], *, data: Path | None = None,
         raise UserError("\n".join(lines))
     import datasets
 
-    datasets.disable_progress_bars()  # tasks such as HellaSwag map their rows anew each time lm-eval looks at them
+    datasets.disable_progress_bars()  # tasks such as HellaSwag map their rows again on each access
     tasks = {name: catalog.open(name, source) for name, source in sources.items()}
     groups: dict[str, Group] = {}
     for name in names:
@@ -107,7 +107,7 @@ def describe_fetch(wanted: str, *, data: Path) -> str:
 
 
 def _shots(names: Sequence[str], given: int | Mapping[str, int | None] | None, catalog: Catalog) -> dict[str, int]:
-    """Examples of each task; a task that is asked for by two names has one number."""
+    """Number of examples of each task; a task requested by two names must have one number."""
     shots: dict[str, int] = {}
     for name in names:
         number = given.get(name) if isinstance(given, Mapping) else given
@@ -131,19 +131,19 @@ def _available_examples(task: Task) -> int:
     pool = task.sampler.fewshot_docs()
     if task.fewshot_cfg.split != task.config.test_split:
         return len(pool)
-    # Examples and questions are of one split: a question, with its copies, is no example of its own.
+    # Examples and questions share a split, so a question and its duplicates cannot be its own examples.
     copies = Counter(json.dumps(row, sort_keys=True, default=str) for row in pool)
     return len(pool) - max(copies.values(), default=0)
 
 
 @dataclass
 class Catalog:
-    """lm-eval's definitions of the benchmarks, read folder by folder as they are asked for."""
+    """lm-eval's definitions of the benchmarks, read folder by folder on demand."""
 
     managers: dict[Path, TaskManager] = field(default_factory=dict)
 
     def unknown(self, name: str) -> str | None:
-        """Why a name cannot be opened, or None."""
+        """The reason why a name cannot be opened, or None."""
         if find_benchmark(name) is not None and self._entry(name) is not None:
             return None
         import difflib
@@ -153,7 +153,7 @@ class Catalog:
                 + " (python launch.py evaluate list shows all)")
 
     def leaves(self, name: str) -> list[Leaf]:
-        """The tasks that a name stands for, each once, in the order of their definition."""
+        """The tasks of a name, each once, in the order of their definition."""
         found: dict[str, Leaf] = {}
         for leaf in self._leaves(name):
             found.setdefault(leaf.name, leaf)
@@ -167,7 +167,7 @@ class Catalog:
         """A task over its questions.
 
         Raises:
-          UserError: they lack what the task asks for.
+          UserError: they lack something that the task needs.
         """
         from jinja2 import UndefinedError
 
@@ -224,7 +224,7 @@ class Catalog:
         return index.get(name) or (BENCHMARKS.get(name) if find_benchmark(name).members else None)
 
     def _group_config(self, name: str) -> dict[str, Any]:
-        """Of a group of ours: as the stock group that its tasks belong to, with their names."""
+        """The definition of our group: that of the stock group of its tasks, with their names."""
         members = find_benchmark(name).members
         if not members:
             return dict(self._entry(name).cfg)
@@ -235,7 +235,7 @@ class Catalog:
         children = []
         for child in self._group_config(name)["task"]:
             entry = self._entry(child)
-            # A tag, such as mmlu_stem_tasks, stands for its tasks.
+            # A tag, such as mmlu_stem_tasks, means its tasks.
             children += sorted(entry.tags) if entry.cfg is None else [child]
         return children
 
@@ -267,7 +267,7 @@ def definition_folder(benchmark: Benchmark) -> Path:
 
 
 def _short_path(path: Path) -> str:
-    """A definition's path without what differs from machine to machine: `lm_eval/tasks/mmlu/…`."""
+    """A definition's path without its machine-dependent part: `lm_eval/tasks/mmlu/…`."""
     root = DEFINITIONS.parent.parent if path.is_relative_to(DEFINITIONS) else path.parents[
         [parent.name for parent in path.parents].index("lm_eval")].parent
     return str(path.relative_to(root.parent if path.is_relative_to(DEFINITIONS) else root))

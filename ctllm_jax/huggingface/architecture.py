@@ -17,7 +17,7 @@ from ctllm_jax.config.model import ModelConfig
 CONFIG, GENERATION = "config.json", "generation_config.json"
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
 """The classes of transformers that our decoder computes, and their `model_type`."""
-_DEFAULTS = {  # what the class of transformers takes where config.json is silent
+_DEFAULTS = {  # defaults of the class of transformers for missing keys
     "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "sliding_window": None},
     "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 4096 * 32, "sliding_window": 4096,
                 "num_key_value_heads": 8},
@@ -33,14 +33,14 @@ _TYPES = {
     **dict.fromkeys(("sliding_window", "max_window_layers", "num_key_value_heads", "head_dim"), int),
     **dict.fromkeys(("rope_theta", "rms_norm_eps", "initializer_range", "partial_rotary_factor"), (int, float)),
 }
-"""What keys must hold where they are not null; the rest is checked by name, or by the schema of the model."""
+"""Required values of keys that are not null; other keys are checked by name, or by the model's schema."""
 _UNKNOWN = ("quantization_config", "per_layer_config", "attention_chunk_size", "kv_sharing_modes",
             "transformers_weights")
 """Keys of any class of transformers that change what it computes, or which weights it reads."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file. UserError where it is malformed."""
+    """Read a JSON object; empty if there is no such file. Raises UserError if it is malformed."""
     if not path.is_file():
         return {}
     try:
@@ -59,7 +59,7 @@ def read_model_config(directory: Path, *, vocab_size: int) -> ModelConfig:
       vocab_size: ids that the tokenizer can give; rows beyond them are padding. At most `embedding_rows`.
 
     Raises:
-      UserError: an architecture that is none of ARCHITECTURES, or keys that our decoder cannot compute: each named.
+      UserError: the architecture is not one of ARCHITECTURES, or our decoder does not support some keys; all are named.
     """
     path, given = directory / CONFIG, read_json(directory / CONFIG)
     mistyped = [f"{name}={json.dumps(given[name])}" for name, kinds in _TYPES.items()
@@ -96,7 +96,7 @@ def read_model_config(directory: Path, *, vocab_size: int) -> ModelConfig:
 
 
 def embedding_rows(directory: Path) -> int:
-    """Rows of the embedding, padding included. UserError where config.json does not say."""
+    """Rows of the embedding, including padding. Raises UserError if config.json does not state it."""
     rows = read_json(directory / CONFIG).get("vocab_size")
     if not _is_count(rows):
         raise UserError(f"{directory / CONFIG} must give vocab_size as a whole number above 0")
@@ -218,5 +218,5 @@ def _window(known: dict[str, Any], kind: str) -> int | None:
 
 
 def _multiple(vocab_size: int, rows: int) -> int:
-    """A `vocab_multiple` that pads `vocab_size` to `rows`: 128 where it does."""
+    """A `vocab_multiple` that pads `vocab_size` to `rows`; 128 if possible."""
     return next(multiple for multiple in (128, 64, 1, rows) if -(-vocab_size // multiple) * multiple == rows)

@@ -25,11 +25,11 @@ VOCABULARY = ("embedding", "head")
 
 @dataclass(frozen=True)
 class Piece:
-    """One of their tensors, and where it is in ours.
+    """A Hugging Face tensor, and its place in our parameters.
 
     Attributes:
       path: our parameter, such as `blocks/query`.
-      layer: index into its first dim; None where it has no layers.
+      layer: index into our first dim; None if it has no layers.
       name: their name.
       matrix: their shape.
     """
@@ -42,7 +42,7 @@ class Piece:
     transposed: bool
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """Their tensor in the shape of ours (of one layer): a view where numpy can."""
+        """A Hugging Face tensor in the shape of ours (of one layer); a view if possible."""
         return (tensor.T if self.transposed else tensor).reshape(self.shape)
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a MODEL: what its architecture is, and what a checkpoint of ours would say of itself."""
+"""A Hugging Face folder as a MODEL: its architecture, and the meta that our checkpoint would have."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def is_huggingface(directory: Path) -> bool:
 
 def read_config(directory: Path) -> ModelConfig:
     """The architecture. UserError as `architecture.read_model_config` and `tokenizer.read_tokenizer`."""
-    read_model_config(directory, vocab_size=embedding_rows(directory))  # what is refused, before a tokenizer is read
+    read_model_config(directory, vocab_size=embedding_rows(directory))  # unsupported keys, before a tokenizer
     return read_model_config(directory, vocab_size=read_tokenizer(directory, rows=embedding_rows(directory)).size)
 
 

@@ -18,7 +18,7 @@ def to_tokenizer_json(path: Path, *, prefix_id: int | None, talks: bool) -> dict
     Args:
       path: the .model.
       prefix_id: BOS, if it is to be put before every text; None: nothing is.
-      talks: the dummy prefix, if the model has one, is not to stand behind the markers of a dialogue. (It is then for
+      talks: the dummy prefix, if the model has one, must not follow the markers of a dialogue. (It is then for
         the beginning alone, as with symbols of the user's own, and a text that begins with a space has one space less
         than SentencePiece gives it.)
 
@@ -67,7 +67,7 @@ def to_tokenizer_json(path: Path, *, prefix_id: int | None, talks: bool) -> dict
 
 
 def _merges(pieces: list[Any], vocab: dict[str, int]) -> list[str]:
-    """The pairs that make a piece, the best piece first; SentencePiece merges whatever makes the best piece."""
+    """The pairs that make a piece, the best piece first; SentencePiece merges the pair that makes the best piece."""
     made = [(piece.piece, piece.score) for piece in pieces if piece.type == _NORMAL and len(piece.piece) > 1]
     usable = {piece.piece for piece in pieces if piece.type in (_NORMAL, _USER_DEFINED)}
     merges = []

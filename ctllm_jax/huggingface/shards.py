@@ -26,12 +26,12 @@ DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F1
 """A dtype's name in the header -> numpy's; weights of others (integers, 8-bit floats, double precision) are refused."""
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _LARGEST_HEADER = 100 * 2**20  # as in the reference implementation
-_SAMPLE = 4096  # bytes of each tensor that tell one model from another
+_SAMPLE = 4096  # bytes of each tensor that are hashed to distinguish models
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies."""
+    """Place of a tensor."""
 
     path: Path
     offset: int
@@ -75,7 +75,8 @@ class ShardReader:
         return array.reshape(shape)
 
     def identity(self) -> str:
-        """A hash of names, shapes, dtypes and a sample of each tensor: equal for copies, another for other weights."""
+        """A hash of names, shapes, dtypes and a sample of each tensor: equal for copies, different for other
+        weights."""
         content = hashlib.sha256()
         for name, entry in sorted(self.entries.items()):
             content.update(json.dumps([name, entry.shape, entry.dtype.name]).encode())
@@ -91,7 +92,7 @@ class ShardWriter:
 
     Args:
       directory: an existing folder.
-      tensors: `(name, shape, dtype)` of all that will be written, in the order in which they are to lie.
+      tensors: `(name, shape, dtype)` of all tensors to write, in file order.
       shard_bytes: most bytes of a file; a larger tensor has a file of its own.
       single: name of the file where one is enough.
     """
@@ -120,7 +121,7 @@ class ShardWriter:
             (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Put a tensor where it belongs. The array has the shape and the dtype that were announced."""
+        """Write a tensor to its place. The array must have the declared shape and dtype."""
         entry = self.entries[name]
         assert (array.shape, array.dtype) == (entry.shape, entry.dtype), (name, array.shape, array.dtype)
         file = self._open[entry.path]
@@ -167,7 +168,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file. UserError where it is damaged."""
+    """All tensors of a safetensors file. Raises UserError if it is damaged."""
     return {name: np.fromfile(path, dtype=entry.dtype, count=math.prod(entry.shape), offset=entry.offset)
             .reshape(entry.shape) for name, entry in _read_header(path).items()}
 
@@ -210,7 +211,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
 
 
 def _read_entry(path: Path, name: str, given: Any, *, start: int, size: int) -> Entry:
-    """What a header says of one tensor, whose bytes lie between `start` and `size`."""
+    """The header entry of one tensor, whose bytes are between `start` and `size`."""
     given = given if isinstance(given, dict) else {}
     dtype, shape, offsets = (given.get(key) for key in ("dtype", "shape", "data_offsets"))
     for numbers in (shape, offsets):

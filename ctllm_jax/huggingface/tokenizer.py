@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates in Hugging Face's files: what is kept of an imported one, what is written, the gate.
+"""Tokenizers and chat templates in Hugging Face's files: import, export, and the check of an export.
 
 A SentencePiece model becomes a tokenizer.json here, because what transformers makes of the .model by itself gives other
 ids. No export is done before the written files give our ids. No jax here.
@@ -49,7 +49,7 @@ _DIALOGUES = (
 
 
 class Origin(NamedTuple):
-    """What a Hugging Face folder says of its tokenizer.
+    """The tokenizer settings of a Hugging Face folder.
 
     Attributes:
       tokenizer: the tokenizer.
@@ -58,7 +58,7 @@ class Origin(NamedTuple):
       stop_ids: all ids that end a text, `eod_id` first.
       generation: generation_config.json without `eos_token_id`.
       prefix_id: BOS, where the tokenizer puts it before a text.
-      template: what a checkpoint says of its template; None: it has none, or it cannot be used.
+      template: the template entry of a checkpoint; None: there is none, or it cannot be used.
       problem: why the template cannot be used.
     """
 
@@ -107,7 +107,7 @@ def read_tokenizer(directory: Path, *, rows: int) -> Origin:
 
 
 def read_drawing(generation: dict[str, Any], *, path: Path | None = None) -> dict[str, Any]:
-    """How a generation_config.json wants tokens to be drawn, under our names: `temperature`, `top_k`, `stop`, ….
+    """The sampling defaults of a generation_config.json, under our names: `temperature`, `top_k`, `stop`, ….
 
     `do_sample` of false is a temperature of 0. UserError, naming the file `path`, where a value cannot be used.
     """
@@ -137,7 +137,7 @@ def _read_ends(path: Path) -> list[int]:
 
 
 def keep_settings(run_dir: Path, *, tokenizer: Path, template: str | None) -> None:
-    """Keep in a run directory a jinja template, and what an imported tokenizer has beside its file.
+    """Store in a run directory a jinja template, and the settings files of an imported tokenizer.
 
     Args:
       tokenizer: its file, in a Hugging Face folder, or in a run directory that keeps such settings.
@@ -182,7 +182,7 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, template: ChatTemplat
     """Write tokenizer.json, tokenizer_config.json, the chat template, and a SentencePiece model as it is.
 
     Args:
-      meta: of the checkpoint: the ids that begin and end a text, and what generation_config.json held.
+      meta: the checkpoint's meta: the ids that begin and end a text, and the content of generation_config.json.
 
     Returns:
       `bos_token_id`, `eos_token_id` and `pad_token_id` of config.json, those that there are.
@@ -236,7 +236,7 @@ def check_tokenizer(directory: Path, tokenizer: Tokenizer, template: ChatTemplat
     the kind and the settings that ours are, and the template gives our ids for dialogues.
 
     Returns:
-      What differs without being wrong, a line each: a template whose text Hugging Face tokenizes together with a
+      Differences that are not errors, one line each: a template whose text Hugging Face tokenizes together with a
       message's.
 
     Raises:
@@ -288,7 +288,7 @@ def add_tokens(spec: dict[str, Any], tokens: dict[int, dict[str, Any]]) -> None:
 
 
 def _check_added(directory: Path, tokenizer: Tokenizer, written: Any, *, others: frozenset[int]) -> None:
-    """The added tokens are what they were, and decoded text shows the same ones; `others` were made special."""
+    """Check that added tokens are unchanged, and that decoded text shows the same ones; `others` were made special."""
     source = {} if tokenizer.path.suffix == ".model" else {
         token["id"]: token for token in read_json(tokenizer.path).get("added_tokens", ())}
     for token in read_json(directory / "tokenizer.json")["added_tokens"]:

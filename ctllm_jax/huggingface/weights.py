@@ -37,7 +37,7 @@ class Weights:
         self._check()
 
     def dtype(self, path: str) -> np.dtype:
-        """Of a parameter: that of its tensors; float32 where its layers differ."""
+        """Dtype of a parameter: that of its tensors; float32 if its layers differ."""
         found = {self.reader.entries[piece.name].dtype for piece in self.pieces[path]}
         return found.pop() if len(found) == 1 else np.dtype(np.float32)
 
@@ -66,7 +66,7 @@ class Weights:
     def load(self, abstract: Any) -> Any:
         """All parameters as the shardings and dtypes of `abstract` want them.
 
-        Every process reads a tensor at a time and keeps of it what its devices hold.
+        Every process reads one tensor at a time and keeps only the parts of its devices.
         """
         return self._tree(lambda path: self._place(path, reduce(getitem, path.split("/"), abstract)))
 

@@ -1,4 +1,4 @@
-"""From weights to text."""
+"""Generation of text, chat and serving."""
 
 from ctllm_jax.config.extras import need_train
 

@@ -1,4 +1,4 @@
-"""Who answers a prompt: a file, an endpoint, or a MODEL of ours. jax is imported by the last alone."""
+"""Sources of answers to prompts: a file, an endpoint, or a local MODEL. Only the last imports jax."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Task(NamedTuple):
 
     @property
     def row_id(self) -> int:
-        """32 bits of the key, from which the draws for this prompt follow."""
+        """32 bits of the key, which seed the random draws for this prompt."""
         return int(self.key[:8], 16)
 
 
 class Answer(NamedTuple):
-    """A text, whether a limit on tokens ended it, and who gave it, as it goes into a row's provenance."""
+    """A text, whether the token limit ended it, and its source, for a row's provenance."""
 
     text: str
     is_cut: bool
@@ -45,7 +45,7 @@ class Answer(NamedTuple):
 
 
 def make_tasks(prompts: Iterable[Prompt]) -> tuple[list[Task], int]:
-    """A task for each prompt, in their order, and how many prompts were copies of an earlier one with its answer."""
+    """A task for each prompt, in order, and the number of prompts that duplicate an earlier one with its answer."""
     tasks: dict[str, Task] = {}
     copies = 0
     for prompt in prompts:
@@ -57,12 +57,12 @@ def make_tasks(prompts: Iterable[Prompt]) -> tuple[list[Task], int]:
 
 
 class Answers(ABC):
-    """One who answers.
+    """A source of answers.
 
     Attributes:
-      identity: all that decides the answers, as JSON.
-      name: what people call it.
-      at_once: answers that come together, at most.
+      identity: everything that determines the answers, as JSON.
+      name: its name for users.
+      at_once: largest number of answers that arrive together.
     """
 
     identity: dict[str, Any]
@@ -70,21 +70,21 @@ class Answers(ABC):
     at_once: int = 1
 
     def plan(self, tasks: Sequence[Task]) -> tuple[list[Task], dict[str, int]]:
-        """The tasks in the order in which they are answered best, and how many are left out, by reason."""
+        """The tasks in the best order for answering, and the number left out, by reason."""
         return list(tasks), {}
 
     @abstractmethod
     def answer(self, tasks: Sequence[Task], *, ahead: int = 1) -> Iterator[Answer | EndpointError]:
-        """The answer to each task, or why there is none.
+        """Yield the answer to each task, or the reason why there is none.
 
         Args:
           tasks: some of the planned ones, in their order.
-          ahead: answers that are taken together: so many are worked on before the first is taken, where that helps.
+          ahead: number of tasks that may be started before the first answer is taken.
         """
 
 
 class GivenAnswers(Answers):
-    """The answers that the prompts came with."""
+    """The answers that are in the prompts' file."""
 
     identity = {"kind": "data"}
     name = "data"
@@ -96,7 +96,7 @@ class GivenAnswers(Answers):
 
 
 class EndpointAnswers(Answers):
-    """The answers of an endpoint; requests are sent ahead of those that are taken. Its address may change."""
+    """The answers of an endpoint; requests are sent ahead. Its address may change."""
 
     def __init__(self, config: EndpointConfig, *, seed: int):
         self._endpoint = Endpoint(config)
@@ -114,14 +114,14 @@ class EndpointAnswers(Answers):
 
 
 class ModelAnswers(Answers):
-    """The answers of a MODEL of ours, many at once: the next prompt enters where an answer ends.
+    """The answers of a local MODEL, many at once: when an answer ends, the next prompt starts.
 
     Args:
       config: of a MODEL, without `base_url`.
-      seed: a row's draws depend on it and the task's key alone.
+      seed: the draws of a row depend only on the seed and the task's key.
 
     Raises:
-      UserError: no such model, or it was not taught to answer.
+      UserError: there is no such model, or it was not trained on dialogues.
     """
 
     def __init__(self, config: RejectedConfig, *, seed: int):
@@ -140,7 +140,8 @@ class ModelAnswers(Answers):
         self.identity = {"kind": "model", "step": model.step, "fingerprint": fingerprint(model), **options}
 
     def plan(self, tasks: Sequence[Task]) -> tuple[list[Task], dict[str, int]]:
-        """See `Answers`: as they came. The template or the context may refuse a prompt."""
+        """See `Answers`; in the given order. A prompt is left out if the template refuses it, or the context is too
+        short."""
         planned: list[Task] = []
         dropped: Counter[str] = Counter()
         for task in tasks:
@@ -173,9 +174,9 @@ class ModelAnswers(Answers):
                     for task in tasks for ids in [self._prompts[task.key]])
         for _, text, finish in self._engine.run(requests, ahead=max(ahead, self.at_once)):
             is_cut = finish == "length"
-            # A character of which only the first bytes were reached.
+            # A character that is cut after its first bytes.
             yield Answer(text.rstrip("\ufffd") if is_cut else text, is_cut, {**self.identity, "model": config.model})
 
     def _room(self, ids: Sequence[int]) -> int:
-        """Most new tokens behind a prompt."""
+        """Largest number of new tokens after a prompt."""
         return min(self._config.max_tokens, self._context - len(ids))

@@ -1,10 +1,11 @@
-"""The compiled half of the engine: keys and values in slots, prompts written into them, tokens drawn from them.
+"""The compiled half of the engine: slots of keys and values, prefill of prompts, and sampling of tokens.
 
-Two programs. `prefill` writes tokens of some requests into their slots, behind a prefix that may be another slot's, and
-draws a first token; `decode` draws several tokens for all slots. Layers lie apart, so that a step writes in place.
+There are two programs. `prefill` computes tokens of some requests in their slots, after a prefix that may come from
+another slot, and samples a first token. `decode` samples several tokens for all slots. Layers are separate arrays, so
+that a step writes in place.
 
 Legend: B slots, R requests, S new tokens, T tokens of a slot, K kv heads, H head dim, D hidden, V vocabulary, L layers,
-Z stop ids, N likeliest tokens that are told.
+Z stop ids, N likeliest tokens that are reported.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ctllm_jax.model.decoder import Block, Decoder, compute_logits, forward, spl
 
 
 class Slots(NamedTuple):
-    """What is kept of each slot's tokens: L arrays [B, K, T, H] of keys and of values; bool [B, V], what was seen."""
+    """The cache of each slot: L arrays [B, K, T, H] of keys and of values; bool [B, V], ids that occurred."""
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
@@ -31,13 +32,13 @@ class Slots(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Tokens to be written, of R requests.
+    """Tokens of R requests to prefill.
 
     Attributes:
       tokens: int32 [R, S], padded on the right.
-      slot, source: int32 [R]; where they go, and whose tokens stand before them; a slot out of range writes nothing.
-      start, count: int32 [R]; tokens that stand before them, and how many they are.
-      targets: int32 [R, S]; the token behind each, whose log-probability is wanted.
+      slot, source: int32 [R]; their slot, and the slot of the tokens before them; a slot out of range writes nothing.
+      start, count: int32 [R]; number of tokens before them, and number of new tokens.
+      targets: int32 [R, S]; the token after each, whose log-probability is requested.
     """
 
     tokens: Any
@@ -49,8 +50,8 @@ class Part(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Where each slot stands: its last token (not in the cache yet), tokens in the cache, tokens that it may still draw
-    (0: none is drawn), int32 [B]; ids that end it, int32 [B, Z], -1 for none."""
+    """State of each slot: its last token (not in the cache yet), number of tokens in the cache, number of tokens that
+    it may still sample (0: inactive), int32 [B]; ids that end it, int32 [B, Z], -1 for none."""
 
     token: Any
     length: Any
@@ -67,7 +68,7 @@ class Scores(NamedTuple):
 
 
 def split_layers(params: Any, *, dtype: Any) -> Any:
-    """The parameters with `blocks` as a tuple of one tree a layer, in `dtype`: no step slices a stack then."""
+    """The parameters with `blocks` as a tuple of one tree per layer, in `dtype`, so that no step slices a stack."""
     @partial(jax.jit, static_argnums=1)
     def take(stacks, layer):
         return jax.tree.map(lambda stack: stack[layer].astype(dtype), stacks)
@@ -79,7 +80,7 @@ def split_layers(params: Any, *, dtype: Any) -> Any:
 
 
 def cache_sharding(config: Any, mesh: Mesh | None, *, slots: int) -> NamedSharding | None:
-    """Heads as the model's; slots over the batch axes, where these divide them."""
+    """Shard heads like the model's, and slots over the batch axes if these divide them."""
     if mesh is None:
         return None
     batch = sharding.BATCH_AXES if slots % sharding.axis_size(mesh, sharding.BATCH_AXES) == 0 else None
@@ -89,7 +90,7 @@ def cache_sharding(config: Any, mesh: Mesh | None, *, slots: int) -> NamedShardi
 def make_slots(config: Any, *, slots: int, length: int, dtype: Any, device: Any, mesh: Mesh | None = None) -> Slots:
     """Empty slots, on the device or over the mesh."""
     shape = (slots, config.num_kv_heads, length, config.head_dim)
-    # Placed from the start, as what a step gives back is: programs are compiled once.
+    # Placed from the start like a step's results, so that programs are compiled once.
     out = cache_sharding(config, mesh, slots=slots) or SingleDeviceSharding(device)
     whole = sharding.replicated(mesh) if mesh is not None else out
 
@@ -103,21 +104,21 @@ def make_slots(config: Any, *, slots: int, length: int, dtype: Any, device: Any,
 
 @partial(jax.jit, donate_argnums=0)
 def mark_seen(slots: Slots, slot: Any, seen_V: Any) -> Slots:
-    """What a slot's repetition penalty counts."""
+    """Ids that count for a slot's repetition penalty."""
     return slots._replace(seen_BV=slots.seen_BV.at[slot].set(seen_V))
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("span", "scores", "mesh"), donate_argnames="slots")
 def prefill(decoder: Decoder, params: Any, slots: Slots, part: Part, sampling: Sampling, *, span: int, scores: bool,
             mesh: Mesh | None = None) -> tuple[Drawn, Scores | None, Slots]:
-    """Write a part of some prompts; the token drawn behind each (of use where the part ends the prompt).
+    """Prefill a part of some prompts; returns the token sampled after each (meaningful if the part ends the prompt).
 
     Args:
       sampling: arrays [R].
-      span: tokens of a slot that are looked at: at least start + S.
+      span: number of tokens of a slot that attention reads: at least start + S.
       scores: whether the log-probabilities of `part.targets` are computed.
     """
-    # Requests that stand for none read slot 0, and write to a slot that there is not.
+    # Padding requests read slot 0, and write to a slot that does not exist.
     def gather(stack_BKTH):
         return stack_BKTH.at[part.source, :, :span].get(mode="clip")
 
@@ -145,11 +146,11 @@ def decode(decoder: Decoder, params: Any, slots: Slots, rows: Rows, sampling: Sa
            mesh: Mesh | None = None) -> tuple[Drawn, Slots]:
     """Up to `steps` tokens for each slot: `Drawn` with arrays [steps, B, …].
 
-    A row draws until one of its stop ids, or until it has none left; what stands behind that is of no meaning.
+    A row samples until one of its stop ids, or until its limit; later values are meaningless.
 
     Args:
       sampling: arrays [B].
-      span: tokens of a slot that are looked at: at least the longest row's length + steps, or T.
+      span: number of tokens of a slot that attention reads: at least the longest row's length + steps, or T.
     """
     slots_count, length = slots.keys[0].shape[0], slots.keys[0].shape[2]
     told = min(MOST_TOLD, decoder.config.padded_vocab_size)
@@ -163,7 +164,7 @@ def decode(decoder: Decoder, params: Any, slots: Slots, rows: Rows, sampling: Sa
     def advance(carry):
         step, slots, rows, index_B, out = carry
         active_B = rows.left > 0
-        # A row that draws nothing writes behind its tokens, where the next to come overwrites it.
+        # An inactive row writes after its tokens, where the next token overwrites it.
         hidden_B1D, keys, values = _forward(decoder, params, rows.token[:, None], slots.keys, slots.values,
                                             jnp.minimum(rows.length, length - 1), span)
         drawn = draw(_logits(decoder, params, hidden_B1D[:, 0]), sampling._replace(index=index_B),

@@ -1,4 +1,4 @@
-"""Limits on connections, before anybody has shown a key: how many there may be, and how long each may keep silent."""
+"""Limits on connections before authentication: their number, and how long each may be idle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ctllm_jax.config.errors import UserError
 
 BACKLOG = 128
-"""Connections that are accepted before the limit is looked at."""
+"""Number of connections that are accepted between checks of the limit."""
 _OTHER_FILES = 128
 
 
@@ -60,7 +60,7 @@ def limited(*, read_timeout: float, max_connections: int) -> type[H11Protocol]:
                 self._for_reader.cancel()
 
         def _follow(self) -> None:
-            """Have a timer while a head is waited for, and none while its request is answered."""
+            """Run a timer while waiting for a head, and none while its request is answered."""
             waits = self.cycle is None or self.cycle.response_complete
             if waits and self._for_head is None:
                 self._for_head = self.loop.call_later(read_timeout, self._end, b"408 Request Timeout")
@@ -75,7 +75,7 @@ def limited(*, read_timeout: float, max_connections: int) -> type[H11Protocol]:
             if self.transport.is_closing():  # what was sent last was not taken
                 self.transport.abort()
                 return
-            # Where nothing was asked, a status could be taken for the answer to a request that is on its way.
+            # Without a request, a status could be mistaken for the answer to a request that is in transit.
             if self.conn.trailing_data[0] or self.cycle is None:
                 self.transport.write(b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: 0\r\n\r\n" % status)
             self.transport.close()
@@ -85,7 +85,7 @@ def limited(*, read_timeout: float, max_connections: int) -> type[H11Protocol]:
 
 
 def allow_files(max_connections: int) -> None:
-    """Raise this process's limit on open files as far as so many connections need it.
+    """Raise this process's limit on open files to the number that these connections need.
 
     Raises:
       UserError: the system does not allow so many.

@@ -1,6 +1,6 @@
-"""A client of OpenAI-compatible chat completions, of the standard library. No jax here.
+"""A client of OpenAI-compatible chat completions, based on the standard library. No jax.
 
-The key goes into one header of requests to `base_url`, and nowhere else: no redirect is followed, no message shows it.
+The key is sent only in one header of requests to `base_url`: redirects are not followed, and no message shows it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ _LONGEST_RETRY_AFTER = 3600.0
 _MOST_BYTES = 2**25
 _SHOWN = 500  # characters of a server's text in a message
 _STOPS_ALL = (401, 402, 404, 405)
-"""Statuses that the next request would meet too: key, account, address or model are wrong."""
+"""Statuses that every request would get: key, account, address or model are wrong."""
 _MAY_STOP_ALL = 403
-"""Once the server has answered another request, it is this one that is refused, as gateways do for what is in it."""
+"""After the server has answered another request, these statuses concern only this request, such as a gateway's content
+filter."""
 logger = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
-    """What is to be answered, the seed that is sent where `send_seed` is set, and a temperature in place of the
+    """The messages to answer, the seed that is sent if `send_seed` is set, and a temperature that replaces the
     config's."""
 
     messages: Sequence[Message]
@@ -53,7 +54,7 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """An answer. `is_cut`: the limit on tokens ended it. `model` is the name that the server gave to itself."""
+    """An answer. `is_cut`: the limit on tokens ended it. `model` is the name that the server reported."""
 
     text: str
     is_cut: bool
@@ -63,11 +64,11 @@ class Reply(NamedTuple):
 
 
 class EndpointError(UserError):
-    """Why there is no answer.
+    """The reason for a missing answer.
 
     Attributes:
-      retriable: another try may get one.
-      concerns_all: no other request would get one either.
+      retriable: a retry may succeed.
+      concerns_all: every other request would fail, too.
       retry_after: seconds that the server asks to wait.
     """
 
@@ -97,17 +98,17 @@ class Endpoint:
         if self._key is not None and address.scheme == "http" and not is_here:
             logger.warning("%s: the API key and all texts are sent without encryption, and can be read on the way: use "
                            "https, or a tunnel to an address of this machine", self.url)
-        # Nothing on this machine is behind a proxy; elsewhere urllib's reading of the environment holds.
+        # Addresses of this machine never use a proxy; for others urllib reads the environment.
         proxies = [urllib.request.ProxyHandler({})] if is_here else []
         self._opener = urllib.request.build_opener(_NoRedirect, *proxies)
-        self._free_at = 0.0  # until then the server has asked all to wait
+        self._free_at = 0.0  # time until which the server has asked all requests to wait
         self._has_answered = False
 
     def ask(self, request: Request, *, stop: threading.Event | None = None) -> Reply:
         """The answer to a request, after as many tries as the config allows.
 
         Args:
-          stop: once set, no further try is waited for.
+          stop: once set, no further retry is made.
 
         Raises:
           EndpointError: there is none.
@@ -126,7 +127,7 @@ class Endpoint:
                     tries = f" (after {attempt + 1} tries)" if attempt else ""
                     tries += f"; it asks to wait {asked:,.0f} s" if asked > _LONGEST_RETRY_AFTER else ""
                     raise EndpointError(f"{error}{tries}", concerns_all=error.concerns_all) from None
-                # Half of the wait is random, so that those who failed together do not come back together.
+                # Half of the wait is random, so that requests that failed together are not retried together.
                 wait = min(self._backoff * 2**attempt, _LONGEST_WAIT) * random.uniform(0.5, 1.0)
                 if asked:
                     self._free_at = max(self._free_at, time.monotonic() + asked)
@@ -137,7 +138,7 @@ class Endpoint:
         raise AssertionError("a loop that returns or raises")
 
     def ask_many(self, requests: Iterable[Request], *, ahead: int | None = None) -> Iterator[Reply | EndpointError]:
-        """The answer to each request, or why there is none, in the order of the requests.
+        """Yield the answer to each request, or the reason why there is none, in the order of the requests.
 
         Args:
           ahead: requests begun before their answers are taken; None: four times `concurrency`.
@@ -173,7 +174,7 @@ class Endpoint:
                 except BaseException as error:
                     future.set_exception(error)
 
-        # Daemons: a request that hangs does not hold up the end of the process.
+        # Daemon threads, so that a hanging request does not delay the end of the process.
         threads = [threading.Thread(target=work, daemon=True) for _ in range(self.config.concurrency)]
         for thread in threads:
             thread.start()
@@ -217,7 +218,7 @@ class Endpoint:
         return self._parse(content, kind)
 
     def _read(self, response: Any, until: float) -> bytes:
-        """The body. A server that goes on forever is left at `until`: the timeout of a socket begins anew each time."""
+        """Read the body until the time `until`, because a socket's timeout restarts with each read."""
         parts, size = [], 0
         while part := response.read1(2**16):
             parts.append(part)
@@ -231,7 +232,7 @@ class Endpoint:
         return b"".join(parts)
 
     def _refused(self, error: urllib.error.HTTPError, until: float) -> EndpointError:
-        """The error that a status other than 2xx stands for, with the server's own text."""
+        """The error for a status other than 2xx, with the server's text."""
         status = error.code
         try:
             with error:
@@ -252,7 +253,7 @@ class Endpoint:
             retry_after=_seconds(error.headers.get("Retry-After")))
 
     def _lost(self, reason: Any) -> EndpointError:
-        """The error of a connection that was not made, or did not hold."""
+        """The error of a failed or lost connection."""
         host = urlsplit(self.url).netloc
         never = not self._has_answered
         if isinstance(reason, ssl.SSLCertVerificationError):
@@ -276,11 +277,11 @@ class Endpoint:
         try:
             found = json.loads(content.decode("utf-8-sig"))
         except (ValueError, RecursionError):
-            # Said to be JSON, it was cut off on its way; a page of HTML is what another address gives.
+            # JSON that does not parse was truncated; a page of HTML means a wrong address.
             raise EndpointError(f"{self.url}: the answer is not JSON but {kind}: {self._say(_decoded(content))[:80]!r}",
                                 retriable="json" in kind, concerns_all=never) from None
         if isinstance(found, dict) and found.get("error"):
-            # Some servers answer 200, and say inside what went wrong.
+            # Some servers answer 200 with an error inside.
             raise EndpointError(f"{self.url}: {self._say(_error_text(content))}")
         choices = found.get("choices") if isinstance(found, dict) else None
         if not isinstance(choices, list):
@@ -302,14 +303,14 @@ class Endpoint:
                      *(max(0, count) if isinstance(count, int) else 0 for count in counts))
 
     def _say(self, text: str) -> str:
-        """A server's text as a message may hold it: on one line, short, and without the key."""
+        """A server's text for a message: on one line, short, and without the key."""
         text = text.replace(self._key, "…") if self._key else text
         text = " ".join(visible(text).split())
         return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: it would take the key, and the prompt, to an address that nobody gave."""
+    """A redirect is an error, because it would send the key and the prompt to an address that the user did not give."""
 
     def http_error_302(self, *args: Any) -> None:
         return None
@@ -352,7 +353,7 @@ def _seconds(value: str | None) -> float | None:
 
 
 def _error_text(content: bytes) -> str:
-    """What a server says of an error: its JSON's message, or the text as it is."""
+    """A server's description of an error: its JSON's message, or the plain text."""
     text = _decoded(content)
     try:
         found = json.loads(text)

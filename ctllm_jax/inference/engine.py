@@ -1,4 +1,4 @@
-"""Many requests at once on one model: a request enters as soon as a slot is free, and leaves it when it ends.
+"""Continuous batching: a request takes a slot as soon as one is free, and frees it when it ends.
 
     engine = Engine(decoder, params, tokenizer=tokenizer)
     engine.submit(Request(prompt=ids, max_tokens=100))
@@ -6,7 +6,8 @@
         for event in engine.step():
             ...
 
-No thread and no clock: `step` does some work and says what came of it. `inference.worker` puts a thread around it.
+The engine uses no thread and no clock: `step` does some work and returns events. `inference.worker` runs it in a
+thread.
 """
 
 from __future__ import annotations
@@ -30,30 +31,30 @@ from ctllm_jax.inference.text import TextStream
 from ctllm_jax.model.decoder import Decoder
 
 TOGETHER = 4
-"""Prompts that are written at a time, where so many wait; else one: two programs a length."""
+"""Number of prompts in one prefill if that many wait, else one; so there are two programs per length."""
 logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Requests in, events out.
+    """Serves requests and returns events.
 
     Args:
       decoder: its `remat`, `scan_layers`, `constrain` and `embed` do not matter here.
-      params: of the decoder; taken apart into layers, in the decoder's dtype, unless `split` is false.
+      params: the decoder's parameters; split into layers, in the decoder's dtype, unless `split` is false.
       tokenizer: for text and stop strings; None: events hold tokens alone.
-      slots: requests at once.
-      max_length: most tokens of prompt and answer together; None: the model's context.
-      mesh: what `params` are split over; the cache then is too. None: one device.
-      steps: tokens that are drawn for all slots before anyone is told: more of them cost less, and come in bursts.
-      split: False leaves `params` as they are, for one that lives as long as a step of training.
+      slots: number of concurrent requests.
+      max_length: largest number of tokens of prompt and answer together; None: the model's context.
+      mesh: the mesh that `params`, and then the cache, are sharded over. None: one device.
+      steps: number of tokens sampled for all slots per step: more are faster, but arrive in bursts.
+      split: False does not copy `params`, for an engine that is used only within one training step.
 
     Attributes:
-      counts: what was done so far, by name, in tokens or requests.
+      counts: work done so far, by name, in tokens or requests.
     """
 
     def __init__(self, decoder: Decoder, params: Any, *, tokenizer: Tokenizer | None = None, slots: int = 8,
                  max_length: int | None = None, mesh: Mesh | None = None, steps: int = 8, split: bool = True):
-        # Of two decoders that compute the same, one program.
+        # Two decoders that compute the same share one program.
         self._decoder = Decoder(decoder.config, decoder.dtype, decoder.attention, decoder.swiglu)
         self._params = cache.split_layers(params, dtype=decoder.dtype) if split else params
         self._tokenizer, self._mesh, self._steps = tokenizer, mesh, steps
@@ -85,14 +86,14 @@ class Engine:
 
     @property
     def slots(self) -> int:
-        """Requests that run at once."""
+        """Number of requests that can run at once."""
         return len(self._slots)
 
     def check(self, request: Request) -> None:
-        """Whether a request can be served; from any thread.
+        """Check that a request can be served; may be called from any thread.
 
         Raises:
-          ValueError: longer than `max_length`, an id that the model lacks, or stop strings without a tokenizer.
+          ValueError: it is longer than `max_length`, has an unknown id, or has stop strings without a tokenizer.
         """
         if len(request.prompt) + request.max_tokens > self.max_length:
             raise ValueError(f"prompt of {len(request.prompt)} tokens and max_tokens={request.max_tokens} are longer "
@@ -103,7 +104,7 @@ class Engine:
             raise ValueError("stop: texts need a tokenizer")
 
     def submit(self, request: Request) -> int:
-        """Line a request up; its number. ValueError as of `check`."""
+        """Queue a request, and return its number. Raises ValueError as `check`."""
         self.check(request)
         number = next(self._numbers)
         text = None if self._tokenizer is None else TextStream(self._tokenizer, request.prompt, stop=request.stop)
@@ -113,12 +114,12 @@ class Engine:
         return number
 
     def cancel(self, number: int) -> None:
-        """End a request; the next step says so, and its slot is free. One that has ended already is left alone."""
+        """Cancel a request; the next step reports it and frees its slot. An ended request is ignored."""
         if number in self._jobs:
             self._cancelled.add(number)
 
     def step(self) -> list[Event]:
-        """Let requests in, write a part of their prompts, draw tokens for those that are written."""
+        """Admit requests, prefill a part of their prompts, and sample tokens for complete prompts."""
         events = self._cancel()
         self._waiting = schedule.admit(self._waiting, self._slots, clock=self._clock)
         for group, size in schedule.parts([slot for slot in self._slots if slot.job and not slot.job.is_written],
@@ -129,10 +130,10 @@ class Engine:
         return events
 
     def run(self, requests: Iterable[Request], *, ahead: int | None = None) -> Iterator[tuple[list[Token], str, str]]:
-        """(tokens, text, finish) of each request, in their order. For an engine that nobody else asks.
+        """Yield (tokens, text, finish) of each request, in order. For an engine without other callers.
 
         Args:
-          ahead: requests that are lined up before the first one is taken; None: two for each slot.
+          ahead: number of requests that are queued before the first result is taken; None: two per slot.
         """
         requests, ahead = iter(requests), ahead or 2 * self.slots
         order: deque[int] = deque()
@@ -161,12 +162,12 @@ class Engine:
                 self.cancel(number)
 
     def reset(self) -> list[int]:
-        """Forget all that is cached, and the requests that have a slot, as after an error in a step.
+        """Drop the cache and the requests that have a slot, for example after an error in a step.
 
-        Requests that wait stay lined up, unless no slot was in use: then the error came from one of them.
+        Waiting requests stay queued, unless no slot was in use: then one of them caused the error.
 
         Returns:
-          the numbers of the requests that were forgotten.
+          the numbers of the dropped requests.
         """
         numbers = [slot.job.number for slot in self._slots if slot.job] or list(self._jobs)
         for number in numbers:
@@ -176,7 +177,7 @@ class Engine:
         return numbers
 
     def _forget(self, number: int) -> None:
-        """A request has ended: nothing but its slot's cached tokens is left of it."""
+        """Finish a request: only its slot's cached tokens are kept."""
         job = self._jobs.pop(number)
         self._cancelled.discard(number)
         if job in self._waiting:
@@ -207,7 +208,8 @@ class Engine:
         starts = []
         for row, slot in enumerate(group):
             job, prompt = slot.current, slot.current.request.prompt
-            # A part ends within the slot, though what pads it would not: it begins earlier then, with what is there.
+            # If the padding of a part would exceed the slot, the part starts earlier, with tokens that are already
+            # cached.
             start = min(job.written, self._length - size)
             tokens, targets = prompt[start:start + size], prompt[start + 1:start + size + 1]
             part.tokens[row, :len(tokens)], part.targets[row, :len(targets)] = tokens, targets
@@ -264,7 +266,7 @@ class Engine:
         return events
 
     def _take(self, slot: Slot, drawn: list[tuple[Any, ...]], *, fed: bool = False) -> Event:
-        """What tokens mean for the request in a slot: text, or its end. An error ends this request alone."""
+        """Convert tokens of a slot to events of its request: text, or its end. An error ends only this request."""
         number = slot.current.number
         try:
             return self._read(slot, drawn, fed=fed)
@@ -279,7 +281,7 @@ class Engine:
         """The event of these tokens.
 
         Args:
-          fed: before each of these tokens was drawn, the one before it went into the cache.
+          fed: whether the previous token was put into the cache before each of these tokens was sampled.
         """
         job, tokens, texts, finish = slot.current, [], [], None
         prompt, job.scores = (job.scored(), None) if job.scores is not None else (None, job.scores)
@@ -311,13 +313,13 @@ class Engine:
                 texts.append(job.text.finish())
                 finish = "stop" if job.text.stopped else finish
             self._forget(job.number)
-            del slot.cached[self._length - 1:]  # A row that draws nothing writes behind what is kept.
+            del slot.cached[self._length - 1:]  # An inactive row writes after the cached tokens.
             self.counts["finished"] += 1
         return Event(job.number, tuple(tokens), "".join(texts), finish, prompt)
 
 
 def _sampling(jobs: Sequence[Job | None], rows: int) -> Sampling:
-    """How each of these draws, and `None` and what is beyond them not at all."""
+    """Sampling settings of each request; `None` and missing ones are inactive."""
     sampling = Sampling(*np.zeros((1, rows), np.float32), np.zeros(rows, np.int32), np.ones(rows, np.float32),
                         np.zeros(rows, np.float32), np.ones(rows, np.float32), *np.zeros((3, rows), np.uint32),
                         *np.zeros((2, rows), np.int32))

@@ -1,4 +1,4 @@
-"""A list of prompts to what a model writes behind them, through an engine of its own."""
+"""Continue a list of prompts with a model, through a separate engine."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def generate(decoder: Decoder, params: Any, prompts: Sequence[Sequence[int]], *,
     Args:
       decoder, mesh, split: as of `Engine`.
       prompts: token ids, at least one each.
-      max_tokens: most new tokens a row.
-      seed: a row's draws depend on the seed and its row id, not on its neighbors.
+      max_tokens: largest number of new tokens per row.
+      seed: a row's random draws depend on the seed and its row id, not on other rows.
       stop_ids: any of them ends a row.
-      row_ids: a number of 32 bits for each row; None: its place in the list.
+      row_ids: a 32-bit number for each row; None: its index in the list.
 
     Raises:
       ValueError: an empty prompt.

@@ -1,6 +1,6 @@
-"""JSON lines that are made a row at a time, and gone on with after any interruption. No jax here.
+"""JSON lines that are written row by row, and continued after any interruption. No jax.
 
-Rows are appended; what a kill or a full disk left of a last line is cut off at the next start.
+Rows are appended; an incomplete last line, after a kill or on a full disk, is removed at the next start.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 from ctllm_jax.config.errors import UserError
 
 FLUSH_SECONDS = 1.0
-"""What a power cut may cost; a killed process costs nothing that was appended."""
+"""Seconds of work that a power cut may lose; a killed process loses no appended row."""
 logger = logging.getLogger(__name__)
 
 
 class KeyedFile:
-    """Rows by their `key`, a hash of all that decides the rest of the row; open for one process.
+    """Rows by their `key`, a hash of everything that determines the rest of the row; open for one process.
 
-    A row that was made under other settings has another key, and stays: whoever takes the old settings back finds it.
+    A row made with other settings has another key, and is kept: returning to the old settings finds it again.
 
     Attributes:
       rows: the rows by key.
 
     Raises:
-      UserError: a file that this class did not write; another process at work.
+      UserError: the file was not written by this class, or another process is using it.
     """
 
     def __init__(self, path: Path | str):
@@ -76,7 +76,7 @@ class KeyedFile:
 
 
 def append(file: Any, record: dict[str, Any]) -> None:
-    """Write a record as one line to the end of an unbuffered file. UserError where there is no room."""
+    """Write a record as one line to the end of an unbuffered file. Raises UserError if there is no space."""
     data = memoryview(json.dumps(record, ensure_ascii=False).encode() + b"\n")
     try:
         while data:
@@ -87,7 +87,8 @@ def append(file: Any, record: dict[str, Any]) -> None:
 
 
 def lock(file: Any, name: str) -> None:
-    """Lock a file as long as it is open; where there are no locks, there is none. UserError where another has it."""
+    """Lock a file while it is open; without lock support there is no lock. Raises UserError if another process holds
+    it."""
     try:
         import fcntl
     except ImportError:
@@ -101,9 +102,9 @@ def lock(file: Any, name: str) -> None:
 
 
 def mended(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, from which a last line that is not whole is cut off. UserError for any other line.
+    """Read the records of a file, and remove an incomplete last line. Raises UserError for any other bad line.
 
-    A last row without its line end is whole: it gets one.
+    A last row without a line end is complete, and gets one.
     """
     records: list[dict[str, Any]] = []
     good = 0

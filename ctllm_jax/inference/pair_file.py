@@ -1,8 +1,8 @@
-"""A file of pairs that is made a row at a time, and gone on with after any interruption. No jax here.
+"""A file of pairs that is written row by row, and continued after any interruption. No jax.
 
 OUTPUT holds the pairs, JSON lines that `data.pairs` reads. OUTPUT.state holds, also as JSON lines, the settings and the
-day on which the file was begun, then the prompts that gave no pair. A key is in one of the two, once. Rows are
-appended; what a kill or a full disk left of a last line is cut off at the next start.
+day on which the file was started, then the prompts that gave no pair. A key is in exactly one of the two, once. Rows
+are appended; an incomplete last line, after a kill or on a full disk, is removed at the next start.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ class PairFile:
 
     Args:
       path: the output.
-      settings: all that decides its rows, as JSON; those of a file that is there must be the same.
+      settings: everything that determines its rows, as JSON; an existing file must have the same settings.
 
     Attributes:
-      date: ISO day on which the file was begun.
-      done: keys that have a pair, or never will.
+      date: ISO day on which the file was started.
+      done: keys that have a pair, or never will have one.
       pairs: rows of the file.
       dropped: prompts without a pair, by reason.
 
     Raises:
-      UserError: other settings, with each difference; a file that this class did not write; another process at work.
+      UserError: the settings differ (each difference is listed), the file was not written by this class, or another
+        process is using it.
     """
 
     def __init__(self, path: Path | str, settings: dict[str, Any]):
@@ -72,7 +73,7 @@ class PairFile:
         self._state.close()
 
     def add(self, key: str, row: dict[str, Any]) -> None:
-        """Append a pair. `row` holds the key as `provenance.key`."""
+        """Append a pair. `row` contains the key as `provenance.key`."""
         self._append(self._rows, row)
         self.done.add(key)
         self.pairs += 1
@@ -84,9 +85,9 @@ class PairFile:
         self.dropped[reason] += 1
 
     def _open(self, settings: dict[str, Any]) -> str:
-        """Read what is there, or begin; the day of the beginning."""
+        """Read the existing state, or start one; returns the day of the start."""
         if not self.path.exists():
-            # Rows come after the state, so there are none: whatever the state says is of a file that was taken away.
+            # Rows are written after the state, so there are none: the state belongs to a file that was removed.
             date = datetime.datetime.now(datetime.UTC).date().isoformat()
             self._state.truncate(0)
             self._append(self._state, {"settings": settings, "date": date})

@@ -1,4 +1,4 @@
-"""Preference pairs: for each prompt an answer of each of two, the better one's as chosen. No jax here.
+"""Make preference pairs: for each prompt, an answer from each of two sources, the better source's as chosen. No jax.
 
 The recipe of CT-LLM's synthetic pairs (arXiv 2404.04167): GPT-4 gives the chosen answers, a weaker model the rejected.
 """
@@ -15,25 +15,25 @@ from ctllm_jax.inference.answers import Answer, Answers, Task
 from ctllm_jax.inference.endpoint import EndpointError
 from ctllm_jax.inference.pair_file import PairFile
 
-_SHOWN = 3  # failures that are told in full
+_SHOWN = 3  # number of failures that are logged in full
 logger = logging.getLogger(__name__)
 
 
 def settings_of(config: PairsConfig, chosen: Answers, rejected: Answers) -> dict[str, Any]:
-    """All that decides the rows of an output but the prompts, as JSON."""
+    """Everything that determines the rows of an output except the prompts, as JSON."""
     return {"chosen": chosen.identity, "rejected": rejected.identity, "seed": config.seed,
             "cut_answers": config.cut_answers}
 
 
 def make_pairs(config: PairsConfig, tasks: Sequence[Task], *, chosen: Answers, rejected: Answers, file: PairFile,
                advance: Callable[[], None] = lambda: None) -> int:
-    """Ask both for every task that `file` does not have, and append what comes; `advance` is called for each.
+    """Ask both sources for every task that `file` lacks, and append the pairs; `advance` is called for each task.
 
     Args:
-      tasks: as `rejected.plan` gives them.
+      tasks: from `rejected.plan`.
 
     Returns:
-      Tasks without an answer. They are not noted: the next call asks again.
+      Tasks without an answer. They are not recorded, so the next call retries them.
 
     Raises:
       EndpointError: an endpoint that gives none.
@@ -56,7 +56,7 @@ def make_pairs(config: PairsConfig, tasks: Sequence[Task], *, chosen: Answers, r
 
 
 def _unfit(good: Answer, bad: Answer, cut_answers: str) -> str | None:
-    """Why two answers make no pair, or None."""
+    """The reason why two answers make no pair, or None."""
     chosen, rejected = good.text.split(), bad.text.split()
     if not chosen or not rejected:
         return "an empty answer"
@@ -68,7 +68,7 @@ def _unfit(good: Answer, bad: Answer, cut_answers: str) -> str | None:
 
 
 def _row(task: Task, good: Answer, bad: Answer, *, source: str, date: str, seed: int) -> dict[str, Any]:
-    """A pair in TRL's conversational layout, and where all of it came from."""
+    """A pair in TRL's conversational layout, with the origin of its parts."""
     return {"prompt": [{"role": message.role, "content": message.content} for message in task.prompt.messages],
             "chosen": [{"role": "assistant", "content": good.text}],
             "rejected": [{"role": "assistant", "content": bad.text}],

@@ -1,4 +1,4 @@
-"""What an engine is asked, and what it says. No jax here."""
+"""Requests to an engine, and its events. No jax."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from ctllm_jax.config.generate import HIGHEST_TEMPERATURE, MOST_TOP_K, PENALTIES
 
 MOST_STOP_IDS = 16
 MOST_TOLD = 20
-"""As many log-probabilities beside the drawn token's as OpenAI's interface has."""
+"""Largest number of reported log-probabilities besides the sampled token's, as in OpenAI's API."""
 FAILED = "error"
-"""How a request ends when the engine failed on it."""
+"""Finish reason of a request on which the engine failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt, and how to go on from it.
+    """A prompt, and settings for its continuation.
 
     Attributes:
-      prompt: token ids, at least one; a document starts behind the model's prefix id.
-      max_tokens: most new tokens; 0 only scores the prompt.
-      temperature: 0 takes the likeliest token.
+      prompt: token ids, at least one; a document starts after the model's prefix id.
+      max_tokens: largest number of new tokens; 0 only scores the prompt.
+      temperature: 0 selects the likeliest token.
       top_k: draw from this many likeliest tokens; None: from all.
       top_p: draw from the likeliest tokens that together have this probability.
       min_p: draw no token that is less likely than this times the likeliest.
-      repetition_penalty: above 1 makes what stands in prompt and text less likely.
-      seed: 64 bits, signed or not. row: 32 bits. The random numbers depend on them and on the token's place alone.
-      stop: texts that end it, and are not given; the one that is complete first counts. Needs a tokenizer.
-      stop_ids: ids that end it, at most `MOST_STOP_IDS`; not given either.
-      told: how many of the likeliest tokens are told beside each one, at most `MOST_TOLD`.
-      score_prompt: tell the log-probabilities of the prompt's tokens too, and of the id that ended the text: whoever
-        asks for one new token to have a prompt scored, as lm-eval does, counts on it to be there.
+      repetition_penalty: above 1 makes tokens of prompt and text less likely.
+      seed: 64 bits, signed or not. row: 32 bits. The random numbers depend only on them and the token's position.
+      stop: texts that end it, and are not returned; the one that is complete first counts. Needs a tokenizer.
+      stop_ids: ids that end it, at most `MOST_STOP_IDS`; not returned either.
+      told: number of likeliest tokens that are reported for each token, at most `MOST_TOLD`.
+      score_prompt: also report the log-probabilities of the prompt's tokens, and of the id that ended the text.
+        lm-eval, which requests one new token to score a prompt, relies on that.
     """
 
     prompt: tuple[int, ...]
@@ -67,8 +67,8 @@ class Request:
 
 
 class Token(NamedTuple):
-    """A token, its log-probability as the model has it (before temperature and truncation; None for the first of a
-    prompt), and the likeliest tokens of its place with theirs."""
+    """A token, the model's log-probability of it (before temperature and truncation; None for the first of a prompt),
+    and the likeliest tokens at its position with theirs."""
 
     id: int
     logp: float | None
@@ -76,13 +76,13 @@ class Token(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What became of a request in a step.
+    """Result of a step for one request.
 
     Attributes:
-      request: what `submit` gave.
-      tokens: drawn in this step; the id that ended it is not among them, unless the prompt is scored.
-      text: what became certain of the text; with a tokenizer.
-      finish: None while it goes on; "stop" (a stop id or text), "length" (max_tokens), "cancelled", or `FAILED`.
+      request: the number from `submit`.
+      tokens: sampled in this step, without the id that ended it unless the prompt is scored.
+      text: the newly final part of the text, if there is a tokenizer.
+      finish: None while it continues; "stop" (a stop id or text), "length" (max_tokens), "cancelled", or `FAILED`.
       prompt: the prompt's tokens, once, with `score_prompt`.
     """
 

@@ -1,6 +1,6 @@
-"""Drawing the next token, each row in its own way: all that decides a draw is an array, so one program serves all.
+"""Sampling of the next token with separate settings for each row: all settings are arrays, so one program serves all.
 
-Legend: B rows, V vocabulary, N likeliest tokens that are told.
+Legend: B rows, V vocabulary, N likeliest tokens that are reported.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from ctllm_jax.inference.request import MOST_TOLD
 
 _BLOCK = 128
 _COLDEST = 1e-5
-"""A lower temperature takes the likeliest token, as in vLLM: logits divided by it would overflow."""
+"""A lower temperature selects the likeliest token, as in vLLM, because logits divided by it would overflow."""
 _SMALLEST = 1e-30
-"""A lower top_p means this: float32 would round it to 0, which no set of tokens has."""
+"""Smallest top_p; float32 would round a lower value to 0, which no set of tokens has."""
 
 
 class Sampling(NamedTuple):
-    """How each row draws; arrays [B].
+    """Sampling settings of each row; arrays [B].
 
     Attributes:
       temperature: float32; 0 (less than 1e-5) takes the likeliest token.
@@ -30,10 +30,10 @@ class Sampling(NamedTuple):
       min_p: float32; no token that is less likely than this times the likeliest (arXiv 2407.01082); 0: all.
       repetition_penalty: float32; logits of tokens seen are divided by it where positive, else multiplied (arXiv
         1909.05858); 1: as they are.
-      seed_high, seed, row: uint32, the first two halves of one number; with `index` all that a draw's random numbers
-        depend on.
-      index: int32; tokens that the row has drawn before.
-      told: int32; how many of the likeliest tokens are told.
+      seed_high, seed, row: uint32, the first two are halves of one number; the random numbers of a draw depend only on
+        these and `index`.
+      index: int32; number of tokens that the row has sampled before.
+      told: int32; number of likeliest tokens that are reported.
     """
 
     temperature: jax.Array
@@ -52,7 +52,7 @@ class Drawn(NamedTuple):
     """Tokens int32 [B] and their log-probabilities float32 [B]; the likeliest ids and theirs [B, N].
 
     Log-probabilities are the model's own, before temperature, penalty and truncation. N is at most `MOST_TOLD`; zeros
-    where no row asked for any.
+    if no row requested any.
     """
 
     token: jax.Array
@@ -62,7 +62,8 @@ class Drawn(NamedTuple):
 
 
 def draw(logits_BV: jax.Array, sampling: Sampling, *, seen_BV: jax.Array) -> Drawn:
-    """One token a row. `logits_BV`: float32, -inf for ids that are none; `seen_BV`: bool, what the penalty counts."""
+    """Sample one token per row. `logits_BV`: float32, -inf for padding ids; `seen_BV`: bool, ids that the penalty
+    counts."""
     penalty_B1 = sampling.repetition_penalty[:, None]
     penalized_BV = jax.lax.cond(
         jnp.any(sampling.repetition_penalty != 1),
@@ -99,10 +100,10 @@ def score(logits_BV: jax.Array, token_B: jax.Array, *, told: jax.Array) -> tuple
 
 
 def truncate(logits_BV: jax.Array, *, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
-    """The logits with -inf where a row's top-k, top-p (of what top-k left) or min-p forbids a token; ties stay.
+    """The logits with -inf for tokens that a row's top-k, top-p (after top-k) or min-p excludes; ties are kept.
 
-    Nothing is sorted: the lowest value that stays is found bit by bit, in 32 passes over the row. At 16 rows of 4,096
-    ids that is 0.5 ms on a CPU where sorting takes 100.
+    Nothing is sorted: the lowest accepted value is found bit by bit, in 32 passes over the row. At 16 rows of 4,096
+    ids that takes 0.5 ms on a CPU, where sorting takes 100 ms.
     """
     def keep_k(x_BV):
         keys_BV = _ordered(x_BV)
@@ -111,7 +112,7 @@ def truncate(logits_BV: jax.Array, *, top_k: jax.Array, top_p: jax.Array, min_p:
         return jnp.where(keys_BV < lowest_B1, -jnp.inf, x_BV)
 
     def keep_p(x_BV):
-        # A token is in the set while those above it have less than top_p; so the likeliest always is.
+        # A token is in the set if those above it have less than top_p, so the likeliest always is.
         keys_BV, probs_BV = _ordered(x_BV), jax.nn.softmax(x_BV, axis=-1)
         p_B1 = jnp.where(top_p < 1, jnp.maximum(top_p, _SMALLEST), jnp.inf)[:, None]
         lowest_B1 = _greatest(lambda t_B1: jnp.sum(jnp.where(keys_BV >= t_B1, probs_BV, 0), axis=1,
@@ -133,7 +134,7 @@ def _ordered(x: jax.Array) -> jax.Array:
 
 
 def _greatest(holds, rows: int) -> jax.Array:
-    """The greatest t [rows, 1], uint32, of which `holds(t)` is true; 0 where none. True for t, true below."""
+    """The greatest t [rows, 1], uint32, for which `holds(t)` is true; 0 if there is none. `holds` must be monotonic."""
     def step(place, t_B1):
         more_B1 = t_B1 | (jnp.uint32(1) << (31 - place).astype(jnp.uint32))
         return jnp.where(holds(more_B1), more_B1, t_B1)
@@ -142,10 +143,10 @@ def _greatest(holds, rows: int) -> jax.Array:
 
 
 def _categorical(logits_BV: jax.Array, uniforms_B2: jax.Array) -> jax.Array:
-    """A token by its probability, int32 [B]; never one of probability 0.
+    """Sample a token by its probability, int32 [B]; never one of probability 0.
 
-    First a block of ids, then one of it: two random numbers a row, where Gumbel's trick needs one for each id (0.1
-    against 1.3 ms for 16 rows of 4,096 ids on a CPU).
+    First sample a block of ids, then an id of the block. This needs two random numbers per row, where the Gumbel trick
+    needs one per id (0.1 ms instead of 1.3 ms for 16 rows of 4,096 ids on a CPU).
     """
     probs_BV = jax.nn.softmax(logits_BV, axis=-1)
     probs_BNM = jnp.pad(probs_BV, ((0, 0), (0, -probs_BV.shape[1] % _BLOCK))).reshape(len(probs_BV), -1, _BLOCK)
@@ -155,18 +156,18 @@ def _categorical(logits_BV: jax.Array, uniforms_B2: jax.Array) -> jax.Array:
 
 
 def _pick(weights_BN: jax.Array, uniform_B: jax.Array) -> jax.Array:
-    """A place by its weight, int32 [B]: the first whose sum exceeds a random share of all."""
+    """Sample an index by its weight, int32 [B]: the first whose cumulative sum exceeds a random share of the total."""
     sums_BN = jnp.cumsum(weights_BN, axis=1)
     total_B1 = sums_BN[:, -1:]
-    # Rounding up, the share may be all; the last place with a weight is where the sum gets there.
+    # Rounding can make the share equal to the total, which the sum reaches at the last index with a weight.
     return jnp.minimum(jnp.sum(sums_BN <= uniform_B[:, None] * total_B1, axis=1),
                        jnp.sum(sums_BN < total_B1, axis=1)).astype(jnp.int32)
 
 
 def _uniforms(sampling: Sampling) -> jax.Array:
-    """Two numbers of [0, 1) for each row, from its seed, row and index alone."""
+    """Two numbers in [0, 1) for each row, from its seed, row and index only."""
     def uniforms(seed_high, seed, row, index):
-        # What jax.random.key makes of a seed of 64 bits, which it can only be given where x64 is enabled.
+        # Equals jax.random.key of a 64-bit seed, which jax accepts only if x64 is enabled.
         key = jax.random.wrap_key_data(jnp.stack([seed_high, seed]), impl="threefry2x32")
         return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), index), (2,))
 

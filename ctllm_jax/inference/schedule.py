@@ -1,4 +1,4 @@
-"""Who gets which slot, and what of a prompt is written at a time. No jax here."""
+"""Assignment of slots to requests, and division of prompts into parts. No jax."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from ctllm_jax.inference.request import Request, Token
 from ctllm_jax.inference.text import TextStream
 
 SMALLEST = 32
-"""Slots are multiples of so many tokens, and parts of prompts at least so long."""
+"""Slots are multiples of this many tokens, and parts of prompts have at least this many."""
 SIZES = (SMALLEST, 128, 512)
-"""Lengths that parts of prompts are padded to. A longer prompt comes in several parts, between which others draw."""
+"""Lengths that parts of prompts are padded to. A longer prompt is computed in several parts, between which other
+requests sample."""
 LARGEST_SCORED = 128
 """A part whose tokens are scored has logits for each of them: at 125,696 ids 64 MB."""
 SPANS = (128, 256, 512, 1024)
-"""Of a slot, so many tokens are looked at, then twice as many each: the longest row decides."""
+"""Attention reads this many tokens of each slot, then twice as many, and so on; the longest row decides."""
 MOST_SLOTS = 64
-"""Of an engine for a list of requests."""
+"""Number of slots of an engine for a list of requests."""
 WORTH_REUSE = 16
-"""A shorter common prefix is written anew."""
+"""A shorter common prefix is recomputed."""
 
 
 @dataclass
 class Job:
-    """A request on its way.
+    """A running or waiting request.
 
     Attributes:
-      written: tokens of the prompt that are in the cache, the `reused` ones of an earlier request among them.
-      source: slot whose tokens stand before the next part.
-      drawn: new tokens, and `last` the last one, which is not in the cache yet.
-      scores: what is known of the prompt's tokens; None where nobody asked, or it was told.
+      written: number of the prompt's tokens in the cache, including the `reused` ones of an earlier request.
+      source: slot with the tokens before the next part.
+      drawn: new tokens; `last` is the last one, which is not in the cache yet.
+      scores: known scores of the prompt's tokens; None if not requested, or already reported.
     """
 
     number: int
@@ -57,7 +58,7 @@ class Job:
         return self.written == len(self.request.prompt)
 
     def add_scores(self, scores: Any, row: int, *, start: int, count: int) -> None:
-        """What a part told of the tokens behind its own."""
+        """The scores that a part computed for the tokens after its own."""
         prompt, told = self.request.prompt, self.request.told
         for place in range(min(count, len(prompt) - 1 - start)):
             likeliest = zip(scores.told_ids[row, place, :told].tolist(), scores.told_logps[row, place, :told].tolist(),
@@ -72,7 +73,7 @@ class Job:
 
 @dataclass
 class Slot:
-    """A row of the cache: the tokens in it (which stay when their request has ended), who uses it, who used it last."""
+    """A row of the cache: its tokens (which are kept after their request ends), its user, and its last user."""
 
     place: int
     cached: list[int] = field(default_factory=list)
@@ -100,13 +101,14 @@ def smallest(sizes: Sequence[int], needed: int) -> int:
 
 
 def rounded(slots: int, length: int) -> dict[str, int]:
-    """Slots and length for a list of requests, as of `Engine`: few sizes, so that lists share their programs."""
+    """Number of slots and length for a list of requests, as for `Engine`: few sizes, so that lists share their
+    programs."""
     return {"slots": smallest((1, 4, 16, MOST_SLOTS), slots),
             "max_length": max(SPANS[0], 1 << (length - 1).bit_length())}
 
 
 def common(ours: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common prefix; 0 if it is not worth anything."""
+    """Length of the common prefix; 0 if it is too short to reuse."""
     length = min(len(ours), len(other))
     if length < WORTH_REUSE or list(ours[:WORTH_REUSE]) != list(other[:WORTH_REUSE]):
         return 0
@@ -115,10 +117,10 @@ def common(ours: Sequence[int], other: Sequence[int]) -> int:
 
 
 def admit(waiting: deque[Job], slots: Sequence[Slot], *, clock: Iterator[int]) -> deque[Job]:
-    """Give free slots to those who wait, first come, first served; those who still wait.
+    """Assign free slots to waiting requests, first come, first served; returns those that still wait.
 
-    What a slot has of the prompt already is taken over. Who could take over more from a prompt that is being written
-    waits until that is done.
+    A prefix of the prompt that a slot already contains is reused. A request that could reuse more from a prompt in
+    progress waits until that is done.
     """
     waiting = deque(waiting)
     needed: set[int] = set()
@@ -130,7 +132,7 @@ def admit(waiting: deque[Job], slots: Sequence[Slot], *, clock: Iterator[int]) -
             break
         reusable, source = 0, None
         if not job.request.score_prompt and len(prompt) > WORTH_REUSE:
-            # The last token is written anew: what follows is drawn from it.
+            # The last token is recomputed, because the next token is sampled from it.
             shared = {slot.place: min(common(prompt, slot.cached), len(prompt) - 1) for slot in slots}
             source = max(slots, key=lambda slot: (shared[slot.place], slot in free))
             reusable = shared[source.place]
@@ -139,7 +141,7 @@ def admit(waiting: deque[Job], slots: Sequence[Slot], *, clock: Iterator[int]) -
                 break
         if reusable < WORTH_REUSE:
             reusable, source = 0, None
-        # Its own tokens cost no copy; else the one that was not used for longest.
+        # A slot with its own tokens needs no copy; else the least recently used slot.
         slot = source if source in free else min(free, key=lambda slot: (bool(slot.cached), slot.used))
         job.written = job.reused = reusable
         job.source = (source or slot).place
@@ -153,7 +155,7 @@ def admit(waiting: deque[Job], slots: Sequence[Slot], *, clock: Iterator[int]) -
 
 
 def parts(slots: Sequence[Slot], *, length: int, together: int) -> Iterator[tuple[list[Slot], int]]:
-    """Slots whose next parts are written together, and the length that these are padded to."""
+    """Slots whose next parts are computed together, and the length that they are padded to."""
     groups: dict[tuple[int, bool], list[Slot]] = {}
     for slot in slots:
         scores = slot.job.request.score_prompt

@@ -1,4 +1,4 @@
-"""New tokens to text as it becomes certain: never half a character, and nothing of a stop string. No jax here."""
+"""Convert new tokens to text as it becomes final: never half a character, and no part of a stop string. No jax."""
 
 from __future__ import annotations
 
@@ -7,36 +7,37 @@ from collections.abc import Iterable, Sequence
 from ctllm_jax.data.tokenizer import Tokenizer
 
 _UNFINISHED = "\ufffd"
-"""What the bytes of a character decode to while some of them are still to come."""
+"""The decoded form of an incomplete character."""
 _CONTEXT = 32
-"""Tokens of the prompt that are decoded with the new ones: blanks at the seam stay, begun characters are finished."""
+"""Number of prompt tokens that are decoded with the new ones, to keep spaces and complete characters at the
+boundary."""
 
 
 class TextStream:
-    """The text behind a prompt.
+    """The text after a prompt.
 
     Args:
-      prompt: its ids; the last ones are read.
+      prompt: its ids, of which the last ones are used.
       stop: texts that end it. The one that is complete first counts, of several that end at one character the first in
-        this list, wherever tokens begin and end; it is not given. So vLLM has it.
+        this list, for any token boundaries; it is not returned. This equals vLLM.
 
     Attributes:
-      text: all that was given.
-      stopped: a stop string was met. What comes after it is ignored.
+      text: all text returned so far.
+      stopped: a stop string occurred. Later tokens are ignored.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, stop: Iterable[str] = ()):
         self._decode = tokenizer.decode
         self._stops = [each for each in stop if each]
-        # Ids whose text stands before what comes, and those that came since.
+        # Ids whose text precedes new text, and ids since then.
         self._before, self._new = list(prompt[-_CONTEXT:]), []
-        self._given = 0  # characters of the new ids' text that were given
+        self._given = 0  # number of characters of the new ids' text that were returned
         self._held = ""
         self.text = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that became certain with this token."""
+        """Return the text that became final with this token."""
         self._new.append(token)
         text = self._read()
         certain = text.rstrip(_UNFINISHED)
@@ -44,18 +45,18 @@ class TextStream:
         if certain != text:
             return self._give(new, last=False)
         self._given = 0
-        # Behind ids without a text, such as markers, a tokenizer may take a blank for the first of all.
+        # After ids without text, such as markers, a tokenizer may treat a space as the start of a text.
         self._before, self._new = self._new if text else [*self._before, *self._new], []
         return self._give(new, last=False)
 
     def finish(self) -> str:
-        """What was held back."""
+        """Return the text that was held back."""
         return self._give(self._read()[self._given:] if self._new else "", last=True)
 
     def _read(self) -> str:
-        """The text of the new ids, read behind those before."""
+        """The text of the new ids, decoded after the earlier ones."""
         before, whole = self._decode(self._before), self._decode([*self._before, *self._new])
-        # Bytes may take away from what they complete; then they are read by themselves.
+        # New bytes may change earlier text; then they are decoded separately.
         return whole[len(before):] if whole.startswith(before) else self._decode(self._new)
 
     def _give(self, text: str, *, last: bool) -> str:

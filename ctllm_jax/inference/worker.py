@@ -1,4 +1,4 @@
-"""A thread around an engine, for those who ask from others."""
+"""A thread that runs an engine for callers in other threads."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ logger = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):
-    """So many wait already."""
+    """The queue is full."""
 
 
 class Worker:
-    """Requests of any thread, to one engine in its own.
+    """Accepts requests from any thread for one engine in its own thread.
 
     Args:
-      engine: nobody else's from now on.
-      max_queue: requests that may wait for a slot.
+      engine: used only by this object from now on.
+      max_queue: largest number of requests that wait for a slot.
 
     Attributes:
-      failures: errors in the engine. One of a request ends that request; one of a step ends those that run. The
-        requests that wait are served afterwards.
+      failures: errors in the engine. An error of a request ends that request; an error of a step ends all running
+        requests. Waiting requests are served afterwards.
     """
 
     def __init__(self, engine: Engine, *, max_queue: int = 64):
@@ -47,7 +47,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether anyone works."""
+        """Whether the thread is running."""
         return self._thread.is_alive()
 
     @property
@@ -56,14 +56,14 @@ class Worker:
         return len(self._listeners)
 
     def submit(self, requests: Sequence[Request], listen: Callable[[Event], None]) -> list[int]:
-        """Line requests up, all or none; a ticket for each, which its events carry as `request`.
+        """Queue requests, all or none; returns a ticket for each, which its events contain as `request`.
 
         Args:
-          listen: called in the engine's thread with each event; must be quick, and may not fail.
+          listen: called in the engine's thread with each event; must be fast, and must not raise.
 
         Raises:
-          ValueError: what `Engine.check` refuses.
-          QueueFull: no room for all of them.
+          ValueError: `Engine.check` refuses one.
+          QueueFull: there is no space for all of them.
         """
         for request in requests:
             self.engine.check(request)
@@ -77,7 +77,7 @@ class Worker:
         return tickets
 
     def cancel(self, ticket: int) -> None:
-        """End a request, whose last event says so; one that has ended is left alone."""
+        """Cancel a request, which its last event reports; an ended request is ignored."""
         with self._changed:
             if ticket in self._listeners:
                 self._gone.add(ticket)
@@ -126,7 +126,7 @@ class Worker:
             self._tickets[number], self._numbers[ticket] = ticket, number
 
     def _begin_again(self) -> None:
-        """Whatever the error was, later requests may succeed: this thread must not end."""
+        """After any error later requests may succeed, so this thread must not end."""
         self.failures += 1
         try:
             lost = [self._tickets[number] for number in self.engine.reset() if number in self._tickets]

@@ -1,4 +1,4 @@
-"""Attention and SwiGLU, one public function each; usable with nothing but jax."""
+"""Attention and SwiGLU, one public function each; they need only jax."""
 
 from ctllm_jax.kernels import attention as _attention
 from ctllm_jax.kernels import swiglu as _swiglu
@@ -12,9 +12,9 @@ sharded_swiglu = _swiglu.sharded_swiglu
 
 
 def implementations(**named: str) -> dict[str, str]:
-    """Op -> the implementation that runs here; `named` as of each op's `implementation=`, "auto" where it is left out.
+    """Return op -> the implementation that runs here; `named` gives each op's `implementation=`, by default "auto".
 
     Raises:
-      ValueError: a named one cannot run here.
+      ValueError: a named implementation cannot run here.
     """
     return {op: room.chosen(named.get(op, "auto")) for op, room in _rooms.items()}

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: the one that was named, or a clear refusal."""
+"""Choice of the implementation of an op: the named one, or a clear error."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ NAMES = get_args(Name)
 
 
 def find_device(mesh: Mesh | None = None) -> tuple[str, str]:
-    """(platform, device kind) of where an op will run: of the mesh, whose devices need not be here, else the default.
+    """Return (platform, device kind) where an op will run: of the mesh, whose devices may be absent, else of the
+    default device.
 
-    The platform is "cpu", "gpu" or "tpu"; the kind is as `jax.Device.device_kind` says it.
+    The platform is "cpu", "gpu" or "tpu"; the kind is that of `jax.Device.device_kind`.
     """
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
@@ -23,21 +24,21 @@ def find_device(mesh: Mesh | None = None) -> tuple[str, str]:
 
 
 class CannotRun(ValueError):
-    """A named implementation cannot run where it is asked to, or cannot do what is asked."""
+    """A named implementation cannot run on this platform, or does not support the arguments."""
 
 
 def choose(op: str, implementation: Name, *, reasons: Mapping[str, str | None], platform: str | None = None) -> str:
-    """The implementation that runs.
+    """Return the implementation that runs.
 
     Args:
       op: name of the op, for the message.
-      implementation: one of NAMES; "auto" takes the first that can run.
+      implementation: one of NAMES; "auto" chooses the first that can run.
       reasons: implementation -> why it cannot run here, or None if it can; fastest first.
-      platform: where it is to run, for the message; None: the default backend.
+      platform: where it will run, for the message; None: the default backend.
 
     Raises:
       ValueError: an unknown name.
-      CannotRun: one that cannot run here; the message says why, and what can.
+      CannotRun: the implementation cannot run here; the message gives the reason and the alternatives.
     """
     able = [name for name, reason in reasons.items() if reason is None]
     if implementation not in NAMES:

@@ -1,7 +1,7 @@
-"""What one Hopper multiprocessor has, and how kernels for it are set up: shared by attention and SwiGLU.
+"""Resources of a Hopper multiprocessor, and the setup of kernels for it; shared by attention and SwiGLU.
 
-A block of these kernels is two or three *groups* that compute and one that copies. A group is a warpgroup, 128 threads,
-and works on 64 rows, the height of one matrix instruction (wgmma); the copying one asks the memory engine (TMA) for
+A thread block of these kernels has two or three compute *groups* and one producer group. A group is a warpgroup of 128
+threads. A compute group processes 64 rows, the height of one wgmma instruction; the producer group issues TMA copies of
 tiles.
 """
 
@@ -18,14 +18,14 @@ ROWS = 64
 SHARED_BYTES = 227 * 1024
 """Shared memory that one block can have."""
 RESERVED_BYTES = 2048 + 256
-"""Of it, left to the compiler: scratch of its reductions, and barriers."""
+"""The part reserved for the compiler: scratch of reductions, and barriers."""
 COMPUTE_REGISTERS = {2: 240, 3: 160}
-"""Computing groups -> registers a thread of theirs has. A block holds 504 (with two) or 512 (with three) for one thread
-of each group, and asking for more never returns."""
+"""Number of compute groups -> registers per thread in them. A block has 504 (with two groups) or 512 (with three) for
+one thread of each group; a request for more never returns."""
 COPY_REGISTERS = {2: 24, 3: 32}
-"""Computing groups -> registers a thread of the copying group keeps."""
+"""Number of compute groups -> registers per thread of the producer group."""
 SPARE_REGISTERS = 32
-"""For addresses, row statistics and loop state, beside the arrays that a kernel counts itself."""
+"""Registers for addresses, row statistics and loop state, in addition to the arrays that a kernel counts itself."""
 
 
 def is_hopper(device_kind: str) -> bool:
@@ -35,14 +35,15 @@ def is_hopper(device_kind: str) -> bool:
 
 def tiled() -> tuple:
     """Transforms of a tile of 16-bit numbers in shared memory as wgmma reads it: 8 rows by 128 bytes, swizzled."""
-    # Imported here, so that nobody waits for it who only asks whether a device is a Hopper.
+    # Imported here, so that a check whether a device is a Hopper GPU stays fast.
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 
 
 def slot_of(count: jax.Array, stages: int) -> jax.Array:
-    """Which of a ring's stages the count-th tile lies in; a signed remainder is several instructions."""
+    """Index of the ring buffer's stage that holds the count-th tile; a signed remainder would take several
+    instructions."""
     if stages & (stages - 1):
         return lax.rem(count, jnp.int32(stages))
     return lax.bitwise_and(count, jnp.int32(stages - 1))
@@ -56,7 +57,7 @@ def compiler_params():
 
 
 def aligned(size: int) -> int:
-    """Bytes that an array takes in shared memory: each starts at a multiple of 1,024."""
+    """Bytes of an array in shared memory; each array starts at a multiple of 1,024."""
     return -(-size // 1024) * 1024
 
 
@@ -68,7 +69,7 @@ def check_shared_bytes(what: str, needed: int) -> None:
 
 
 def check_registers(what: str, needed: int, *, groups: int) -> None:
-    """Raises ValueError if what a thread holds leaves too few registers for the rest."""
+    """Raise ValueError if a thread's arrays leave too few registers for the rest."""
     held = COMPUTE_REGISTERS[groups]
     if needed + SPARE_REGISTERS > held:
         raise ValueError(f"{what} needs {needed} registers a thread for its arrays and about {SPARE_REGISTERS} more,"

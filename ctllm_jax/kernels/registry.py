@@ -1,7 +1,7 @@
-"""What `launch.py kernels` runs: each op lists its checks, benchmarks and compiles in a module `cases` of its own.
+"""Cases of `launch.py kernels`: each op lists its checks, benchmarks and compiles in its own module `cases`.
 
-A case is made by functions that take the name of an implementation; they raise ValueError, as the op itself does, where
-that cannot run here, which is shown with its reason and is no failure.
+The functions of a case take the name of an implementation. Like the op itself, they raise ValueError if it cannot run
+here; this is shown with its reason, and does not count as a failure.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ OPS = ("attention", "swiglu", "ring")
 
 
 class Check(NamedTuple):
-    """Numbers of one case against float64 on the host.
+    """Comparison of one case with float64 on the host.
 
     Attributes:
       op, case: what is checked.
@@ -35,7 +35,7 @@ class Bench(NamedTuple):
       flops: of one call.
       implementations: names to time.
       prepare: `implementation -> (function, arguments)`; the function is jitted.
-      sizes: what other libraries need to do the same.
+      sizes: the sizes that other libraries need for the same computation.
     """
 
     op: str
@@ -47,11 +47,11 @@ class Bench(NamedTuple):
 
 
 class Compile(NamedTuple):
-    """One kernel compiled ahead of time, for a chip that need not be here.
+    """One kernel to compile ahead of time, for a chip that may be absent.
 
     Attributes:
       chip, op, case: what is compiled, and for which chip.
-      vmem: bytes of the chip's own memory (VMEM, or shared memory) that the kernel takes, by our own count.
+      vmem: our estimate of the on-chip memory (VMEM, or shared memory) that the kernel uses, in bytes.
       lower: `() -> jax.stages.Lowered`.
     """
 

@@ -1,1 +1,1 @@
-"""Pure functions of arrays."""
+"""Losses as pure functions of arrays."""

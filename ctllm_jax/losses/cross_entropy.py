@@ -1,9 +1,9 @@
-"""Cross-entropy from hidden states and the head, a chunk of tokens at a time: [B, S, V] logits are never held.
+"""Cross-entropy from hidden states and the head, a chunk of tokens at a time: [B, S, V] logits are never stored.
 
-The loss is a sum, so its gradient is known up to one factor as soon as a chunk's logits are: when differentiated, the
-forward pass computes the gradients too, with three matmuls a chunk where recomputation would take four. The gradient of
-single tokens' log-probabilities, which go on into another function, is that of the loss with what comes back as its
-weights; it takes the fourth.
+The loss is a sum, so each chunk's gradient is known up to one factor as soon as its logits are. When the loss is
+differentiated, the forward pass therefore computes the gradients too, with three matmuls per chunk where recomputation
+would need four. Log-probabilities of single tokens are inputs of another function; their gradient is that of the loss
+with the incoming cotangents as weights, and needs the fourth matmul.
 
 Legend: B batch, S sequence, T tokens, C tokens of a chunk, D hidden, V vocabulary.
 """
@@ -38,7 +38,7 @@ class Options(TypedDict, total=False):
 
 
 class _Setting(NamedTuple):
-    """What does not change from call to call; hashable, as custom_vjp wants it."""
+    """The static arguments of a call; hashable, as custom_vjp requires."""
 
     z_loss: float
     chunk_size: int
@@ -58,24 +58,24 @@ def chunked_cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS:
     """Weighted sum of -log p(target), with z-loss (PaLM, arXiv 2204.02311).
 
     Args:
-      hidden_BSD: float32 or bfloat16; the matmuls take its dtype and accumulate in float32.
+      hidden_BSD: float32 or bfloat16; the matmuls use its dtype and accumulate in float32.
       head_DV: float32.
       targets_BS: int32 in [0, vocab_size).
       weights_BS: float32; not differentiated.
       z_loss: factor on the squared log-normaliser, which is part of the loss.
-      chunk_size: tokens whose logits are held at once, on each device.
-      vocab_size: columns behind it are padding and get no probability; None: V.
+      chunk_size: number of tokens per device whose logits are in memory at once.
+      vocab_size: columns from this index on are padding and get no probability; None: V.
       mesh: hidden, targets and weights are split over `batch_axes` in dim 0, the head over `fsdp_axis` and
         `tensor_axis`; None: one device. Inside another shard_map, call it without a mesh.
       batch_axes: None: those of replica, data and fsdp that the mesh has.
       rings: how the head's gradient is summed over `fsdp_axis`, as of `gathered.find_rings`.
 
     Returns:
-      (sum of loss, sum of weights, {"z_loss": its part of the sum, for looking at alone}), float32 scalars over the
+      (sum of loss, sum of weights, {"z_loss": its part of the sum, for logging}), float32 scalars over the
       whole batch. Reverse-mode differentiable in hidden and head; no forward mode.
 
     Raises:
-      ValueError: shapes, dtypes or numbers that do not fit, or axes that the mesh does not have.
+      ValueError: shapes or dtypes do not match, a number is out of range, or the mesh lacks an axis.
     """
     setting = _make_setting(hidden_BSD, head_DV, targets_BS, weights_BS, z_loss=z_loss, chunk_size=chunk_size,
                             vocab_size=vocab_size, mesh=mesh, batch_axes=batch_axes, fsdp_axis=fsdp_axis,
@@ -101,7 +101,7 @@ def token_logps(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array
 
 def _make_setting(hidden_BSD, head_DV, targets_BS, weights_BS, *, z_loss, chunk_size, vocab_size, mesh, batch_axes,
                   fsdp_axis, tensor_axis, rings) -> _Setting:
-    """What was asked for, checked. Raises ValueError."""
+    """Check the arguments and return the static ones. Raises ValueError."""
     for name, array in (("hidden", hidden_BSD), ("head", head_DV)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"cross-entropy: {name} is {array.dtype.name} and must be float32 or bfloat16")
@@ -172,7 +172,7 @@ _logps.defvjp(_logps_forward, _logps_backward)
 
 
 def _compute(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, want: str):
-    """On the mesh, or on one device.
+    """Compute on the mesh, or on one device.
 
     `want`: "sums" gives (loss, weight, z part), "grads" these and the gradients of loss, "logps" log p(target) [B, S].
     """
@@ -181,7 +181,7 @@ def _compute(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, 
     batch = PartitionSpec(setting.batch_axes)
     head = PartitionSpec(setting.fsdp_axis, setting.tensor_axis)
     scalar = PartitionSpec()
-    # check_vma is off because nothing is differentiated through this shard_map: the sums below are written out.
+    # check_vma can be off because nothing is differentiated through this shard_map: the sums below are explicit.
     return jax.shard_map(
         partial(_local, setting, want=want, sharded=True), mesh=setting.mesh, in_specs=(batch, head, batch, batch),
         out_specs={"sums": (scalar,) * 3, "grads": (scalar,) * 3 + (batch, head), "logps": batch}[want],
@@ -234,7 +234,7 @@ def _local(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, wa
     if sharded:
         others = tuple(axis for axis in setting.batch_axes if axis != fsdp_axis)
         if fsdp_axis and not rings:
-            # Before the sum over the other axes, which then carries this device's part alone.
+            # Before the sum over the other axes, which then transfers only this device's part.
             head_grad_DV = jax.lax.psum_scatter(head_grad_DV, fsdp_axis, scatter_dimension=0, tiled=True)
         if others:
             head_grad_DV = jax.lax.psum(head_grad_DV, others)
@@ -243,10 +243,11 @@ def _local(setting: _Setting, hidden_BSD, head_DV, targets_BS, weights_BS, *, wa
 
 def _chunk(setting: _Setting, hidden_CD, targets_C, weights_C, head_DV, *, first, tensor_axis, with_grads: bool,
            rings: Rings):
-    """One chunk: its [loss, weight, z part], its tokens' log p, the gradients of its loss (None where not wanted).
+    """One chunk: its [loss, weight, z part], its tokens' log p, the gradients of its loss (None if not requested).
 
-    `first` is the id of this device's first column; sums over the vocabulary go over `tensor_axis`. With `rings` the
-    head's gradient is this device's part of the sum over fsdp, which goes around while it is computed.
+    `first` is the id of this device's first column; sums over the vocabulary include `tensor_axis`. With `rings`, the
+    head's gradient is this device's part of the sum over fsdp, which is communicated around the rings while it is
+    computed.
     """
     def over_vocab(reduce, x):
         return reduce(x, tensor_axis) if tensor_axis else x

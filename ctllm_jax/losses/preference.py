@@ -1,7 +1,7 @@
 """Losses over pairs of answers, one chosen and one rejected: DPO and its relatives, from log-probabilities of answers.
 
-Everything here is a sum over pairs, never a mean, so that micro-batches and devices add up exactly; the unit of weight
-is the pair. Both answers of a pair are segments of one row.
+Everything here is a sum over pairs, never a mean, so that sums of micro-batches and devices add up exactly; the unit of
+weight is one pair. Both answers of a pair are segments of one row.
 
 Legend: B batch, S sequence, D hidden, V vocabulary, M segments of a row, P pairs (any shape).
 """
@@ -21,8 +21,8 @@ from ctllm_jax.losses.cross_entropy import Options, token_logps
 class Answers(NamedTuple):
     """One answer of every pair: arrays of one shape P, float32.
 
-    logps: sum of log p over the answer's tokens, nats; lengths: its tokens; reference_logps: the sum under the
-    reference model, not differentiated; None for losses without one.
+    logps: sum of log p over the answer's tokens, nats; lengths: number of its tokens; reference_logps: the same sum
+    under the reference model, not differentiated; None for losses without one.
     """
 
     logps: jax.Array
@@ -37,11 +37,11 @@ Kind = Literal["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo_sum", "ipo_tok
 
 class _Kind(NamedTuple):
     reference: bool
-    """Scores are ratios to a reference model, which must be given; others must not be given one."""
+    """Scores are ratios to a reference model. A reference must be given exactly if this is true."""
     mean: bool
     """Scores are means over an answer's tokens, not sums."""
     smoothing: bool
-    """label_smoothing has a meaning."""
+    """The loss supports label_smoothing."""
 
 
 KINDS: dict[Kind, _Kind] = {
@@ -55,28 +55,28 @@ KINDS: dict[Kind, _Kind] = {
     "simpo": _Kind(reference=False, mean=True, smoothing=True),
     "orpo": _Kind(reference=False, mean=True, smoothing=False),
 }
-# Where an answer is certain its odds are infinite; their logarithm ends at 13.8, and its slope at 1e6.
+# The odds of a certain answer are infinite; we clip their logarithm at 13.8, and its slope at 1e6.
 HIGHEST_MEAN_LOGP = -1e-6
 
 
 def sequence_logps(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, weights_BS: jax.Array,
                    segment_ids_BS: jax.Array, *, num_segments: int, **options: Unpack[Options]
                    ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability and length of each packed answer; [B, S, V] logits are never held.
+    """Return log-probability and length of each packed answer; [B, S, V] logits are never stored.
 
     Args:
       hidden_BSD, head_DV, targets_BS: as for `chunked_cross_entropy`.
       weights_BS: float32; 1 where the target belongs to an answer, 0 for prompts and padding; not differentiated.
-      segment_ids_BS: int32, 1..num_segments in each row, 0 for padding. Higher ids count nowhere.
-      num_segments: M, the most segments of a row.
+      segment_ids_BS: int32, 1..num_segments in each row, 0 for padding. Higher ids are ignored.
+      num_segments: M, the largest number of segments in a row.
       options: those of `token_logps`.
 
     Returns:
-      (sums of weights · log p [B, M], sums of weights [B, M]), float32; segment i stands at i - 1, and one that a row
-      does not have is 0. Reverse-mode differentiable in hidden and head; no forward mode.
+      (sums of weights · log p [B, M], sums of weights [B, M]), float32; segment i is at index i - 1, and is 0 if the
+      row has no such segment. Reverse-mode differentiable in hidden and head; no forward mode.
 
     Raises:
-      ValueError: shapes that do not fit, or axes that the mesh does not have.
+      ValueError: shapes do not match, or the mesh lacks an axis.
     """
     if segment_ids_BS.shape != targets_BS.shape or weights_BS.shape != targets_BS.shape:
         raise ValueError(f"sequence_logps: weights {weights_BS.shape} and segment_ids {segment_ids_BS.shape} must have"
@@ -86,7 +86,7 @@ def sequence_logps(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Ar
                          f" ({segment_ids_BS.dtype.name}) integers, and num_segments={num_segments} at least 0")
     weights_BS = jax.lax.stop_gradient(weights_BS.astype(jnp.float32))
     logps_BS = token_logps(hidden_BSD, head_DV, targets_BS, **options)
-    # A masked sum, since a scatter adds in no fixed order on a GPU. It holds B·S·M floats at most.
+    # A masked sum, because a scatter on a GPU adds in no fixed order. It needs at most B·S·M floats.
     is_mine_BSM = segment_ids_BS[:, :, None] == jnp.arange(1, num_segments + 1)[None, None]
 
     def sum_segments(x_BS):
@@ -96,7 +96,7 @@ def sequence_logps(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Ar
 
 
 def pair_logps(values: Values, pair_ids_BM: jax.Array, is_chosen_BM: jax.Array) -> tuple[Values, Values, jax.Array]:
-    """The chosen and the rejected side of each pair, at the place of its chosen segment.
+    """Return the chosen and the rejected side of each pair, at the index of its chosen segment.
 
     Args:
       values: an array [B, M], or a pytree of such (`Answers`).
@@ -105,7 +105,7 @@ def pair_logps(values: Values, pair_ids_BM: jax.Array, is_chosen_BM: jax.Array) 
 
     Returns:
       (chosen, rejected, weights [B, M] float32): weight 1 where a chosen segment has exactly one rejected partner in
-      its row; everywhere else weight and values are 0. What is given per segment, as a group is, can be used as it is.
+      its row; everywhere else weight and values are 0. Other per-segment arrays, such as groups, keep their indices.
 
     Raises:
       ValueError: shapes that differ.
@@ -129,7 +129,7 @@ def preference_loss(chosen: Answers, rejected: Answers, *, kind: Kind, beta: flo
                     label_smoothing: float = 0.0, gamma: float = 0.0, sft_weight: float = 0.0,
                     weights: jax.Array | None = None, group: jax.Array | None = None, groups: Sequence[str] = ()
                     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Weighted sum of the pairs' losses, and sums to watch.
+    """Return the weighted sum of the pairs' losses, and sums of metrics.
 
     With s the score of an answer (log p, minus the reference's; `_norm`, `_token_mean`, simpo and orpo divide it by the
     answer's length), Δ = s(chosen) - s(rejected), ε = label_smoothing and σ the logistic function::
@@ -147,25 +147,25 @@ def preference_loss(chosen: Answers, rejected: Answers, *, kind: Kind, beta: flo
       chosen, rejected: every array of one shape P.
       kind: one of `KINDS`.
       beta: above 0; a traced one is not checked.
-      label_smoothing: share of labels thought wrong, in [0, 0.5); sigmoid, sigmoid_norm, robust, reference_free, simpo.
+      label_smoothing: assumed share of wrong labels, in [0, 0.5); sigmoid, sigmoid_norm, robust, reference_free, simpo.
       gamma: margin of simpo, at least 0.
       sft_weight: adds this times -log p of the chosen answer per token, its own mean for each pair (arXiv 2404.19733).
-      weights: float [P], 0 for pairs that are padding, whose values may be anything; None: all 1.
-      group: int [P], index into `groups`, whose sums are also kept apart; other numbers are in no group.
+      weights: float [P], 0 for padding pairs, whose values are ignored; None: all 1.
+      group: int [P], index into `groups`, whose sums are also returned separately; other numbers mean no group.
 
     Returns:
       (sum of loss, sum of weight, metrics). Metrics are sums over pairs, to be divided by `pairs`, the sum of weights:
-      rewards/chosen, /rejected, /margins, /accuracies (strictly larger), logps/chosen, logps/rejected; each again as
-      NAME/GROUP. As in TRL, rewards are β · (log p - reference's), not divided by lengths; but in simpo and orpo β
-      times the token mean, and there logps are token means too. Float32 scalars; no gradient through metrics.
+      rewards/chosen, /rejected, /margins, /accuracies (strictly larger), logps/chosen, logps/rejected; each also as
+      NAME/GROUP. As in TRL, rewards are β · (log p - reference's), not divided by lengths. In simpo and orpo, rewards
+      are β times the token mean, and logps are token means, too. Float32 scalars; no gradient through metrics.
 
     Raises:
-      ValueError: an unknown kind, shapes that differ, a number out of range, or an option that the kind would ignore.
+      ValueError: the kind is unknown, shapes differ, a number is out of range, or the kind would ignore an option.
     """
     shape = _check(chosen, rejected, kind=kind, beta=beta, label_smoothing=label_smoothing, gamma=gamma,
                    sft_weight=sft_weight, weights=weights, group=group, groups=groups)
     weights = jnp.ones(shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
-    # Before anything is computed: no gradient survives 0 · inf.
+    # Mask before any computation, because 0 · inf would make every gradient NaN.
     chosen, rejected = jax.tree.map(lambda x: jnp.where(weights != 0, x.astype(jnp.float32), 0), (chosen, rejected))
     losses = _losses(chosen, rejected, kind, beta=beta, label_smoothing=label_smoothing, gamma=gamma)
     if sft_weight:
@@ -179,7 +179,7 @@ def preference_loss(chosen: Answers, rejected: Answers, *, kind: Kind, beta: flo
 
 
 def _losses(chosen: Answers, rejected: Answers, kind: Kind, *, beta, label_smoothing, gamma) -> jax.Array:
-    """The loss of each pair [P]; options as checked."""
+    """Return the loss of each pair [P]; the options have been checked."""
     mean = KINDS[kind].mean
     chosen_scores, rejected_scores = _scores(chosen, mean=mean), _scores(rejected, mean=mean)
     margins = chosen_scores - rejected_scores
@@ -210,7 +210,7 @@ def _log_odds(mean_logps: jax.Array) -> jax.Array:
 
 
 def _metrics(chosen: Answers, rejected: Answers, kind: Kind, *, beta) -> dict[str, jax.Array]:
-    """What is watched of each pair [P], under TRL's names."""
+    """Return the metrics of each pair [P], under TRL's names."""
     mean = KINDS[kind].mean and not KINDS[kind].reference
     chosen_rewards, rejected_rewards = beta * _scores(chosen, mean=mean), beta * _scores(rejected, mean=mean)
     chosen_logps, rejected_logps = (_scores(answers._replace(reference_logps=None), mean=mean)
@@ -223,7 +223,7 @@ def _metrics(chosen: Answers, rejected: Answers, kind: Kind, *, beta) -> dict[st
 
 def _check(chosen: Answers, rejected: Answers, *, kind, beta, label_smoothing, gamma, sft_weight, weights, group,
            groups) -> tuple[int, ...]:
-    """The shape of the pairs, once everything fits."""
+    """Check all arguments and return the shape of the pairs."""
     def refuse(message: str):
         raise ValueError(f"preference loss: {message}")
 

@@ -1,8 +1,8 @@
 """The decoder of CT-LLM: pre-RMSNorm, RoPE, grouped-query attention, SwiGLU (a Llama), as pure Linen modules.
 
-`Decoder(config).apply({"params": params}, tokens, segment_ids, positions)` gives the normed hidden states; the head is
-applied by the loss, which never holds all logits. Parameters are float32 and stacked over layers, whether the blocks
-are scanned or unrolled. Low-rank adapters (`model.lora.attach`) may lie beside them, as `lora`.
+`Decoder(config).apply({"params": params}, tokens, segment_ids, positions)` returns the normalized hidden states; the
+loss applies the head, and never stores all logits. Parameters are float32 and stacked over layers, whether the blocks
+are scanned or unrolled. Low-rank adapters (`model.lora.attach`) can be added as the collection `lora`.
 
 Legend: B batch, S sequence, T cached sequence, D hidden, N query heads, K kv heads, H head dim, F FFN, V vocabulary,
 L layers.
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from ctllm_jax.config.model import ModelConfig
 
 SAVED_NAMES = ("query", "key", "value", "attention_output", "attention_log_sums")
-"""What `remat="attention"` keeps of a block, beside its input: all that the backward pass of attention reads. The last
-two are named by attention itself."""
+"""Names of the arrays that `remat="attention"` saves in addition to a block's input: everything that the backward pass
+of attention reads. Attention itself assigns the last two names."""
 
 
 class Cache(NamedTuple):
@@ -46,13 +46,14 @@ class Cache(NamedTuple):
 
 
 def make_cache(config: ModelConfig, *, rows: int, length: int, dtype: DTypeLike) -> Cache:
-    """An empty cache for `rows` rows of at most `length` tokens."""
+    """Make an empty cache for `rows` rows of at most `length` tokens."""
     shape = (config.num_layers, rows, config.num_kv_heads, length, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((rows,), jnp.int32))
 
 
 def initializer(path: str, parameter: Parameter) -> Callable[[jax.Array], jax.Array]:
-    """`key -> array`, float32. Each path folds its own number into the key: no parameter depends on another's."""
+    """`key -> array`, float32. The key is folded with a number derived from the path, so parameters are independent of
+    each other."""
     def init(key: jax.Array) -> jax.Array:
         if isinstance(parameter.init, str):
             return jnp.full(parameter.shape, float(parameter.init == ONES), jnp.float32)
@@ -62,7 +63,7 @@ def initializer(path: str, parameter: Parameter) -> Callable[[jax.Array], jax.Ar
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-    """All parameters, float32: a pure function of the config and the key, to be jitted with the mesh's shardings."""
+    """Initialize all parameters, float32: a pure function of config and key, to be jitted with the mesh's shardings."""
     return init_table(decoder_parameters(config), key)
 
 
@@ -91,10 +92,10 @@ class Block(nn.Module):
       config: the fields of ModelConfig.
       attention: `(q_BSNH, k_BSKH, v_BSKH, *, segment_ids, sliding_window) -> [B, S, N, H]`, causal.
       swiglu: `(x_BSD, gate_DF, up_DF) -> [B, S, F]`.
-      project: as `project`, for weights that are split over a mesh.
-      remat_ffn: compute the FFN's wide activations again in the backward pass.
+      project: a replacement of `project` for weights that are sharded over a mesh.
+      remat_ffn: recompute the FFN's wide activations in the backward pass.
       prevent_cse: as of `jax.checkpoint`; False inside a scan.
-      cache_span: of a cache, attention looks at so many slots only; None: at all. No row may be longer.
+      cache_span: number of cache slots that attention reads; None: all. No row may be longer.
     """
 
     config: ModelConfig
@@ -139,7 +140,7 @@ class Block(nn.Module):
         def ffn(x_BSD, weights, adapters):
             normed_BSD = norm(x_BSD, weights["ffn_norm"])
             if "gate" in adapters or "up" in adapters:
-                # What adapters add comes before the activation: inside of what a fused kernel does in one go.
+                # Adapters add their output before the activation, which is inside the fused kernel.
                 wide_BSF = activate(*project(normed_BSD, "gate", "up", weights=weights, adapters=adapters))
             else:
                 wide_BSF = self.swiglu(normed_BSD, weights["gate"], weights["up"])
@@ -150,7 +151,7 @@ class Block(nn.Module):
         return x_BSD + ffn(x_BSD, weights, adapters), cache
 
     def _attend_to_cache(self, q_BSNH, k_BSKH, v_BSKH, cache):
-        """Write the new tokens behind each row's length, and attend to everything up to oneself."""
+        """Write the new tokens at the end of each row's cache; each attends to all earlier tokens and itself."""
         key_BKTH, value_BKTH, length_B = cache
         write = jax.vmap(lambda row_KTH, new_KSH, start: jax.lax.dynamic_update_slice(row_KTH, new_KSH, (0, start, 0)))
         key_BKTH = write(key_BKTH, jnp.moveaxis(k_BSKH, 1, 2).astype(key_BKTH.dtype), length_B)
@@ -169,9 +170,10 @@ class Decoder(nn.Module):
       dtype: of activations and matmul inputs; norms and softmax are float32 inside.
       attention, swiglu, project: as of `Block`.
       scan_layers: scan one compiled block over the layers, else unroll.
-      remat: "none", "ffn", "attention" or "block": what the backward pass computes again, least to most.
-      constrain: `(x_BSD) -> x_BSD`, puts the hidden states where the mesh wants them.
-      embed: `(embedding_VD, tokens_BS) -> [B, S, D]`, for an embedding that is split over a mesh; None: a plain lookup.
+      remat: "none", "ffn", "attention" or "block": what the backward pass recomputes, from least to most.
+      constrain: `(x_BSD) -> x_BSD`, applies the mesh's sharding to the hidden states.
+      embed: `(embedding_VD, tokens_BS) -> [B, S, D]`, for an embedding that is sharded over a mesh; None: a plain
+        lookup.
     """
 
     config: ModelConfig
@@ -190,9 +192,9 @@ class Decoder(nn.Module):
 
         Args:
           tokens_BS: int32 ids.
-          segment_ids_BS: int32, 0 for padding; None: one document a row, no padding. With a cache it tells which of the
-            new tokens count (padding on the right is written, and overwritten by what comes next).
-          positions_BS: int32 positions for RoPE; None: 0 … S-1, or behind the cached ones.
+          segment_ids_BS: int32, 0 for padding; None: one document per row, no padding. With a cache, nonzero ids mark
+            the valid new tokens (padding on the right is written, and overwritten by the next tokens).
+          positions_BS: int32 positions for RoPE; None: 0 … S-1, or following the cached ones.
           cache: from `make_cache`, at most T - S tokens full; None outside of decoding.
 
         Returns:
@@ -237,7 +239,7 @@ class Decoder(nn.Module):
                      prevent_cse=not self.scan_layers, parent=None)
 
     def _rematerialised(self, function: Callable) -> Callable:
-        """`function` under the remat ladder. A scan keeps XLA from merging the two computations by itself."""
+        """Wrap `function` in the selected remat policy. Inside a scan, XLA cannot merge the two computations anyway."""
         policies = {"none": None, "ffn": None,
                     "attention": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
                     "block": jax.checkpoint_policies.nothing_saveable}
@@ -289,7 +291,7 @@ def forward(decoder: Decoder, params: dict[str, Any], tokens_BS: jax.Array, posi
 
 
 def head_weights(params: dict[str, Any]) -> jax.Array:
-    """The output head [D, V], float32: its own, or the embedding's transpose where it is tied."""
+    """The output head [D, V], float32: its own parameter, or the embedding's transpose if tied."""
     return params["head"] if "head" in params else params["embedding"].T
 
 

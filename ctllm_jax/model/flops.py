@@ -1,4 +1,4 @@
-"""Arithmetic of a training step, counted analytically: compilers count a scanned body once."""
+"""FLOPs of a training step, counted analytically, because compilers count a scanned body only once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class FlopsPerToken(NamedTuple):
 def flops_per_token(config: ModelConfig, *, sequence_length: int, lora: LoraConfig | None = None) -> FlopsPerToken:
     """FLOPs of one trained token: 6 for each matmul parameter, 12·N·H·S for each layer's attention (PaLM, appendix B).
 
-    `full` counts attention to all S tokens, `causal` half of that; with a sliding window both see at most the window.
+    `full` counts attention to all S tokens, `causal` half of that; with a sliding window both count at most the window.
     The embedding lookup costs nothing; the head counts once, tied or not. With `lora` (the fields of LoraConfig) frozen
     weights have no gradient and count 4, adapters 6.
     """

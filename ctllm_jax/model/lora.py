@@ -1,7 +1,7 @@
 """Low-rank adapters of a block's projections: y = x·W + scale · (x·A)·B, where W is frozen (LoRA, arXiv 2106.09685).
 
-Adapters stay beside the weights and are never added to them in training: the sum's gradient would be as large as W's,
-half of the backward pass's arithmetic, and W's size in memory. Legend: B batch, S sequence, L layers, R rank.
+Adapters are kept separate from the weights in training and never added to them: the gradient of the sum would cost as
+much memory as W, and half of the FLOPs of the backward pass. Legend: B batch, S sequence, L layers, R rank.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ if TYPE_CHECKING:
     from ctllm_jax.config.model import ModelConfig
 
 PROJECTIONS = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
-"""What can be adapted -> how many of its first dims are inputs; the others are outputs."""
+"""Name of each projection that can be adapted -> number of its leading input dims; the others are outputs."""
 
 
 def lora_parameters(config: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
     """The tree of all adapters, `{blocks: {query: {a: [L, in …, R], b: [L, R, out …]}, …}}`, as in `model.parameters`.
 
-    A begins as a normal of PEFT's variance, 1 / (3 · inputs), and B as zeros: the first step has the base's outputs.
+    A is drawn from a normal with PEFT's variance, 1 / (3 · inputs), and B is zero, so the first step has the base's
+    outputs.
 
     Args:
       config: the fields of ModelConfig.
       lora: the fields of LoraConfig.
 
     Raises:
-      UserError: `lora.targets` hits no projection, or another parameter.
+      UserError: `lora.targets` matches no projection, or matches another parameter.
     """
     known = [f"blocks/{name}" for name in PROJECTIONS]
     hit = [path for path in paths(decoder_parameters(config)) if re.search(lora.targets, path)]
@@ -54,12 +55,12 @@ def lora_parameters(config: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
 
 
 def count_adapters(config: ModelConfig, lora: LoraConfig) -> int:
-    """Number of parameters that are trained."""
+    """Return the number of trained parameters."""
     return sum(parameter.size for parameter in paths(lora_parameters(config, lora)).values())
 
 
 def attach(params: Any, adapters: Any, *, scale: float) -> dict[str, Any]:
-    """The decoder's parameters with adapters beside them, as `Decoder` takes both; the scale goes into B."""
+    """Combine the decoder's parameters and adapters into the variables of `Decoder`; the scale is multiplied into B."""
     return {**params, "lora": {name: {"a": adapter["a"], "b": adapter["b"] * scale}
                                for name, adapter in adapters["blocks"].items()}}
 

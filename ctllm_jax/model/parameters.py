@@ -18,7 +18,8 @@ ONES, ZEROS = "ones", "zeros"
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter's shape, the logical names of its dims, and its start: a normal's deviation, ONES or ZEROS."""
+    """A parameter's shape, the logical names of its dims, and its initial values: standard deviation of a normal, ONES
+    or ZEROS."""
 
     shape: tuple[int, ...]
     dims: tuple[str | None, ...]
@@ -38,7 +39,8 @@ def block_parameters(config: ModelConfig) -> dict[str, Parameter]:
     """
     D, N, K, H, F = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.ffn_size
     std = config.init_std
-    # Output projections start smaller, so that the residual stream's variance does not grow with depth (Megatron-LM).
+    # Output projections are initialized smaller, so that the residual stream's variance does not grow with depth
+    # (Megatron-LM).
     out_std = std / math.sqrt(2 * config.num_layers)
     table = {
         "attention_norm": Parameter((D,), ("norm",), ONES),
@@ -61,7 +63,7 @@ def block_parameters(config: ModelConfig) -> dict[str, Parameter]:
 
 
 def decoder_parameters(config: ModelConfig) -> dict[str, Any]:
-    """The tree of all parameters: `{embedding, blocks: {...}, final_norm, head}`; no head where it is tied."""
+    """The tree of all parameters: `{embedding, blocks: {...}, final_norm, head}`; no head if it is tied."""
     V, D, L = config.padded_vocab_size, config.hidden_size, config.num_layers
     table: dict[str, Any] = {
         "embedding": Parameter((V, D), ("vocab", "embed"), config.init_std),
@@ -85,5 +87,5 @@ def paths(tree: dict[str, Any], prefix: str = "") -> dict[str, Parameter]:
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Number of parameters, the padded rows of the vocabulary included."""
+    """Return the number of parameters, including the padded rows of the vocabulary."""
     return sum(parameter.size for parameter in paths(decoder_parameters(config)).values())

@@ -1,4 +1,4 @@
-"""What can be known before a device is touched."""
+"""Checks and estimates before a run uses a device."""
 
 from ctllm_jax.config.extras import need_train
 

@@ -1,4 +1,4 @@
-"""A run cut to a budget of time or tokens: steps, warm-up, schedule, and what the money goes to. Arithmetic alone."""
+"""Fit a run to a budget of time or tokens: steps, warm-up, schedule, and cost. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ctllm_jax.preflight.plan import checkpoint_bytes
 from ctllm_jax.preflight.roofline import recomputed_share
 
 WARMUP_SHARE = 0.05
-"""The most of a run that warms up; the config's own number of steps, where it is less."""
+"""Largest warm-up share of a run; fewer steps in the config are kept."""
 DECAY_SHARE = 0.2
 """Falling part of a WSD run (arXiv 2405.18392 finds 10 to 20 % as good as a cosine)."""
 DISK_BANDWIDTH = 1e9
@@ -29,7 +29,7 @@ class Budgeted:
 
     Attributes:
       steps, tokens: of the run.
-      overrides: keys that a run is started with, beside the config's own.
+      overrides: keys for the start of the run, in addition to the config's.
       seconds: of the steps at the expected MFU.
       drivers: (what, how much) of where the time, money and room go.
     """
@@ -42,7 +42,7 @@ class Budgeted:
 
 
 def fit(config: PlanConfig, topology: Topology) -> Budgeted:
-    """The longest run within the budget. UserError where the budget is below ten steps, with what ten would take."""
+    """The longest run within the budget. Raises UserError if the budget is below ten steps, with the cost of ten."""
     model, batch = config.model, config.batch
     flops = flops_per_token(model, sequence_length=batch.sequence_length, lora=config.lora)
     speed = topology.chip.peak_flops * topology.devices * config.mfu / flops.causal
@@ -61,7 +61,7 @@ def fit(config: PlanConfig, topology: Topology) -> Budgeted:
 
 
 def choose_keys(config: PlanConfig, steps: int) -> dict[str, Any]:
-    """Steps, and what of schedule and intervals must follow them."""
+    """Steps, and the parts of schedule and intervals that depend on them."""
     optimizer = config.optimizer
     keys: dict[str, Any] = {"steps": steps}
     warmup = min(optimizer.warmup_steps, max(1, round(WARMUP_SHARE * steps))) if optimizer.warmup_steps else 0
@@ -78,7 +78,7 @@ def choose_keys(config: PlanConfig, steps: int) -> dict[str, Any]:
 
 
 def cost_drivers(config: PlanConfig, topology: Topology, *, steps: int, seconds: float) -> list[tuple[str, str]]:
-    """Where FLOPs, time, money and room go."""
+    """The use of FLOPs, time, money and disk space."""
     model, batch = config.model, config.batch
     flops = flops_per_token(model, sequence_length=batch.sequence_length, lora=config.lora)
     layers = model.num_layers

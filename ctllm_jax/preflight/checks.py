@@ -1,4 +1,4 @@
-"""The checks of `launch.py doctor`: each looks at one thing, and says what to do about it.
+"""The checks of `launch.py doctor`: each examines one thing, and says what to do about a problem.
 
 Those of CHILDREN import jax, and are called in a process of their own; the others may not.
 """
@@ -58,7 +58,7 @@ def check_versions(subject: Subject) -> list[Finding]:
 
 
 def check_driver(subject: Subject) -> list[Finding]:
-    """NVIDIA's driver, and the CUDA that is installed for it. Nothing where there is no driver."""
+    """NVIDIA's driver, and the CUDA that is installed for it. Nothing if there is no driver."""
     driver = hardware.nvidia_driver()
     if driver is None:
         return []
@@ -84,7 +84,7 @@ def check_driver(subject: Subject) -> list[Finding]:
 
 
 def check_processes(subject: Subject) -> list[Finding]:
-    """Who starts the processes, and whether they would find each other."""
+    """The launcher of the processes, and whether they can find each other."""
     try:
         launch = distributed.detect(subject.environment)
     except UserError as error:
@@ -157,7 +157,7 @@ _ASK_LIBTPU = ("from jax.experimental import topologies; "
 
 
 def check_cache(subject: Subject) -> list[Finding]:
-    """Where compiled programs are kept: what lies there is run as it is."""
+    """The cache of compiled programs, which are run unchecked."""
     directory = compilation_cache.choose_directory("off", run_dir="", environment=subject.environment)
     if directory is None or "://" in directory:
         return [Finding("programs", OK, compilation_cache.describe_directory(subject.environment))]
@@ -169,7 +169,7 @@ def check_cache(subject: Subject) -> list[Finding]:
 
 
 def check_devices(subject: Subject) -> list[Finding]:
-    """What jax sees, and what would run on it. In a process of its own."""
+    """The devices that jax finds, and the implementations for them. Runs in a separate process."""
     launch = distributed.detect(subject.environment)
     here = hardware.find_accelerators({name: value for name, value in subject.environment.items()
                                        if name != "JAX_PLATFORMS"})
@@ -286,7 +286,7 @@ CHILDREN = ("flags", "devices", "dataset")
 
 
 def explain_death(name: str, errors: str, status: int) -> list[Finding]:
-    """What is said of a check whose process ended without an answer."""
+    """The finding of a check whose process ended without an answer."""
     if unknown := _UNKNOWN.search(errors):
         return [Finding(name, FAIL, f"jax does not start: unknown flag {unknown[1]}", "see flags")]
     return [Finding(name, FAIL, f"ended with status {status}: {_last_line(errors)}", "start python -c 'import jax; "

@@ -1,4 +1,4 @@
-"""What a compiled program says of itself: its collectives, and its largest arrays. Text in, figures out; no jax.
+"""Read the text of a compiled program: its collectives, and its largest arrays. No jax.
 
 A collective inside a loop counts as often as the loop goes round. Between TPU slices it is a `send` to the host that
 names the collective. On TPU a reduce-scatter is an all-reduce in a fusion that keeps a part, an asynchronous collective
@@ -28,7 +28,7 @@ _NO_ARRAY = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "con
 
 
 class Instruction(NamedTuple):
-    """One line: its result type without layouts, its opcode, and what stands behind it."""
+    """One line: its result type without layouts, its opcode, and the rest of the line."""
 
     name: str
     type: str
@@ -67,7 +67,7 @@ class Collective:
 
 
 class Large(NamedTuple):
-    """An array of a program: its type, bytes, and where it is made."""
+    """An array of a program: its type, bytes, and origin."""
 
     type: str
     size: int
@@ -83,7 +83,7 @@ class Program:
     """
 
     def __init__(self, text: str, *, per_slice: int | None = None):
-        # replica_groups={} are all devices, whose number the head of the module tells.
+        # replica_groups={} means all devices, whose number is in the head of the module.
         counts = [re.search(rf"{name}=(\d+)", text[:4096]) for name in ("num_partitions", "replica_count")]
         self._devices = math.prod(int(count[1]) for count in counts if count)
         self._computations: dict[str, list[Instruction]] = {}
@@ -104,7 +104,7 @@ class Program:
             raise ValueError("no ENTRY computation: this is no compiled HLO module")
 
     def collectives(self) -> list[Collective]:
-        """All that run, largest share of what is sent first."""
+        """All executed collectives, by the share of bytes sent, largest first."""
         found: dict[tuple, Collective] = {}
         for index, (instruction, times, within) in enumerate(self._executed(self._entry, 1, ())):
             kind = instruction.opcode.removesuffix("-start")
@@ -144,13 +144,13 @@ class Program:
             yield instruction, times, within
             trips = self._trips(instruction) if instruction.opcode == "while" else 1
             if instruction.opcode.removesuffix("-start") in KINDS:
-                continue  # what it reduces with
+                continue  # the reduction function
             for _, called in _CALLED.findall(instruction.rest):
                 for inner in re.findall(r"[\w.\-]+", called):
                     yield from self._executed(inner, times * trips, (*within, inner))
 
     def _overlaps(self, send: Instruction, within: tuple[str, ...]) -> bool:
-        """Whether a matmul stands between a send around a ring and what waits for it; a module lists what it runs."""
+        """Whether a matmul is between a send around a ring and its wait, in the module's execution order."""
         after = self._computations[within[-1] if within else self._entry]
         for instruction in after[after.index(send) + 1:]:
             if _RING_RECEIVE.match(instruction.name):
@@ -160,7 +160,7 @@ class Program:
         return False
 
     def _trips(self, loop: Instruction) -> int:
-        """How often a loop goes round: as it says, or what its condition compares with; 1 where neither tells."""
+        """Trip count of a loop: its annotation, or the constant in its condition; 1 if neither exists."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(known[1])
         condition = self._computations.get(re.search(r"condition=%?([\w.\-]+)", loop.rest)[1], [])
@@ -179,7 +179,7 @@ class Program:
         if kind == "collective-permute":
             payload = max(sizes)
         elif started and kind != "all-reduce":
-            # A start of several gives (operands, results, …): the larger half is what it is about.
+            # A combined start has the type (operands, results, …); the larger half counts.
             payload = max(sum(_bytes(*array) for array in _ARRAY.findall(part)) for part in _parts(instruction.type))
         else:
             payload = sum(sizes)

@@ -1,4 +1,4 @@
-"""What a run will take, by arithmetic: steps, tokens, epochs, memory, disk, hours. No device is touched."""
+"""Estimate a run's steps, tokens, epochs, memory, disk and hours by arithmetic, without a device."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def checkpoint_bytes(config: PretrainConfig) -> dict[str, int]:
 
 
 def checkpoints_kept(config: PretrainConfig, *, tokens: int | None = None) -> dict[str, int]:
-    """How many checkpoints of each kind lie on disk at most; one more resumable while it is written.
+    """Largest number of checkpoints of each kind on disk, plus one resumable that is being written.
 
     `tokens` are those of the whole run; None: all of its batches are full.
     """
@@ -63,8 +63,9 @@ def axis_sizes(config: PretrainConfig, *, devices: int, slices: int = 1) -> dict
 def memory_bytes(config: PretrainConfig, *, devices: int, rows: int, slices: int = 1) -> dict[str, int]:
     """Bytes on each device, estimated: `rows` rows computed at once, parameters split over mesh.fsdp and mesh.tensor.
 
-    Activations are counted by the remat rung, logits by loss_chunk; a compile for the device tells the real figure. Of
-    the activations, heads and FFN are split over mesh.tensor, and the residual stream is whole on each of its devices.
+    Activations are counted by the remat rung, logits by loss_chunk; a compilation for the device gives the exact
+    figure. Of the activations, heads and FFN are split over mesh.tensor, and the residual stream is whole on each of
+    its devices.
     """
     model, sizes = config.model, axis_sizes(config, devices=devices, slices=slices)
     split, tensor = sizes[FSDP] * sizes[TENSOR], sizes[TENSOR]
@@ -86,7 +87,7 @@ def memory_bytes(config: PretrainConfig, *, devices: int, rows: int, slices: int
 
 
 def free_disk(directory: Path) -> int:
-    """Bytes free where a directory lies or will lie."""
+    """Free bytes on the disk of an existing or future directory."""
     while not directory.exists():
         directory = directory.parent
     return shutil.disk_usage(directory).free
@@ -98,8 +99,8 @@ def describe(config: PretrainConfig, *, directory: Path, epochs: Mapping[str, fl
     """The plan of a run: rows (what, how much), and warnings.
 
     Args:
-      epochs, tokens_per_source: of the data, where it can be opened.
-      device_kind, devices: what memory and hours are estimated for; None: the usual offers.
+      epochs, tokens_per_source: of the data, if it can be opened.
+      device_kind, devices: hardware for the estimates; None: common offers.
     """
     tokens = sum(tokens_per_source.values()) if tokens_per_source else config.tokens_at(config.steps)
     flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length, lora=config.lora)

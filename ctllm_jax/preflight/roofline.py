@@ -1,4 +1,5 @@
-"""How fast a step can be at most: what it computes, moves and sends, against what the chips can. Arithmetic alone."""
+"""A lower bound of the step time from FLOPs, memory traffic and communication, and the chips' peaks. Pure
+arithmetic."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ class Roofline:
       compute: matmuls and causal attention, recomputation included.
       memory: weights, activations, logits and optimizer through high-bandwidth memory, by arithmetic.
       network: everything sent over the links of a slice or node, and between them.
-      exposed: of that, what nothing is computed meanwhile.
+      exposed: the part of it that does not overlap with computation.
       step: the largest of compute, memory and hidden network, and the exposed network on top.
       mfu_causal, mfu_full: bounds that follow, without recomputation.
     """
@@ -76,7 +77,7 @@ def memory_traffic(config: PretrainConfig, *, devices: int, split: int, tensor: 
 
 def roofline(config: PretrainConfig, topology: Topology, *, mesh: dict[str, int],
              collectives: Sequence[Collective] | None) -> Roofline:
-    """The bound of a config's step on a topology; `collectives` of its compiled program, None where they are not known.
+    """The bound of a config's step on a topology; `collectives` of its compiled program, None if unknown.
 
     The network's time takes all links of a chip at once, which a ring along one direction does not reach.
     """

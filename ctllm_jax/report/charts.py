@@ -25,7 +25,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 26
 
 @dataclass(frozen=True)
 class Series:
-    """One line: a value (None where it was not finite) for each step, and tokens beside the steps if known.
+    """One line: a value (None if it was not finite) for each step, and tokens for the steps if known.
 
     `low` and `high` bound each value's interval; `dashed` is a line of others, to be compared with.
     """
@@ -52,7 +52,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Chart:
-    """What a figure shows. `kind` is how values are written: plain, compact, percent or power. `both_scales`: over
+    """The content of a figure. `kind` is the format of values: plain, compact, percent or power. `both_scales`: over
     tokens alone, of which there are some, on a linear and a logarithmic scale."""
 
     title: str
@@ -98,7 +98,7 @@ def thin(values: Sequence[float | None], buckets: int = BUCKETS) -> list[int]:
 
 
 def smoothed(values: Sequence[float | None], at: Sequence[int]) -> list[float | None]:
-    """Means around the values at the given indices; None where the value itself is missing.
+    """Means around the values at the given indices; None if the value itself is missing.
 
     Three windows, the widest a fiftieth of the run, are averaged, so that a spike leaves a hill and no plateau. They
     shrink towards both ends, where the mean is the value itself.
@@ -126,7 +126,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten from low to high, with 2 and 5 between them where there is room."""
+    """Powers of ten from low to high, with 2 and 5 between them if there is space."""
     span = math.log10(high / low)
     factors = (1, 2, 5) if span < 3 else (1,)
     every = max(1, round(span / 5))
@@ -137,7 +137,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 @dataclass(frozen=True)
 class _Line:
-    """A series, thinned: what is drawn."""
+    """A thinned series for drawing."""
 
     series: Series
     steps: list[int]
@@ -164,7 +164,7 @@ def _line(series: Series, smooth: bool) -> _Line:
 
 
 def figure(chart: Chart) -> str:
-    """The chart as a <figure>: title, legend, drawings. Without any value, a figure that says so."""
+    """The chart as a <figure>: title, legend, drawings. Without values, a figure with a note."""
     lines = [_line(series, chart.smooth) for series in chart.series if len(series.values)]
     finite = [value for line in lines for value in line.values if value is not None]
     head = f"<figcaption><b>{escape(visible(chart.title))}</b>"

@@ -1,7 +1,7 @@
-"""What runs are compared by: what each was trained on, and what it reached on held-out data, group by group.
+"""Comparison of runs: their training data, and their results on held-out data, per group.
 
-A group is what a source of dialogues or pairs is counted under (`data.sources.NAME.group`); of text, every source is a
-group of its own. A run says in its start line what its groups gave it.
+A group collects sources of dialogues or pairs (`data.sources.NAME.group`); for text, every source is its own group. The
+start record of a run has the counts of its groups.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ctllm_jax.report.readable import finite, percent
 from ctllm_jax.report.run import Run
 
 _BY = {"bits_per_byte": "bytes", "loss": "tokens"}
-"""What a figure of text is a mean over; those of pairs are means over pairs."""
+"""The unit that a figure of text is a mean over; figures of pairs are means over pairs."""
 
 
 class Figure(NamedTuple):
@@ -39,7 +39,7 @@ def compares_answers(run: Run) -> bool:
 
 
 def groups_of_sources(run: Run) -> dict[str, str]:
-    """The group of each source of a run that tells it."""
+    """The group of each source of a run that records it."""
     return {name: str(figures.get("group", name)) for name, figures in _told(run, "sources").items()}
 
 
@@ -69,7 +69,7 @@ def held_out(run: Run, record: dict | None = None) -> dict[str, dict[str, float]
 
 
 def _together(members: Sequence[dict]) -> dict[str, float]:
-    """Figures of several sources as one: counts are added, everything else is a mean over what it was paid for."""
+    """Figures of several sources as one: counts are added, all other figures are weighted means."""
     known = [{key: value for key, each in figures.items() if (value := finite(each)) is not None}
              for figures in members]
     total: dict[str, float] = {}
@@ -101,13 +101,13 @@ def figures_of(runs: Sequence[Run]) -> list[Figure]:
 
 
 def best_value(figure: Figure, reached: Sequence[dict[str, dict[str, float]]]) -> float | None:
-    """The best of the runs' values; None where there is nothing to choose between."""
+    """The best of the runs' values; None if there is nothing to compare."""
     values = [value for each in reached if (value := each.get(figure.group, {}).get(figure.key)) is not None]
     return figure.best(values) if len(values) > 1 and min(values) < max(values) else None
 
 
 def unit(runs: Sequence[Run]) -> str:
-    """What the rows of `trained_on` are."""
+    """The names of the rows of `trained_on`."""
     return "pairs" if any(compares_answers(run) for run in runs) else "dialogues"
 
 

@@ -1,4 +1,5 @@
-"""Charts of many values at once, as inline SVG: histograms with what bounds cut off, curves, counts of sizes."""
+"""Charts of many values at once, as inline SVG: histograms that mark the values outside bounds, curves, counts of
+sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from ctllm_jax.report.charts import BOTTOM, LEFT, RIGHT, TOP, Scale, log_ticks, 
 from ctllm_jax.report.readable import compact, trimmed, visible
 
 _SMALLEST = 1.5
-"""Height in pixels of a bar with a single value in it: the rare ones are what a threshold is about."""
+"""Height in pixels of a bar with a single value, so that rare values stay visible near a threshold."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _is_geometric(edges: Sequence[float]) -> bool:
 
 
 def _parts(index: int, chart: Histogram) -> list[tuple[float, float, bool]]:
-    """A bin, divided where a bound lies inside it; whether each part is kept."""
+    """A bin, divided at a bound inside it; and whether each part is kept."""
     start, stop = chart.edges[index:index + 2]
     bounds = [bound for bound in (chart.low, chart.high) if bound is not None]
     outer = {0: start, len(chart.counts) - 1: stop}.get(index)
@@ -123,7 +124,7 @@ def _vertical(chart: Histogram, most: int, log: bool, bottom: int, top: int) -> 
 
 
 def _bound(value: float, side: str, x: Scale, chart: Histogram, bottom: int) -> str:
-    """A threshold; one beyond the edges stands at the edge, with an arrow."""
+    """A threshold; one outside the range is drawn at the edge, with an arrow."""
     beyond = "‹ " if value < x.low else " ›" if value > x.high else ""
     at = x(min(max(value, x.low), x.high))
     sign, anchor, shift = (">" if chart.above else "≥", "start", 4) if side == "low" else ("≤", "end", -4)

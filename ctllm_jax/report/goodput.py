@@ -1,4 +1,4 @@
-"""Where a run's wall time went, over all attempts: each second is in one part, and so the parts add up to it.
+"""A run's wall time over all attempts by part; each second belongs to one part, so the parts sum to the total.
 
 An attempt writes its seconds by phase now and then ("goodput" events), cumulative since its process began. Seconds of
 steps count as training, unless the step was made again after a restart, was given up by a rollback, or skipped. What a
@@ -20,7 +20,7 @@ PARTS = {"training": "steps that count", "data_wait": "waiting for data", "init"
          "evaluation": "held-out evaluation", "sample": "samples", "hooks": "traces and other hooks",
          "rollback": "going back to a checkpoint", "skipped": "steps whose update was skipped",
          "rolled_back": "steps given up by a rollback", "restarts": "steps made again after a restart"}
-"""Name -> what it is, in the order shown. `training` alone is goodput."""
+"""Name -> description, in display order. Only `training` is goodput."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class _Piece:
 
 
 def add_up(run: Run) -> Goodput | None:
-    """Where the time of a run went; None where its metrics do not say."""
+    """The time of a run by phase; None if its metrics do not record it."""
     if not any(record["event"] == "goodput" for record in run.ledger):
         return None
     return _Sum().of(run.ledger)
@@ -96,7 +96,7 @@ class _Sum:
         seconds = {name: value for name, value in (record.get("seconds") or {}).items() if finite(value) is not None}
         before = self.told or {"step": record["step"], "seconds": {}, "skipped": record.get("skipped", 0)}
         if self.told is None and self.ended is not None:
-            # The attempt began as long before its first line as that line says.
+            # The first line of an attempt states how long before it the attempt began.
             self.result.between += max(0.0, record["time"] - sum(seconds.values()) - self.ended)
         for name, value in seconds.items():
             spent = value - before["seconds"].get(name, 0.0)
@@ -131,7 +131,7 @@ class _Sum:
 
 
 def goodput_line(run: Run) -> str:
-    """`goodput 93.1 % of 2 h 3 min: checkpoint 3.2 %, …`; empty where it is not known."""
+    """`goodput 93.1 % of 2 h 3 min: checkpoint 3.2 %, …`; empty if unknown."""
     found = add_up(run)
     if found is None or not found.total:
         return ""
@@ -143,7 +143,7 @@ def goodput_line(run: Run) -> str:
 
 
 def section(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Bars of where the time went, one a run, and a table of the same; empty where no run says it."""
+    """Bars of the time by phase, one per run, with a table; empty if no run records it."""
     found = {index: goodput for index, run in enumerate(runs) if (goodput := add_up(run)) is not None and goodput.total}
     if not found:
         return ""

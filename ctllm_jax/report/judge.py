@@ -1,4 +1,4 @@
-"""What a judge said of answers: tables for a page, Markdown and the console, bars, and every word of it."""
+"""Results of a judge: tables for a page, Markdown and the console, bars, and the full texts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def score_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def count_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Rows that say what stands behind the means: answers without a rating, empty or cut ones, and the lower bound."""
+    """Rows with details of the means: answers without a rating, empty or cut ones, and the lower bound."""
     micro = [record["scores"]["micro"] for record in records]
     rows = [[words, *(f"{each[key]:,}" for each in micro)] for key, words in _COUNTS
             if any(each[key] for each in micro)]
@@ -54,7 +54,7 @@ COMPARISON_HEAD = ("first", "second", "wins", "ties", "losses", "win rate", "inc
 
 
 def score(found: Mapping[str, Any] | None) -> str:
-    """A mean and its 95 % interval as 6.42 [5.90, 6.93]; a dash where there is none."""
+    """A mean and its 95 % interval as 6.42 [5.90, 6.93]; a dash if there is none."""
     if found is None or found["mean"] is None:
         return "–"
     bounds = found["interval"]
@@ -62,12 +62,12 @@ def score(found: Mapping[str, Any] | None) -> str:
 
 
 def names(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Who answered, in the order of the columns."""
+    """The answering models, in the order of the columns."""
     return [record["answerer"]["name"] for record in records]
 
 
 def notes(record: Mapping[str, Any]) -> list[str]:
-    """What the figures are of, in sentences."""
+    """A description of the figures, in sentences."""
     judge, questions = record["judge"], record["questions"]
     served = [name for name in judge["served"] if name != judge["model"]]
     called = f"{judge['model']}{f' (served as {chr(44).join(served)})' if served else ''}"
@@ -183,7 +183,7 @@ def _matrix(comparisons: Sequence[Mapping[str, Any]], who: Sequence[str]) -> str
 
 
 def _questions(records: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any] | None, who: Sequence[str]) -> str:
-    """Every question, folded, with all that was said to it and of it."""
+    """Every question, collapsed, with its answers and judgments."""
     choices: dict[tuple[str, int], list[str]] = {}
     for each in comparison["comparisons"] if comparison else ():
         for row in each["rows"]:

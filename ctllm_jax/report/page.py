@@ -1,6 +1,6 @@
-"""The page: one self-contained HTML file of one run, or of several beside each other.
+"""The page: one self-contained HTML file of one run, or of several side by side.
 
-Nothing on it is fetched: charts are inline SVG, style and script stand in the page, and a content policy refuses
+It loads nothing: charts are inline SVG, style and script are inside the page, and a content policy refuses
 everything else, so that text written by a model, or by whoever wrote its data, can do nothing there. Times are UTC.
 """
 
@@ -36,7 +36,7 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path, *, benchmar
     """Write the report of one or several run directories to `output`, and return its path.
 
     `benchmarks` are charts over tokens, one a benchmark. The file is replaced at once or not at all. Raises UserError
-    for a path that is no run directory, for one given twice, and for an output that cannot be written.
+    for a path that is not a run directory, for one given twice, and for an output that cannot be written.
     """
     directories = [open_path(directory) for directory in run_dirs]
     if not directories:
@@ -49,7 +49,7 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path, *, benchmar
 
 
 def save(page: str, output: str | Path) -> Path:
-    """Write a page to a file, at once or not at all, and return its path; UserError where that cannot be done."""
+    """Write a page to a file atomically, and return its path. Raises UserError on failure."""
     output = open_path(output)
     if is_remote(output):
         with told(output):
@@ -228,7 +228,7 @@ def _switches() -> str:
 
 
 def _benchmarks(charts: Sequence[Chart]) -> str:
-    """What the runs reached on benchmarks as they trained."""
+    """Benchmark results of the runs during training."""
     if not charts:
         return ""
     switches = tables.switch("scale", {"log": "log tokens", "linear": "linear tokens"})

@@ -20,7 +20,7 @@ def compact(value: float) -> str:
 
 
 def trimmed(value: float) -> str:
-    """Like compact, without zeros that say nothing: 2k, 1.5k, 0.25."""
+    """Like compact, without trailing zeros: 2k, 1.5k, 0.25."""
     text = compact(value)
     number = text.rstrip("TBMk")
     return (number.rstrip("0").rstrip(".") if "." in number else number) + text[len(number):]
@@ -63,7 +63,7 @@ def as_markdown(text: str) -> str:
 
 
 def finite(value: object) -> float | None:
-    """The value as a float, or None for what is no finite number."""
+    """The value as a float, or None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

@@ -1,4 +1,4 @@
-"""A run directory, read: what metrics.jsonl says once restarts, torn lines and absent files are accounted for.
+"""Read a run directory: the content of metrics.jsonl after handling restarts, torn lines and missing files.
 
 metrics.jsonl only grows. A restart writes a "start" line with the step it went on from; the lines of the earlier
 attempt beyond that step are superseded, and dropped here. A number that was not finite is `null` in the file, and its
@@ -39,7 +39,7 @@ _JSON = json.JSONDecoder(parse_constant=lambda name: None)
 class Run:
     """One run. The lists hold the records of metrics.jsonl that still count, oldest first.
 
-    `ledger` has what `report.goodput` adds up: starts, rollbacks, sums of seconds, and a "close" at each attempt's end.
+    `ledger` has the input of `report.goodput`: starts, rollbacks, sums of seconds, and a "close" at each attempt's end.
     """
 
     directory: Path
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """`empty`, `unfinished` (it goes on, or was killed), or why it ended: `done`, `stopped`,
+        """`empty`, `unfinished` (it is running, or was killed), or the reason of its end: `done`, `stopped`,
         `preempted`, `interrupted`, `failed`, `diverged`, `hung`, `lost a process`."""
         if self.end is not None:
             return str(self.end.get("reason", "done"))
@@ -117,7 +117,7 @@ class FinalLoss(NamedTuple):
 
 
 def final_loss(run: Run) -> FinalLoss | None:
-    """The mean over the last tenth of the training records, at least 1 and at most 50; None where there are none."""
+    """The mean over the last tenth of the training records, at least 1 and at most 50; None if there are none."""
     known = [record for record in run.train if "loss" in record]
     if not known:
         return None
@@ -128,7 +128,7 @@ def final_loss(run: Run) -> FinalLoss | None:
 
 
 def read_run(directory: str | Path) -> Run:
-    """A run directory's numbers. Raises UserError for a path that is none; mends what can be mended, and says so."""
+    """Read a run directory. Raises UserError if it is not one; repairs what it can, and notes the repairs."""
     directory = open_path(directory)
     if not directory.exists():
         raise UserError(f"{directory}: no such directory; a run directory is needed (it holds {METRICS})")
@@ -177,7 +177,7 @@ def metrics_files(directory: Path) -> list[tuple[int, Path]]:
     if not is_remote(directory):
         return [(0, directory / METRICS)] if (directory / METRICS).exists() else []
     names = [name for name in list_names(directory) if name == METRICS or _PART.fullmatch(name)]
-    # What was copied from a disk comes first.
+    # A part copied from a disk comes first.
     return sorted((0 if name == METRICS else int(_PART.fullmatch(name)[1]), directory / name) for name in names)
 
 
@@ -263,14 +263,14 @@ class _Lines:
 
     def _rollback(self, record: dict) -> None:
         if type(record.get("to")) is not int or type(record.get("step")) is not int:
-            raise ValueError("no steps between which it went back")
+            raise ValueError("a rollback record without its steps")
         self._supersede(record["to"])
         self.reached = record["to"]
         self.run.events.append(record)
         self.run.ledger.append(record)
 
     def _supersede(self, step: int) -> None:
-        """Drop what is said of steps beyond this one, which are made again."""
+        """Drop records of steps after this one, which are repeated."""
         for kind in _STEPPED:
             records = getattr(self.run, kind)
             while records and records[-1]["step"] > step:
@@ -285,7 +285,7 @@ class _Lines:
             record["sources"] = _sources(record)
         if kind == "benchmarks" and not isinstance(record.get("tasks"), dict):
             raise ValueError("no tasks")
-        # An attempt may say again what its forerunner said of the step it resumed at: the later word counts.
+        # An attempt may repeat records of the step it resumed at; the later record counts.
         while 0 < len(records) <= self.inherited[kind] and records[-1]["step"] >= step:
             records.pop()
             self.inherited[kind] -= 1
@@ -344,7 +344,7 @@ _ABSENT = object()
 def differences(runs: list[Run]) -> list[tuple[str, list[object | None]]]:
     """Config keys in which the runs differ, each with one value a run (None where absent).
 
-    A run's own path is no difference, nor is a run that has told no config yet.
+    A run's path does not count as a difference, nor does a run without a recorded config.
     """
     flat = [flatten(run.config) for run in runs]
     keys = {key for config in flat for key in config if key != "run.dir"}
@@ -362,7 +362,7 @@ def _spelled(value: object) -> str:
 
 
 def labels(directories: list[Path]) -> list[str]:
-    """A short name for each run: as many last parts of its path as tell it from the others."""
+    """A short name for each run: the shortest end of its path that distinguishes it from the others."""
     parts = [path.resolve().parts for path in directories]
     for count in range(1, max(len(each) for each in parts) + 1):
         names = ["/".join(each[-count:]) for each in parts]

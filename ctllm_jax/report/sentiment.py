@@ -1,4 +1,4 @@
-"""The verdict on what models write: shares of positive answers, and answers side by side."""
+"""The sentiment section: shares of positive answers, and answers side by side."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def figures(verdict: dict[str, Any]) -> list[list[str]]:
 
 
 def remarks(verdict: dict[str, Any]) -> list[str]:
-    """What the judge is worth, and what was learned of pairs that were not trained on."""
+    """The accuracy of the judge, and the results on held-out pairs."""
     calibration, pairs = _mapping(verdict.get("calibration")), _mapping(verdict.get("held_out_pairs"))
     agreement = _mapping(calibration.get("agreement"))
     return [f"The judge, {verdict.get('judge', '–')}, agrees with the label of {share(agreement)} of"
@@ -57,7 +57,7 @@ def remarks(verdict: dict[str, Any]) -> list[str]:
 
 
 def share(value: Any) -> str:
-    """A share and its 95 % interval as 86.3% [82.0, 89.8]; a dash where there is none."""
+    """A share and its 95 % interval as 86.3% [82.0, 89.8]; a dash if there is none."""
     value = _mapping(value)
     middle, bounds = finite(value.get("share")), value.get("interval")
     if middle is None or not isinstance(bounds, list) or len(bounds) != 2 or None in map(finite, bounds):

@@ -29,7 +29,7 @@ def shown(value: object) -> str:
 
 
 def cards(facts: Sequence[tuple[str, str, str]]) -> str:
-    """Headline figures: (label, figure, note) each; nothing where there are none."""
+    """Headline figures: (label, figure, note) each; nothing if there are none."""
     items = "".join(f"<li><span>{shown(label)}</span><b>{shown(figure)}</b><small>{shown(note)}</small></li>"
                     for label, figure, note in facts)
     return f'<ul class="cards">{items}</ul>' if items else ""
@@ -60,7 +60,7 @@ def _name(names: Sequence[str], index: int) -> str:
 
 
 def problems(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """What could not be read, said before any number."""
+    """Notes about unreadable parts, shown before any number."""
     said = [f"{_name(names, index) + ': ' if len(runs) > 1 else ''}{shown(problem)}"
             for index, run in enumerate(runs) for problem in run.problems]
     return f'<ul class="problems">{"".join(f"<li>{line}</li>" for line in said)}</ul>' if said else ""
@@ -83,7 +83,7 @@ def against_baselines(run: Run, source: str) -> str:
 
 
 def overview(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Headline figures of several runs, a row each, with what each group of dialogues or pairs gave them."""
+    """Headline figures of several runs, a row each, with the counts of each group of dialogues or pairs."""
     rows = []
     groups = list(dict.fromkeys(group for run in runs for group, counts in trained_on(run).items() if "rows" in counts))
     for index, run in enumerate(runs):
@@ -177,7 +177,7 @@ def _held_out_pairs(runs: Sequence[Run], names: Sequence[str], warning: str) -> 
 
 
 def _merged_baselines(runs: Sequence[Run]) -> list[tuple[str, dict[str, dict]]]:
-    """Baselines of all runs; those of one name are one row where they say the same of every source they share."""
+    """Baselines of all runs; equal baselines of one name share a row."""
     merged: list[tuple[str, dict[str, dict]]] = []
     for run in runs:
         for name, record in run.baselines.items():
@@ -228,7 +228,7 @@ def config_differences(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def samples(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """What the model wrote at which step: a row a step, a column a prompt, the latest first."""
+    """Samples by step: one row per step, one column per prompt, the latest first."""
     parts = []
     for index, run in enumerate(runs):
         if not run.sample:
@@ -263,7 +263,7 @@ def _sample(record: dict) -> str:
 
 
 def data(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """What a whole run takes of each source, as its start line counted it; how many dialogues or pairs it has."""
+    """The use of each source by a whole run, from its start record; and its number of dialogues or pairs."""
     rows, counted = [], any(isinstance(run.start.get("data"), dict) for run in runs)
     for index, run in enumerate(runs):
         epochs = run.start.get("epochs")
@@ -290,7 +290,7 @@ def _mapping(value: object) -> dict:
 
 
 def stages(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Where the seconds before and beside the steps went: one row a stage, attempts added up."""
+    """The time before and between steps: one row per stage, summed over attempts."""
     totals: dict[str, dict[int, list[float]]] = {}
     for index, run in enumerate(runs):
         told = {record.get("name") for record in run.stages}

@@ -1,7 +1,7 @@
-"""What a run shows while it goes: one live line on a terminal, plain lines elsewhere.
+"""The output of a running run: one live line on a terminal, plain lines elsewhere.
 
-Nothing else in the training room prints. Text that a model wrote is hostile input here too: control characters are
-shown, never sent, and no markup is read in it.
+Nothing else in the training package prints. Model-written text is treated as untrusted: control characters are
+displayed as symbols, and markup is not interpreted.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def print_rows(console: Console, rows: Iterable[tuple[str, str]], *, title: str 
 
 
 def _print(console: Console, text: Text) -> None:
-    """Print one line as it is: never wrapped, so that a log can be searched."""
+    """Print one line without wrapping, so that a log can be searched."""
     console.print(text, soft_wrap=True)
 
 
@@ -58,7 +58,7 @@ class TrainingConsole:
     def __init__(self, console: Console | None, *, total_steps: int):
         """
         Args:
-          console: where to show; None (a process other than the first) shows nothing.
+          console: the output; None (in processes other than the first) shows nothing.
           total_steps: steps of the whole run.
         """
         self._console = console
@@ -99,7 +99,7 @@ class TrainingConsole:
         self._show(Text.assemble(*parts))
 
     def benchmarks(self, record: dict[str, Any]) -> None:
-        """A "benchmarks" record, above the live line: each task in percent, its 95 % interval, what guessing gives."""
+        """A "benchmarks" record, above the live line: each task in percent, its 95 % interval, and the chance level."""
         parts = [Text(self._step(record["step"]), style="cyan"), Text(" | benchmarks", style="bold")]
         for task, told in record["tasks"].items():
             interval = "" if told["low"] is None else f" [{told['low']:.1f}, {told['high']:.1f}]"
@@ -109,13 +109,13 @@ class TrainingConsole:
         self._show(Text.assemble(*parts))
 
     def sample(self, record: dict[str, Any]) -> None:
-        """A "sample" record, above the live line: the prompt set off, line breaks shown as ↵."""
+        """A "sample" record, above the live line: the prompt is marked, line breaks are shown as ↵."""
         prompt = str(record["prompt"])
         text = str(record["text"]).removeprefix(prompt)
         head = Text.assemble(Text(self._step(record["step"]), style="cyan"), Text(" | sample", style="bold"))
         body = Text.assemble(Text(_one_line(prompt), style="bold yellow"), Text(_one_line(text)), overflow="fold")
         if self._live is not None:
-            # Chinese has no blanks to break a line at: below its head, the text fills whole lines.
+            # Chinese has no spaces to break a line at, so below its head the text fills whole lines.
             self._console.print(head)
             self._console.print(Padding(body, (0, 0, 0, 2)))
         else:
@@ -143,7 +143,7 @@ def _one_line(text: str) -> str:
 
 
 def _held_out_figures(values: dict[str, Any]) -> list[str]:
-    """What an evaluation says of a source, in words."""
+    """Format the evaluation results of a source."""
     return [f"{name} {write(values[key])}" for name, key, write in (
         ("loss", "loss", _number), ("bpb", "bits_per_byte", _number),
         ("accuracy", "rewards/accuracies", lambda value: "–" if value is None else percent(value)),
@@ -151,12 +151,12 @@ def _held_out_figures(values: dict[str, Any]) -> list[str]:
 
 
 def _number(value: float | None, places: int = 3) -> str:
-    """A value; NaN and infinity stand as they are, and so does null, their spelling in a file."""
+    """Format a value; NaN, infinity, and null (their form in a file) are shown as such."""
     return "nan" if value is None else f"{value:.{places}f}"
 
 
 def _fields(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """Key and text of what a training record says, in the order shown."""
+    """Key and text of the fields of a training record, in display order."""
     fields = []
     for key, write in (
         ("loss", lambda value: f"loss {_number(value)}"),
@@ -186,9 +186,10 @@ def training_line(record: dict[str, Any], total_steps: int) -> str:
 
 
 class _LiveLine:
-    """The live line: always one row, however narrow. What matters least goes first, then the bar shrinks."""
+    """The live line: always one row. On a narrow terminal, the least important fields are dropped first, then the bar
+    shrinks."""
 
-    # What a narrow terminal does without, in this order; step, loss and time left stay.
+    # Fields that a narrow terminal drops, in this order; step, loss and time left stay.
     _LEAST_FIRST = ("grad_norm", "lr", "mfu_causal", "data_wait", "bits_per_byte", "tokens_per_second")
 
     def __init__(self, total_steps: int):
@@ -200,7 +201,7 @@ class _LiveLine:
         return Measurement(1, options.max_width)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        # The last column stays free: a terminal may wrap when it is written.
+        # The last column stays free, because a terminal may wrap there.
         yield self.fitted(options.max_width - 1)
 
     def fitted(self, width: int) -> Text:

@@ -1,4 +1,5 @@
-"""From a Hugging Face folder to a run directory and back: streamed, read back, and there only when it is whole."""
+"""Convert a Hugging Face folder to a run directory and back: streamed, verified by reading back, and renamed into place
+when complete."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ Progress = Callable[[str, int, int], None]
 
 
 class Exported(NamedTuple):
-    """What was written: tensors, their bytes, files, dtype, ids, rows of the embedding; `notes` are what to know."""
+    """Summary of the output: tensors, their bytes, files, dtype, ids, rows of the embedding; `notes` are hints for the
+    user."""
 
     tensors: int
     nbytes: int
@@ -54,17 +56,17 @@ class Exported(NamedTuple):
 
 def import_model(directory: Path, output: Path, *, template: bool = True, vocab_multiple: int | None = None,
                  progress: Progress = lambda *_: None) -> dict[str, Any]:
-    """Write a run directory with one checkpoint, at step 0: the weights in the dtypes they have.
+    """Write a run directory with one checkpoint at step 0, with the weights in their own dtypes.
 
     Args:
       template: keep the folder's chat template.
-      vocab_multiple: rows of the embedding are cut or filled up to a multiple of this; None: they stay.
+      vocab_multiple: rows of the embedding are cut or padded to a multiple of this; None: unchanged.
 
     Returns:
       `meta` of the checkpoint.
 
     Raises:
-      UserError: a folder that is no model of ours; nothing is written.
+      UserError: the folder is not a supported model; nothing is written.
     """
     weights, meta = huggingface.open_weights(directory), huggingface.read_meta(directory)
     source = weights.config
@@ -119,18 +121,17 @@ def import_model(directory: Path, output: Path, *, template: bool = True, vocab_
 def export_model(kept: Kept, output: Path, *, tokenizer: Tokenizer, template: ChatTemplate | None,
                  dtype: str | None = None, cut: bool = False, shard_bytes: int, base: str | None = None,
                  progress: Progress = lambda *_: None) -> Exported:
-    """Write a Hugging Face folder, and compare what is read from it with what it is of.
+    """Write a Hugging Face folder, read it back, and compare it with the checkpoint.
 
     Args:
-      kept: the checkpoint; `tokenizer` and `template` are those that belong to it.
-      dtype: of all weights; None: what each is kept in.
-      cut: leave out the embedding's rows beyond the tokenizer's ids.
-      shard_bytes: most bytes of a file.
-      base: MODEL that adapters belong to, if it is not where it was.
+      kept: the checkpoint; `tokenizer` and `template` belong to it.
+      dtype: dtype of all weights; None: that of each in the checkpoint.
+      cut: omit the embedding's rows beyond the tokenizer's ids.
+      shard_bytes: largest size of a file in bytes.
+      base: MODEL that adapters belong to, if it has moved.
 
     Raises:
-      UserError: something that these files cannot express, or a tokenizer that does not pass the gate; nothing is
-        written then.
+      UserError: the format cannot express something, or the tokenizer fails its check; nothing is written then.
     """
     config = read_model_config(kept.run_dir)
     if cut:
@@ -174,7 +175,8 @@ def export_model(kept: Kept, output: Path, *, tokenizer: Tokenizer, template: Ch
 
 
 def export_adapters(kept: Kept, output: Path, *, base_model: str) -> int:
-    """Write a run's adapters as PEFT reads them; gives the number of tensors. `base_model`: how PEFT finds the base."""
+    """Write a run's adapters in PEFT's format, and return the number of tensors. `base_model`: how PEFT finds the
+    base."""
     adapters = load_adapters(kept)
     with _made_whole(output) as made:
         peft.write_peft(made, adapters, LoraConfig(**kept.meta["lora"]), base_model=base_model)
@@ -185,14 +187,14 @@ def export_adapters(kept: Kept, output: Path, *, base_model: str) -> int:
 
 
 def check_new(output: Path) -> None:
-    """UserError where something is there already."""
+    """Raise UserError if the output already exists."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output={output} is there already: name a new directory")
 
 
 @contextmanager
 def _made_whole(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its name when all went well, and is removed otherwise."""
+    """A temporary folder next to `output`, renamed to it on success and removed on failure."""
     check_new(output)
     made = output.with_name(f".{output.name}.{os.getpid()}")
     try:
@@ -206,7 +208,7 @@ def _made_whole(output: Path) -> Iterator[Path]:
 
 
 def _digest(array: np.ndarray) -> bytes:
-    """Of dtype, shape and every bit."""
+    """Equality of dtype, shape and every bit."""
     content = hashlib.blake2b(f"{array.dtype} {array.shape}".encode())
     rows = max(1, (16 << 20) // max(1, array.nbytes // max(1, len(array))))
     for start in range(0, len(array), rows):

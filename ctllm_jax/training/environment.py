@@ -1,4 +1,4 @@
-"""What a run was computed with: versions, devices, processors, flags, the implementation of every op."""
+"""The environment of a run: versions, devices, processors, flags, the implementation of every op."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ log = logging.getLogger(__name__)
 
 
 def choose_implementations(config: PretrainConfig, mesh: jax.sharding.Mesh | None = None) -> dict[str, str]:
-    """Op -> the implementation that runs on the mesh's devices, which need not be here; None: on the default one.
+    """Return op -> the implementation that runs on the mesh's devices, which may be absent; None: on the default
+    device.
 
     Raises:
-      UserError: a named one cannot run here, or not with what is adapted.
+      UserError: a named one cannot run here, or not with these adapters.
     """
     swiglu = config.compute.swiglu
     if config.lora is not None and {"gate", "up"} & lora_parameters(config.model, config.lora)["blocks"].keys():
@@ -69,17 +70,18 @@ def describe_environment(config: PretrainConfig) -> dict[str, Any]:
 
 
 def count_processors() -> int | None:
-    """Processors that this process may use."""
+    """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def warn_of_processors(directory: Path) -> None:
-    """On the CPU backend another number of processors sums in another order: no longer bit for bit."""
+    """Warn about a changed number of processors on the CPU backend, which changes the order of sums and so the last
+    bits."""
     try:
         before = json.loads((directory / "environment.json").read_text())["cpu_count"]
     except (OSError, KeyError, ValueError):
         return
     now = count_processors()
     if jax.default_backend() == "cpu" and before != now:
-        log.warning("%s was begun on %s processors and goes on on %s: the numbers will differ in the last bits",
+        log.warning("%s was started on %s processors and continues on %s: the numbers will differ in the last bits",
                     directory, before, now)

@@ -1,6 +1,6 @@
-"""Which steps count: an update that is not finite, or far off, is skipped inside of the compiled step.
+"""Skipping of bad steps: the compiled step skips an update that is not finite or is a spike.
 
-Everything here is arithmetic on scalars that every device has, so that all decide the same, and no host is asked.
+Everything here is arithmetic on scalars that every device has, so all devices take the same decision without the host.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from ctllm_jax.config.reliability import SpikesConfig
 from ctllm_jax.training.state import Spikes, State
 
 LEAST_DEVIATION = 1e-3
-"""Of the mean: a standard deviation is never taken for less, or a run on a plateau would stumble over rounding."""
+"""Lower bound of the standard deviation as a share of the mean; without it, rounding on a plateau would count as
+spikes."""
 
 
 def judge_step(bad_steps: Any, loss: jax.Array, grad_norm: jax.Array, *,
                spikes: SpikesConfig | None) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-    """Whether a step's update counts, what to remember, and what the metrics say of it.
+    """Decide whether a step's update is applied; return the new statistics and the metrics.
 
     Args:
-      bad_steps: of the state: int32, or `Spikes` if and only if `spikes` is given.
+      bad_steps: the state's counter: int32, or `Spikes` if and only if `spikes` is given.
       loss, grad_norm: float32 scalars of the whole batch, the norm before clipping.
-      spikes: None: only what is not finite is skipped.
+      spikes: None: only non-finite steps are skipped.
 
     Returns:
       `good`, bool; the new `bad_steps`; `skipped` (1 for this step or 0), `bad_steps` and `spikes`: counts so far.
@@ -46,7 +47,7 @@ def judge_step(bad_steps: Any, loss: jax.Array, grad_norm: jax.Array, *,
 
 
 def count_skipped(state: State) -> dict[str, int]:
-    """`bad_steps` and, with a guard against them, `spikes` so far."""
+    """The counts so far: `bad_steps` and, with the spike guard, `spikes`."""
     counts = state.bad_steps
     if isinstance(counts, Spikes):
         return {"bad_steps": int(counts.bad_steps), "spikes": int(counts.spikes)}
@@ -55,17 +56,17 @@ def count_skipped(state: State) -> dict[str, int]:
 
 def _compare(value: jax.Array, mean: jax.Array, variance: jax.Array, *, seen: jax.Array,
              config: SpikesConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Whether a value is far above the mean, and mean and variance with it in them.
+    """Return whether a value is far above the mean, and the updated mean and variance.
 
-    A value beyond the bound counts as the bound: one spike does not widen it for the next, but where the level has
-    risen for good, it widens by a constant factor a step, and the run goes on.
+    A value above the bound enters as the bound. So a single spike does not widen it for the next one; but if the level
+    stays higher, the bound grows by a constant factor per step, and the run continues.
     """
     deviation = jnp.maximum(jnp.sqrt(variance), LEAST_DEVIATION * jnp.abs(mean))
     bound = mean + config.deviations * deviation
     acting = seen >= config.warmup
     far = value > bound
     taken = jnp.where(acting & far, bound, value)
-    # The plain mean while there are less than `window` values, the weighted one from then on.
+    # The plain mean for the first `window` values, the weighted mean afterwards.
     share = jnp.maximum(1.0 / (seen.astype(jnp.float32) + 1.0), 1.0 / config.window)
     difference = taken - mean
     return far, mean + share * difference, (1.0 - share) * (variance + share * difference * difference)

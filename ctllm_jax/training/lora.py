@@ -1,4 +1,4 @@
-"""Training of adapters: what is differentiated, what the base is kept as, and a run directory of both as one."""
+"""Training of adapters: the loss, the dtypes of the base, and the run directory of a merged model."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from ctllm_jax.training.optimizer import is_matrix, path_name
 
 
 def with_adapters(loss_fn: Callable, *, scale: float) -> Callable:
-    """A stage's `(params, frozen, batch)` loss with adapters as what is trained, and the base's weights as frozen."""
+    """Convert a stage's `(params, frozen, batch)` loss: adapters are trained, and the base's weights are frozen."""
     return lambda adapters, base, batch: loss_fn(attach(base, adapters, scale=scale), None, batch)
 
 
 def abstract_base(config: PretrainConfig, shardings: Any) -> Any:
-    """Shapes, dtypes and shardings of the frozen weights: matrices are kept in `compute.dtype`, the others in float32.
+    """Shapes, dtypes and shardings of the frozen weights: matrices are stored in `compute.dtype`, others in float32.
 
-    The forward pass takes matrices in that dtype anyway, so nothing changes, bit for bit, and bfloat16 halves them.
+    The forward pass uses matrices in that dtype anyway, so results are equal bit for bit, and bfloat16 halves their
+    size.
     """
     def keep(path: Any, leaf: Any, sharding: Any) -> Any:
         dtype = config.compute.dtype if is_matrix(path_name(path), leaf.ndim) else leaf.dtype
@@ -41,7 +42,8 @@ def abstract_base(config: PretrainConfig, shardings: Any) -> Any:
 
 
 def write_merged(checkpoint: Kept, params: Any, directory: Path) -> None:
-    """A run directory of merged weights: the config without `lora`, the tokenizer, and one checkpoint, a milestone.
+    """Write a run directory of merged weights: the config without `lora`, the tokenizer, and one checkpoint, a
+    milestone.
 
     Its `meta` is that of the adapters' checkpoint without `lora`: the same model, at the same step.
     """

@@ -1,12 +1,11 @@
-"""metrics.jsonl, the source of truth of a run, and the sinks that are fed from it.
+"""metrics.jsonl, which holds all records of a run, and the sinks that receive the same records.
 
-Every line is one JSON object with "event" and "time" (unix seconds). The file only grows: a line is written by one
-call of the operating system, and a line torn by a crash is ended before the next one. On an object store, where nothing
-grows, it is parts, metrics-00001.jsonl and so on: the newest is written anew every few seconds by a thread, the others
-stay as they are, and each start begins a new one. JSON has no NaN and no infinity:
-such a number is written as null, and its spelling goes into "nonfinite" ({"loss": "nan"}), so that a reader can tell a
-number that was lost from one that was never there. TensorBoard and Weights & Biases get the same records; one that
-fails is dropped with a warning, and training goes on.
+Every line is one JSON object with "event" and "time" (unix seconds). Lines are only appended: each is written by one
+system call, and a line torn by a crash is ended before the next one. An object store cannot append, so there the file
+is split into parts, metrics-00001.jsonl and so on. A thread rewrites the newest part every few seconds, the others do
+not change, and each start begins a new part. JSON has no NaN and no infinity: such a number is written as null, and its
+name goes into "nonfinite" ({"loss": "nan"}), so that a reader can distinguish it from a missing number. TensorBoard and
+Weights & Biases get the same records; one that fails is dropped with a warning, and training goes on.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _PART_BYTES = 1 << 20
 
 
 class Sink(Protocol):
-    """Something else that wants the records."""
+    """A receiver of records."""
 
     name: str
 
@@ -52,7 +51,7 @@ class MetricsWriter:
         """Open the run's file for appending; on any process but 0, do nothing here or later.
 
         Args:
-          run_dir: the run directory; made if it is not there.
+          run_dir: the run directory; made if it does not exist.
           steps: steps of the whole run, for status.json.
           tensorboard: also write TensorBoard events to run_dir/tensorboard (extra: tb).
           wandb_project: also log to this project (extra: wandb; WANDB_MODE=offline is respected).
@@ -114,7 +113,7 @@ class MetricsWriter:
 
     def _append(self, record: dict[str, Any]) -> None:
         data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
-        # A full disk takes a part and tells so by the count alone; the next call raises.
+        # A full disk writes only a part and reports this only by the count; the next call raises an error.
         while data and self._file is not None:
             data = data[self._file.write(data):]
 
@@ -151,7 +150,7 @@ class MetricsWriter:
 
 
 class _Parts:
-    """What stands in for an opened metrics.jsonl on an object store."""
+    """The replacement for an open metrics.jsonl on an object store."""
 
     def __init__(self, directory: Path):
         self._directory, self.uploader = directory, Uploader()
@@ -166,7 +165,7 @@ class _Parts:
         return len(data)
 
     def close(self) -> None:
-        """Write what is not there yet."""
+        """Write the lines that are not on the store yet."""
         self.uploader.close()
 
 
@@ -187,7 +186,7 @@ def _record(event: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
-    """A value as JSON has it: arrays of one number become the number, paths text, numbers that are none null."""
+    """Convert a value for JSON: arrays of one number become the number, paths become text, non-finite numbers null."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, dict):
@@ -216,7 +215,7 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
         return {}
     parts = {f"{kind}/{name}": value for name, value in record.items() if name not in ("event", "time", "step")}
     if kind == "evaluation":
-        parts.pop("evaluation/tokens", None)  # those of training, at that step
+        parts.pop("evaluation/tokens", None)  # training tokens at that step
         parts |= {f"evaluation/{source}/{name}": value for source, values in record["sources"].items()
                   for name, value in values.items()}
     return {name: float(value) for name, value in parts.items()
@@ -240,14 +239,15 @@ class TensorBoardSink:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise ImportError("tensorboardX is missing: pip install 'ctllm-jax[tb]'") from error
-        # A file's name has the second in which it was made: without more, the next one of that second replaces it.
+        # A file's name contains the second of its creation; without a suffix, another file of the same second would
+        # replace it.
         self._open = lambda purge_step: SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step,
                                                       filename_suffix=f".{time.time_ns()}")
         self._writer = None
 
     def write(self, record: dict[str, Any]) -> None:
-        """Scalars of training and evaluation, texts of samples. Where a run goes on from an earlier step, TensorBoard
-        is told to forget the later ones, which are made again."""
+        """Scalars of training and evaluation, texts of samples. If a run resumes from an earlier step, TensorBoard
+        discards the later ones, which are repeated."""
         if self._writer is None or record["event"] == "rollback":
             again = {"start": "step", "rollback": "to"}.get(record["event"])
             self.close()
@@ -265,7 +265,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A run of Weights & Biases; a resumed run directory goes on with the same one."""
+    """A run of Weights & Biases; a resumed run directory continues the same one."""
 
     name = "wandb"
 
@@ -280,7 +280,7 @@ class WandbSink:
             write_atomically(identity, uuid.uuid4().hex)
         self._run = wandb.init(project=project, name=run_dir.resolve().name, id=identity.read_text(encoding="utf-8"),
                                resume="allow", dir=str(run_dir), config=config, settings=wandb.Settings(console="off"))
-        # Its own step must not fall back, which a restart's does: ours is an axis of its own.
+        # Its own step must not decrease, but a restart's does, so ours is a separate axis.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

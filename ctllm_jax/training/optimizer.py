@@ -17,7 +17,7 @@ from ctllm_jax.config.pretrain import OptimizerConfig
 
 @dataclass(frozen=True)
 class Treatment:
-    """How one parameter is trained, and the rule that says so (None: the defaults)."""
+    """How one parameter is trained, and the rule that applies to it (None: the defaults)."""
 
     lr_multiplier: float
     decayed: bool
@@ -27,7 +27,7 @@ class Treatment:
 def make_schedule(config: OptimizerConfig, *, steps: int) -> Callable[[jax.Array], jax.Array]:
     """`step -> learning rate`, float32, where `step` counts the updates already made.
 
-    The first update has lr / warmup_steps, the update number `warmup_steps` the full lr, and the last one min_lr.
+    The first update has lr / warmup_steps, update number `warmup_steps` has the full lr, and the last one min_lr.
     """
     warmup = config.warmup_steps
     rest = max(steps - warmup, 1)
@@ -43,27 +43,27 @@ def make_schedule(config: OptimizerConfig, *, steps: int) -> Callable[[jax.Array
     joined = after
     if warmup:
         joined = optax.join_schedules([optax.linear_schedule(0.0, config.lr, warmup), after], [warmup])
-    # The linear fall may end a rounding error below zero.
+    # The linear decay may end a rounding error below zero.
     return lambda step: jnp.maximum(jnp.asarray(joined(step + 1), jnp.float32), 0.0)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A parameter's path in a pytree as rules see it: `blocks/query`."""
+    """A parameter's path in a pytree, in the form used by rules: `blocks/query`."""
     return "/".join(str(getattr(part, "key", getattr(part, "idx", getattr(part, "name", part)))) for part in path)
 
 
 def is_matrix(name: str, ndim: int) -> bool:
-    """Whether a parameter is neither a norm's scale nor a bias; the stacking over layers counts for no dim."""
+    """Whether a parameter is neither a norm's scale nor a bias; the stacked layer dim does not count."""
     return ndim - name.startswith("blocks/") >= 2 and not name.endswith("_bias")
 
 
 def assign_rules(config: OptimizerConfig, params: Any) -> dict[str, Treatment]:
-    """How each parameter is treated, by path. `params` may be abstract.
+    """Return how each parameter is trained, by path. `params` may be abstract.
 
-    By default weight decay applies to parameters of two or more dims; the stacking over layers counts for none.
+    By default weight decay applies to parameters of two or more dims; the stacked layer dim does not count.
 
     Raises:
-      UserError: a rule that decides for no parameter.
+      UserError: a rule applies to no parameter.
     """
     treatments, used = {}, set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -85,9 +85,9 @@ def assign_rules(config: OptimizerConfig, params: Any) -> dict[str, Treatment]:
 
 
 def make_optimizer(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
-    """AdamW without its learning rate: the update's direction, decayed and clipped (arXiv 1711.05101).
+    """AdamW without its learning rate: the update's direction, with weight decay and clipping (arXiv 1711.05101).
 
-    The step multiplies it by `-schedule(state.step)`, so that the one step counter of the state decides.
+    The train step multiplies it by `-schedule(state.step)`, so that only the state's step counter matters.
     """
     treatments = assign_rules(config, params)
     decayed = jax.tree_util.tree_map_with_path(lambda path, _: treatments[path_name(path)].decayed, params)
@@ -101,7 +101,8 @@ def make_optimizer(config: OptimizerConfig, params: Any) -> optax.GradientTransf
 
 
 def _clip(most: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.clip_by_global_norm`, told the norm: inside a branch of the step it would be summed over devices again."""
+    """`optax.clip_by_global_norm` with a given norm; inside a conditional, the norm would be reduced over devices
+    again."""
     def update(grads: Any, state: Any, params: Any = None, *, grad_norm: jax.Array | None = None,
                **others: Any) -> tuple[Any, Any]:
         del params, others
@@ -112,7 +113,7 @@ def _clip(most: float) -> optax.GradientTransformationExtraArgs:
 
 
 def describe_rules(config: OptimizerConfig, params: Any) -> list[tuple[str, str, str, str]]:
-    """Rows (paths, learning rate, weight decay, rule) of what hit what, alike parameters in one row."""
+    """Table rows (paths, learning rate, weight decay, rule); parameters with equal settings share a row."""
     groups: dict[Treatment, list[str]] = {}
     for name, treatment in assign_rules(config, params).items():
         groups.setdefault(treatment, []).append(name)

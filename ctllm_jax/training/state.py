@@ -1,4 +1,4 @@
-"""What a run carries from step to step: one pytree."""
+"""The training state: one pytree."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ctllm_jax.config.errors import UserError
 from ctllm_jax.training.optimizer import path_name
 
 MOST_REPLICATED = 2**20
-"""Bytes of a leaf of the optimizer's state that may be copied to every device: enough for counters and statistics."""
+"""Largest size in bytes of an optimizer leaf that may be replicated: enough for counters and statistics."""
 
 
 @struct.dataclass
 class State:
-    """The whole of a run's state.
+    """The complete state of a run.
 
     Attributes:
-      params: what is trained, float32.
-      opt_state: of the optimizer, for `params` alone.
-      step: int32, optimizer steps done, skipped updates included.
+      params: the trained parameters, float32.
+      opt_state: the optimizer's state, only for `params`.
+      step: int32, optimizer steps done, including skipped updates.
       data_step: int32, batches consumed: equal to `step` until a window of data is skipped.
-      bad_steps: int32, steps whose update was skipped because it was not finite; a `Spikes`, which counts them too,
-        where `bad_steps.spikes` is on (`training.guard`).
+      bad_steps: int32, steps whose update was skipped because it was not finite; with `bad_steps.spikes`, a `Spikes`,
+        which contains this count (`training.guard`).
     """
 
     params: Any
@@ -39,11 +39,11 @@ class State:
 
 @struct.dataclass
 class Spikes:
-    """What the guard against spikes remembers: scalars, the same on every device.
+    """Statistics of the spike guard: scalars, equal on every device.
 
     Attributes:
-      bad_steps, spikes: int32, steps that were skipped for not being finite, and for being far off.
-      seen: int32, steps that the figures below were learned from.
+      bad_steps, spikes: int32, steps skipped because they were not finite, and because they were spikes.
+      seen: int32, number of steps in the statistics below.
       loss_mean, loss_variance, norm_mean, norm_variance: float32, exponentially weighted.
     """
 
@@ -57,33 +57,33 @@ class Spikes:
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, *, spikes: bool = False) -> State:
-    """The state at step 0; each counter its own array, so that the whole state can be donated.
+    """The state at step 0; each counter is a separate array, so that the whole state can be donated.
 
-    `spikes`: with what the guard against them remembers.
+    `spikes`: include the statistics of the spike guard.
     """
     step, data_step, bad_steps = (jnp.zeros((), jnp.int32) for _ in range(3))
     return State(params, optimizer.init(params), step, data_step, init_spikes(bad_steps) if spikes else bad_steps)
 
 
 def init_spikes(bad_steps: jax.Array) -> Spikes:
-    """A guard that has seen nothing yet, in a run with so many bad steps."""
+    """Empty statistics of the spike guard, for a run with this many bad steps."""
     return Spikes(bad_steps, *(jnp.zeros((), jnp.int32) for _ in range(2)),
                   *(jnp.zeros((), jnp.float32) for _ in range(4)))
 
 
 def like_params(state: Any, params: Any, shardings: Any, otherwise: NamedSharding) -> Any:
-    """Shardings of a state: a leaf whose path ends in a parameter's path is laid out like that parameter.
+    """Shardings of a state: a leaf whose path ends in a parameter's path is sharded like that parameter.
 
-    Optax nests copies of the parameters' tree in its own containers, and `optax.partition` and `optax.masked` keep only
-    some of their leaves. What has another shape than its parameter, or belongs to none, is replicated.
+    Optax nests trees like that of the parameters in its own containers; `optax.partition` and `optax.masked` keep only
+    some of their leaves. A leaf with another shape than its parameter, or without one, is replicated.
 
     Args:
       state: a tree of shapes and dtypes.
-      params, shardings: the parameters' shapes and their layout.
-      otherwise: the replicated layout.
+      params, shardings: the parameters' shapes and shardings.
+      otherwise: the replicated sharding.
 
     Raises:
-      UserError: a leaf of more than `MOST_REPLICATED` bytes would be copied to every device.
+      UserError: a leaf of more than `MOST_REPLICATED` bytes would be replicated.
     """
     known = {tuple(path_name(path).split("/")): (leaf.shape, layout) for (path, leaf), layout in
              zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True)}
@@ -92,7 +92,7 @@ def like_params(state: Any, params: Any, shardings: Any, otherwise: NamedShardin
     def lay_out(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
         parts = tuple(name.split("/"))
-        for start in range(len(parts)):  # the longest end of the path that is a parameter's
+        for start in range(len(parts)):  # the longest suffix of the path that is a parameter's path
             shape, layout = known.get(parts[start:], (None, None))
             if shape == leaf.shape:
                 return layout

@@ -1,4 +1,4 @@
-"""The train step that every stage shares. A stage differs in its loss function alone.
+"""The train step of all stages, which differ only in their loss function.
 
 Legend: B rows of the global batch, S sequence, A micro-batches.
 """
@@ -18,7 +18,8 @@ from ctllm_jax.training.guard import judge_step
 from ctllm_jax.training.state import State
 
 LossFn = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
-"""`(params, frozen, batch) -> (sum of loss, sum of weight, {name: sum})`: sums add up over micro-batches, devices."""
+"""`(params, frozen, batch) -> (sum of loss, sum of weight, {name: sum})`; sums add up over micro-batches and
+devices."""
 STEP_METRICS = frozenset(("loss", "weight", "grad_norm", "lr", "skipped", "bad_steps", "spikes"))
 """Names of the metrics that the step itself makes; no sum of a loss function may have one of them."""
 
@@ -29,19 +30,18 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
     """`train_step(state, batch, frozen) -> (state, metrics)`: a pure function, to be jitted with the state donated.
 
     Args:
-      loss_fn: of the stage; only `params` is differentiated.
-      optimizer: gives the update's direction (`training.optimizer`).
+      loss_fn: the stage's loss; only `params` is differentiated.
+      optimizer: computes the update's direction (`training.optimizer`).
       schedule: `step -> learning rate`.
       accumulation: micro-batches A; must divide the batch's rows.
-      constrain_grads: puts gradients where the parameters lie.
-      spikes: what counts as one, where the state has `Spikes`.
-      branches: skip an update by a branch of the program, not by selection. XLA for TPU gives a selection temporaries
-        (11.2 -> 16.9 MB in tests/training/test_aot.py's step, a branch 11.4); on a GPU the host decides a branch, and
-        waits for the gradients.
+      constrain_grads: applies the parameters' sharding to the gradients.
+      spikes: the criterion of a spike, if the state has `Spikes`.
+      branches: skip an update by a conditional instead of a select. On TPU, XLA needs temporaries for a select (16.9 MB
+        instead of 11.2 MB in the step of tests/training/test_aot.py; 11.4 MB for a conditional). On a GPU, the host
+        evaluates a conditional, and waits for the gradients.
 
-    Where loss or gradient norm is not finite, or a spike, the parameters and the optimizer's state stay bit for bit as
-    they were, while `step` and `data_step` go on. Devices say nothing to each other beside the norm, which clipping
-    waits for anyway.
+    If loss or gradient norm is not finite, or is a spike, parameters and optimizer state keep their bits, while `step`
+    and `data_step` advance. Devices communicate only the norm for this, which clipping needs anyway.
 
     Metrics: `loss` (mean over the weights of the whole batch), `weight`, `grad_norm` (before clipping), `lr`, each sum
     of the loss function, float32 scalars; `skipped` and the counts of `judge_step`, int32.
@@ -65,8 +65,9 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
             grads, sums = micro_step(state.params, frozen, batch)
         else:
             def add(total, micro_batch):
-                # Behind a barrier, or XLA moves the reduce-scatter of a gradient out of the loop: each device then
-                # holds the sum whole (the head's is 1 GiB at CT-LLM's size), and it ends in a synchronous all-reduce.
+                # The barrier prevents XLA from moving the reduce-scatter of a gradient out of the loop. Without it each
+                # device would hold the full sum (1 GiB for the head at CT-LLM's size), reduced by a synchronous
+                # all-reduce.
                 grads_and_sums = jax.lax.optimization_barrier(micro_step(state.params, frozen, micro_batch))
                 return jax.tree.map(jnp.add, total, grads_and_sums), None
             micro_batches = jax.tree.map(lambda x: split_rows(x, accumulation), batch)
@@ -100,10 +101,11 @@ def split_rows(x: jax.Array, accumulation: int) -> jax.Array:
 
 
 def plan_accumulation(rows: int, *, devices: int, rows_per_device: int | None) -> tuple[int, int]:
-    """(rows a device computes at once, micro-batches), for `rows` global rows over `devices` parts of the batch.
+    """Return (rows that a device computes at once, micro-batches) for `rows` global rows on `devices` parts of the
+    batch.
 
     Raises:
-      UserError: the rows cannot be split over the devices; the message gives the numbers.
+      UserError: the rows cannot be split over the devices.
     """
     if rows % devices:
         sizes = [size for size in (rows // devices * devices, -(-rows // devices) * devices) if size]

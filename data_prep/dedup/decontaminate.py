@@ -6,8 +6,8 @@ characters (Unicode's categories Z, P, C). What is left of an evaluation set's s
 
 A passage is a run of places of a document at each of which an n-gram of the evaluation sets begins. Its weight is its
 number of characters, of which those up to U+02FF (ASCII, Latin) count a quarter: about five letters make a word, and
-13 of them occur everywhere ("computerscience"). Evaluation text is a passage that is heavier than one n-gram of
-Chinese, or a whole string of the evaluation sets that has at least three quarters of that weight. N-grams of few
+13 of them occur everywhere ("computerscience"). Evaluation text is a passage longer than one n-gram (Latin characters
+count a quarter), or a whole string of the evaluation sets with at least three quarters of that length. N-grams of few
 different characters (0000000000000) are no evidence.
 """
 
@@ -36,7 +36,7 @@ LEFT_OUT = ("Z", "P", "C")
 LATIN = 0.25
 """Weight of a character up to U+02FF."""
 WHOLE = 0.75
-"""Least weight of a string that counts where it occurs whole, as a share of the n-gram."""
+"""Smallest weight of a string that counts if it occurs as a whole, as a share of the n-gram."""
 FEWEST_CHARACTERS = 0.4
 """Least share of different characters in an n-gram."""
 
@@ -54,7 +54,7 @@ class NgramSet:
                 starts[int(hashes[0])] = min(len(text), starts.get(int(hashes[0]), len(text)))
         self.hashes = np.unique(np.concatenate(parts))
         self._starts = starts
-        # A table of their upper bits, eight times as many as there are: one look tells for most that they are not in.
+        # A table of their upper bits with eight times as many entries: one lookup rules out most n-grams.
         self._shift = np.uint64(64 - max(10, (8 * len(self.hashes)).bit_length()))
         self._table = np.zeros(1 << int(np.uint64(64) - self._shift), dtype=bool)
         self._table[self.hashes >> self._shift] = True
@@ -86,7 +86,7 @@ class NgramSet:
 
 
 def weight_of(text: str) -> float:
-    """How much a normalized text says, in Chinese characters."""
+    """The length of a normalized text in equivalent Chinese characters."""
     return len(text) - (1 - LATIN) * sum(character <= "\u02ff" for character in text)
 
 
@@ -106,7 +106,8 @@ def load(files: Iterable[str | Path], *, ngram: int = 13) -> NgramSet:
 
 
 def normalize(text: str) -> str:
-    """What is compared: NFKC, lower case, simplified, without white space, punctuation and control characters."""
+    """Normalize for comparison: NFKC, lower case, simplified, without white space, punctuation and control
+    characters."""
     text = unicodedata.normalize("NFKC", text).lower()
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
     return simplify(points[_kept_points()[points]].tobytes().decode("utf-32-le"))
@@ -147,7 +148,7 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _strings(label: str, data: bytes) -> Iterator[str]:
-    """Every string value of one file, by the kind that its name tells."""
+    """Every string value of one file, parsed by its suffix."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:

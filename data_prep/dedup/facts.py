@@ -29,7 +29,7 @@ _FUNCTION_WORDS = frozenset("的地得了着过也都就在是和与及之而其
 def signature(line: str) -> Hashable:
     """The numbers of a line in their order, and its negations: lines that differ in them state different facts.
 
-    A 一 that stands alone is no number: 这一行 and 这行 are the same.
+    A single 一 is not a number: 这一行 and 这行 are the same.
     """
     line = line.lower()
     return tuple(number for number in _NUMBER.findall(line) if number != "一"), tuple(sorted(_NEGATION.findall(line)))

@@ -43,7 +43,7 @@ CODE_POINTS = 0x110000
 CHUNK = 1 << 17
 """Code points hashed at a time: 1 MiB an array stays in the cache (three times as fast as 16 MiB)."""
 MAX_ROWS = 255
-"""Documents handed to rensa at a time: from 256 on it starts threads of its own beside our worker processes."""
+"""Documents passed to rensa at a time; with 256 or more it starts threads in addition to our worker processes."""
 MASK = (1 << 64) - 1
 
 
@@ -245,7 +245,7 @@ def _splitmix(values: np.ndarray) -> np.ndarray:
 
 
 def _use_rensa(implementation: str) -> bool:
-    """Whether to call rensa. UserError where it must be and cannot."""
+    """Whether to call rensa. Raises UserError if it is required and unusable."""
     if implementation == "numpy":
         return False
     complaint = _rensa_complaint()
@@ -256,7 +256,7 @@ def _use_rensa(implementation: str) -> bool:
 
 @functools.cache
 def _rensa_complaint() -> str | None:
-    """Why rensa cannot be called; None where it gives our bits. Its algorithm changed between 0.4 and 0.5."""
+    """Why rensa is unusable; None if it gives our bits. Its algorithm changed between 0.4 and 0.5."""
     hashes = _splitmix(np.arange(1500, dtype=U64))
     offsets = np.array([0, 1, 40, 300, 1500], dtype=U64)
     try:

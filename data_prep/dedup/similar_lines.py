@@ -29,7 +29,7 @@ CODE_POINTS = 0x110000
 SHOWN_PAIRS = 3
 """Pairs of a document that are remembered."""
 FEW = 256
-"""Up to so many lines of a document are compared without a look at their numbers first."""
+"""Up to this many lines of a document are compared directly, without sketches."""
 BLOCK, ROWS = 1024, 64
 """Lines taken at a time, in the order of the document, and of these at a time, by their lengths."""
 
@@ -52,7 +52,8 @@ def drop_similar_lines(text: str, config: SimilarLinesConfig) -> Dropped:
     at most `max_distance` of the longer; where the shorter has `exact_below` characters or fewer, if they are equal.
     With `keep_different_facts`, lines that differ in what `facts` looks at are not similar.
     Lines that stay keep every character, white space included. Dropping a line may join its neighbours to one, so this
-    goes on until nothing is similar: a second call changes nothing. UserError without the package rapidfuzz.
+    repeats until no lines are similar, so a second call changes nothing. Raises UserError without the package
+      rapidfuzz.
     """
     lines = characters = 0
     pieces, pairs = split_lines(text), []
@@ -150,7 +151,7 @@ def _near(rows: np.ndarray, columns: np.ndarray, lengths: np.ndarray, limits: np
 def _sketches(lines: list[str], lengths: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, int]]:
     """Of the characters, and of the pairs of neighbours: uint64 [lines], uint64 [lines, SKETCH_WORDS], flips an edit.
 
-    Each character or pair is hashed to one of 64 bits (256 bits), which tells whether an odd number of them came there.
+    Each character or pair is hashed to one of 64 bits (256 bits), which is set if an odd number of them has that hash.
     """
     points = np.frombuffer("".join(lines).encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.uint64)
     starts = np.cumsum(lengths) - lengths

@@ -1,4 +1,4 @@
-"""Rules for English, where words are what stands between blanks: Gopher (Rae et al. 2021, table A1) and C4's lines."""
+"""Rules for English, where words are separated by spaces: Gopher (Rae et al. 2021, table A1) and C4's lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The filter: one document in, what is written of it out, with every value that was measured."""
+"""The filter: cleans one document, and returns its text with all measured values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NEED_LANGUAGE = ("language_score", "language")
 
 
 class Outcome(NamedTuple):
-    """What the filter found.
+    """The result of the filter.
 
     `text` is what is written on, if nothing failed; `failed` names the rules that failed (the first one in production
     mode); `values` holds what was measured; `language` and `score` are "" and 0.0 where they were not looked at;

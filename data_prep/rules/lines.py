@@ -20,9 +20,9 @@ _CLOSERS = ")]}>'~*"
 _NOTE = re.compile(r"(?:\([^()]{0,40}\)|\[[^\[\]]{0,40}\])$")
 _MARKER = re.compile(r"(?:[-*+]\s|\(?(?:\d{1,3}|[a-zA-Z]|[一二三四五六七八九十百]{1,4})[.,):]|第.{1,4}[章节回条])")
 _BLOCK, _ITEM, _FULL = 4, 4, 20
-"""So many lines without a final mark may be verse, a list or a table, where they hold more than so many letters and
-digits on average, because menus hold fewer. A line of so many characters, and hardly shorter than the next
-one, is one that was wrapped at its end."""
+"""Thresholds: at least this many lines without a final mark can be verse, a list or a table, if they have more than
+this many letters and digits on average, because menus have fewer. A line of at least this many characters that is
+hardly shorter than the next one was wrapped."""
 _TAIL = 200
 """Characters at the end of a line in which its last mark is looked for."""
 _OF_BLOCKS = _MARK, _WORDS = "terminal_punctuation", "three_words"
@@ -87,7 +87,7 @@ def ends_a_sentence(line: str, raw: str = "") -> bool:
 
 
 def _before_notes(line: str) -> str:
-    """A line without the notes, closing brackets, quotation marks and pictures that follow its last mark."""
+    """A line without the notes, closing brackets, quotation marks and emoji after its last punctuation mark."""
     while line and line[-1] not in _TERMINAL:
         note = _NOTE.search(line)
         if note is None and line[-1] not in trailing():
@@ -156,7 +156,7 @@ def drop_lines(view: View, names: Sequence[str], bad_words: BadWords | None = No
 
 def _flaws_of_blocks(lines: Mapping[int, str], raws: Sequence[str], filled: Container[int], names: Sequence[str], *,
                      published: bool) -> dict[int, str]:
-    """Which of these lines break W1 or W3: {number: name of the rule}; `filled`: numbers of all lines that hold text.
+    """The lines that violate W1 or W3: {line number: name of the rule}; `filled`: numbers of all non-empty lines.
 
     Published: each line is asked alone. Else a line without a final mark stays if the next one continues it, or if it
     belongs to verse, a list or a table.

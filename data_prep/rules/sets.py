@@ -1,4 +1,4 @@
-"""Rule sets: which rules a kind of text has to keep, with which bounds, and why others are left out."""
+"""Rule sets: the rules for each kind of text with their bounds, and the reasons for leaving others out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RuleSet:
-    """What is asked of one kind of text.
+    """The rules for one kind of text.
 
     `bounds`: rule -> values that are kept, cheap rules first; `line_rules`: names of `LINE_RULES`; `similar_lines`:
     whether the later of two similar lines of a document goes; `languages`: labels that are kept (none: any);
@@ -123,7 +123,7 @@ def _all() -> list[RuleSet]:
                   # Of English documentation 9 % have more than 0.6 of their characters in repeated 10-grams.
                   changed={"length": Bounds(low=1), "bracket_fraction": Bounds(high=0.5),
                            "replacement_fraction": Bounds(high=0.05), "repeated_10gram_fraction": Bounds(high=0.9)},
-                  line_rules=("bad_words",), lines_why="a line may be a whole text"),
+                  line_rules=("bad_words",), lines_why="a single line may be the whole text"),
         _rule_set("none", (), dict.fromkeys(RULES, "no rules"), lines_why="no rules"),
     ]
 

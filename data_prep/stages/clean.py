@@ -1,4 +1,4 @@
-"""Documents that no copy replaces to clean text: similar lines dropped, evaluation text kept out."""
+"""Clean the deduplicated documents: drop similar lines, and documents with evaluation text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the stages share: their options, and Parquet parts in and out."""
+"""Shared parts of the stages: their options, and reading and writing of Parquet parts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHOWN_CHARACTERS = 600
 
 
 def options_of(config: PrepareConfig, stage: Stage, **more: Any) -> dict[str, Any]:
-    """What a worker needs beside its units, as JSON values."""
+    """The options of a worker, as JSON values."""
     return {"config": config.model_dump_json(), "stage": {"root": str(stage.root), "options": stage.options,
                                                           "parts": str(stage.parts)}, **more}
 
@@ -45,7 +45,7 @@ def config_of(options: dict[str, Any]) -> PrepareConfig:
 
 
 def run_unit(unit: Unit, options: dict[str, Any], work: Callable[[Unit, dict, Output], None]) -> dict[str, Any]:
-    """Run `work(unit, options, output)` and commit what it wrote, unless another worker has; gives the counters."""
+    """Run `work(unit, options, output)` and commit its files, unless another worker has; returns the counters."""
     stage = stage_of(options)
     if found := stage.find(unit):
         return found.counters
@@ -79,7 +79,7 @@ def read_part(path: str | Path, columns: Sequence[str], *, without: Sequence[int
 
 
 def packages() -> None:
-    """UserError where a package of the pipeline is not installed: before work begins, not in its middle."""
+    """Raise UserError if a package of the pipeline is not installed, before work begins."""
     import importlib.util
 
     for name in ("daft", "pyarrow", "scipy", "zstandard"):
@@ -106,14 +106,14 @@ def lowest(samples: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
 
 
 def part_units(commits: Sequence[tuple[Unit, Commit]], stage: Stage, **more: Any) -> list[Unit]:
-    """A unit for each Parquet file of these commits; `key` stands for what the file holds, `location` is where."""
+    """A unit for each Parquet file of these commits; `key` identifies the content, `location` is its path."""
     return [{"id": Path(name).stem, "source": unit["source"], "part": name, "key": stage.key(unit),
              "location": str(stage.parts / name), **more}
             for unit, commit in commits for name in commit.files if name.endswith(".parquet")]
 
 
 def read_jsonl_zst(path: str | Path) -> list[dict[str, Any]]:
-    """All records of a .jsonl.zst file of ours."""
+    """All records of a .jsonl.zst file that the pipeline wrote."""
     import zstandard
 
     with open(path, "rb") as file:

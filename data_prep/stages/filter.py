@@ -1,4 +1,4 @@
-"""Parts of records to parts of documents that the rules keep, with what every rule measured."""
+"""Filter parts of records by the rules; the output parts have the measured values of every rule."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _filter_part(unit: Unit, options: dict[str, Any], output: Output) -> None:
 
 
 def document_schema():
-    """Columns of a filtered part: the record's, `row`, and 128 bits that tell its text from others."""
+    """Columns of a filtered part: the record's, `row`, and a 128-bit hash of its text."""
     import pyarrow as pa
 
     from data_prep.records import schema
@@ -77,9 +77,10 @@ def document_schema():
 
 
 class Measured:
-    """Counts of a part: what came, what stayed, what each rule measured and dropped, and a few documents it dropped.
+    """Counts of a part: input and kept documents, measured values and dropped documents of each rule, and a few
+    samples.
 
-    `removed` counts what was taken out of the documents that stayed.
+    `removed` counts the parts removed from kept documents.
     """
 
     def __init__(self, chosen: Filter, *, samples: int):
@@ -123,7 +124,7 @@ class Measured:
                       "text": record["text"][:SHOWN_CHARACTERS], "value": outcome.values.get(rule)})
 
     def counters(self) -> dict[str, Any]:
-        """All of it as JSON values. `histograms`: counts in the bins of each rule's edges, the ends open."""
+        """The counts as JSON values. `histograms`: counts in the bins of each rule's edges, with open ends."""
         from data_prep.rules.registry import RULES
 
         histograms = {}

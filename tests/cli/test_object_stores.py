@@ -13,7 +13,7 @@ PRETRAIN = ("pretrain", "debug/pretrain", "run.dir=gs://bucket/run")
 
 @pytest.mark.parametrize(("words", "told"), [
     ([*PRETRAIN, "log.tensorboard=true", "log.wandb_project=p"],
-     ["log.tensorboard=true: its files are appended to", "log.wandb_project=p: it keeps its state"]),
+     ["log.tensorboard=true: its files are appended to", "log.wandb_project=p: it needs a run directory on a disk"]),
     ([*PRETRAIN, "data=gs://b/text", "data.cache_dir=gs://b/cache", "data.tokenizer=gs://b/t.model"],
      ["pretrain needs a disk of this machine for:\n  data.tokenizer=gs://b/t.model\n  data.cache_dir=gs://b/cache\n"]),
     (["prepare", "output=gs://b/out", "input=[gs://b/in]"], ["output=gs://b/out\ncopy it there"]),

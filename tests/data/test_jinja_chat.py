@@ -158,7 +158,7 @@ def test_a_generation_prompt_unlike_training_is_warned_of(make, caplog):
     make(MARKED)
     assert not caplog.records
     make(MARKED.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"))
-    assert "the generation prompt is not what stands before an answer in training" in caplog.text
+    assert "the generation prompt differs from what precedes an answer in training" in caplog.text
 
 
 def test_files_and_folders(make, tmp_path, tokenizer):

@@ -114,7 +114,7 @@ def test_a_budget_is_of_the_whole_run(directory, tmp_path):
     again = pickle.loads(pickle.dumps(log))
     assert len(open_shard(directory, again).window(0, 1000).tokens) == 66 and len(again.read()) == 2
     shard = open_shard(directory, again, shard=1)
-    with pytest.raises(DamagedShard, match=r"00001-of-00002: record 0 cannot be read .*with it 3 of this run cannot, "
+    with pytest.raises(DamagedShard, match=r"00001-of-00002: record 0 cannot be read .*3 damaged records in this run, "
                                            r"more than data\.damaged_budget=2"):
         shard.window(0, 5)
 

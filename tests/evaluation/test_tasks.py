@@ -159,7 +159,7 @@ def test_real_files(cache):
     (files.write_mmlu, "data.tar", "data/dev/virology_dev.csv", lambda rows: [[*rows[0][:5], "E"]],
      r"data/dev/virology_dev\.csv:2: a row is question"),
     (files.write_cmmlu, "cmmlu.zip", "test/arts.csv", lambda rows: [rows[0], rows[1][:4]],
-     r"test/arts\.csv:3: a row has 7 columns as the header; found 4"),
+     r"test/arts\.csv:3: a row needs 7 columns; found 4"),
     (files.write_cmmlu, "cmmlu.zip", "dev/arts.csv", lambda rows: [rows[0][:-1], *rows[1:]],
      r"dev/arts\.csv:1: the header lacks Answer"),
     (files.write_ceval, "ceval-exam.zip", "val/law_val.csv", lambda rows: [rows[0], [*rows[1][:6], "x"]],

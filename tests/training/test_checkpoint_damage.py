@@ -100,7 +100,7 @@ def test_it_is_told_with_the_file_and_the_step_taken(run_dir, caplog):
     checkpointer = open_run(run_dir)
     assert checkpointer.latest() == 1
     told = (f"the checkpoint of step 2 is damaged, and is in {run_dir}/quarantine/2 now: params/ocdbt.process_0/d/"
-            f"{victim.name}: its crc32 is another: bytes were changed; going on from step 1")
+            f"{victim.name}: its crc32 is another: bytes were changed; continuing from step 1")
     assert told in caplog.text
     recorded, shown = [], []
     checkpointer.listen(shown.append, record=recorded.append)

@@ -51,7 +51,7 @@ def test_the_run_goes_on_and_tells(tmp_path, damaged, capsys):
 def test_more_than_the_budget_stops_it_and_names_them(tmp_path, damaged, capsys):
     assert cli.main(words(tmp_path, damaged, "data.damaged_budget=1")) == WRONG_INPUT
     error = " ".join(capsys.readouterr().err.split())
-    assert "cannot be read" in error and "with it 2 of this run cannot, more than data.damaged_budget=1" in error
+    assert "cannot be read" in error and "2 damaged records in this run, more than data.damaged_budget=1" in error
     assert read_run(tmp_path).state == "failed"
 
 

@@ -56,7 +56,7 @@ def test_two_replicas_give_the_bits_of_two_devices(tmp_path, cache):
     for file in (together / "checkpoints/10/trainer").glob("ocdbt.process_1/d/*"):
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     texts = launch_two("pretrain", DEBUG, f"run.dir={together}", *overrides, **cache)
-    assert sorted("going on from step 8" in text for text in texts) == [False, True]
+    assert sorted("continuing from step 8" in text for text in texts) == [False, True]
     assert_same_bits(read_arrays(together, 10), read_arrays(alone, 10))
     assert (together / "quarantine/10").is_dir() and not (together / "lock").exists()
 

@@ -88,7 +88,7 @@ def test_one_of_two_processes_is_told_and_both_keep_the_same_step(tmp_path, unin
     done = end(process)
     assert done.returncode == 75, done.stdout
     step = assert_kept(tmp_path, "preempted")
-    assert f"told to make way: stopping behind step {step}, and keeping it" in done.stdout
+    assert f"preempted: stopping after step {step}, and saving it" in done.stdout
     again = launch(*command, devices=2, **cache)
     assert again.returncode == 0 and f"resuming at step {step}" in again.stdout, again.stdout
     assert_as_undisturbed(tmp_path, uninterrupted)

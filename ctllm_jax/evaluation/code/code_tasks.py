@@ -1,7 +1,7 @@
 """HumanEval and MBPP with lm-eval's prompts and our sandbox.
 
-lm-eval runs what a model wrote inside its own process, by a script that it loads from the network. Here the definition
-is read, and the functions in it, which would load that script, are replaced.
+lm-eval runs model-written code inside its own process, by a script that it loads from the network. Here the definition
+is read, and its functions that would load that script are replaced.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ def _as_it_is(response: str, row: dict[str, Any]) -> str:
 
 
 def _first_block(response: str, row: dict[str, Any]) -> str:
-    """The code of the first block that has any; the prompt has opened one, so the response may begin inside it.
+    """The code of the first non-empty block; the prompt has opened one, so the response may begin inside it.
 
-    lm-eval takes a first word for the block's language wherever it stands, and so loses the `def` of an answer that
-    begins with it.
+    lm-eval reads a first word as the block's language, and so loses the `def` of an answer that begins with it.
     """
     first, *others = response.split("```")
     parts = [first, *(re.sub(r"\A\w*\n", "", part) for part in others)]
@@ -50,17 +49,17 @@ TASKS: dict[str, tuple[Callable[[str, dict[str, Any]], str], str]] = {
     "mbpp": (_as_it_is, "pass_at_{k}"),
     "mbpp_instruct": (_first_block, "pass_at_{k}"),
 }
-"""Task -> how its program follows from a response, and what lm-eval calls its score."""
+"""Task -> function from a response to its program, and lm-eval's name of its score."""
 
 
 def configure(name: str, cfg: dict[str, Any], source: Source, *, folder: Path) -> dict[str, Any]:
-    """The definition of a code task with our sandbox in the place of lm-eval's functions.
+    """The definition of a code task with our sandbox instead of lm-eval's functions.
 
     Args:
       name: one of `TASKS`.
       cfg: lm-eval's definition, functions unresolved.
       source: its questions.
-      folder: of the definition, where its three examples stand in `utils.py`.
+      folder: folder of the definition, whose `utils.py` has its three examples.
     """
     program_of, label = TASKS[name]
     ks = [k for metric in cfg["metric_list"] for k in metric.get("k", [1])]
@@ -92,9 +91,9 @@ def _test_of(name: str) -> Callable[[dict[str, Any]], str]:
 
 def run_responses(responses: Responses, rows: Rows, *, program_of: Callable[[str, dict[str, Any]], str],
                   test_of: Callable[[dict[str, Any]], str]) -> list[list[dict[str, Any]]]:
-    """Every response to every question with that question's tests behind it: status, end of the output, program.
+    """Run every response to every question, followed by the question's tests: status, end of the output, program.
 
-    Equal programs are run once: greedy answers, repeated, are one program.
+    Equal programs, such as repeated greedy answers, are run once.
     """
     programs = [[f"{program_of(response, row)}\n{test_of(row)}" for response in of_row]
                 for of_row, row in zip(responses, rows, strict=True)]

@@ -1,15 +1,15 @@
-"""Programs that a model wrote, run where they can do no harm.
+"""Run model-written programs in a sandbox.
 
-Each program has a process of its own (`python -I`) with an empty environment, limits on processor time, wall time,
-memory, output and files, and no way to make processes, open sockets or signal others (seccomp). Files are closed to it
-but for Python's own and a directory of its own, by new mount, process, network and user namespaces where the machine
-lets a user have them (a file system in memory, gone with the program), else by Landlock (a temporary directory that is
-deleted afterwards; a program that makes too many files in it is stopped, the sum of their sizes is bounded by time
-alone). The program holds no capability, also where root starts it, and may only make the system calls of a list. A
-machine with neither runs nothing.
+Each program runs in its own process (`python -I`) with an empty environment and limits on CPU time, wall time, memory,
+output and files. seccomp allows only a list of system calls, and prevents new processes, sockets and signals. The
+program can access only Python's own files and one directory. This is enforced by new mount, process, network and user
+namespaces if users may create them; the directory is then a file system in memory. Otherwise Landlock enforces it; then
+the directory is temporary and deleted afterwards, a program that makes too many files is stopped, and only the time
+limit bounds the sum of their sizes. The program has no capabilities, even if root starts it. A machine with neither
+runs no programs.
 
-It is made for accidents and for what models write, not for a determined attacker with a kernel exploit; and a program
-that searches its interpreter for the word that says it passed can find it.
+It protects against accidents and typical model-written code, not against an attacker with a kernel exploit. A program
+that searches its interpreter for the string that marks success can find it.
 """
 
 from __future__ import annotations
@@ -42,33 +42,33 @@ _MEMORY_MARGIN = 64 << 20  # of the interpreter itself
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CENSUS_SECONDS = 0.1
 MAX_ENTRIES, MAX_DEPTH = 1024, 64
-"""Files and folders of a program at a time, and levels of folders: removing one may take milliseconds on a disk."""
+"""Limits on files and folders at a time, and on folder depth, because removing one may take milliseconds on a disk."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use."""
+    """Resource limits of one program."""
 
     wall_seconds: float = 10.0
     cpu_seconds: int = 6
     memory_bytes: int = 1 << 30
     """Of address space."""
     file_bytes: int = 16 << 20
-    """Of one file; with namespaces of all files together twice that."""
+    """Size limit of one file; with namespaces, all files together may have twice that."""
     output_bytes: int = 64 << 10
-    """Of what it prints; a program that prints more is stopped."""
+    """Limit of its output; a program that prints more is stopped."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program."""
+    """Result of a program."""
 
     status: Literal["passed", "failed", "timed out", "too much output", "too many files"]
-    """passed: it ran to its last line. Time is wall or processor time, whichever ended first."""
+    """passed: it ran to its last line. Time means wall or CPU time, whichever ended first."""
     output: str
-    """What it printed, standard error included, up to the limit."""
+    """Its output, including standard error, up to the limit."""
     seconds: float
-    """Wall time, the sandbox's own 0.1 s included."""
+    """Wall time, including the sandbox's own 0.1 s."""
 
     @property
     def passed(self) -> bool:
@@ -82,7 +82,7 @@ def run_program(program: str, *, limits: Limits = Limits(), isolation: Isolation
     Args:
       program: Python source; what a test asserts is part of it.
       limits: what it may use.
-      isolation: how files and processes are kept from it; None: the best that works here (`find_isolation`).
+      isolation: the isolation method; None: the best that works here (`find_isolation`).
 
     Raises:
       UserError: no isolation works here.
@@ -93,7 +93,7 @@ def run_program(program: str, *, limits: Limits = Limits(), isolation: Isolation
     begin = time.monotonic()
     directory = tempfile.mkdtemp(prefix="sandbox-")
     try:
-        # What the program says, and what went wrong before it began.
+        # Pipes for the program's output, and for errors before it starts.
         (status_read, status_write), (setup_read, setup_write) = os.pipe(), os.pipe()
         try:
             child = subprocess.Popen([sys.executable, "-I", "-S", str(_CHILD)], stdin=subprocess.PIPE,
@@ -107,7 +107,7 @@ def run_program(program: str, *, limits: Limits = Limits(), isolation: Isolation
                 job = _job(program, token, directory, limits, isolation, status_write, setup_write)
                 stopped, output = _watch(child, json.dumps(job).encode(), limits, begin,
                                          directory if isolation == "landlock" else None)
-                # All that could hold the pipes open is dead: what they say is there, or nothing.
+                # Every process that could hold the pipes open has ended, so their content is complete.
                 said, problem = os.read(status_read, 4096), os.read(setup_read, 4096)
         finally:
             os.close(status_read)
@@ -124,7 +124,7 @@ def run_program(program: str, *, limits: Limits = Limits(), isolation: Isolation
 
 
 def run_programs(programs: Sequence[str], *, limits: Limits = Limits(), workers: int | None = None) -> list[Outcome]:
-    """Run programs beside each other, at most `workers` at a time (None: one a processor), in their order."""
+    """Run programs in parallel, at most `workers` at a time (None: one a processor), in their order."""
     isolation = find_isolation()
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(lambda program: run_program(program, limits=limits, isolation=isolation), programs))
@@ -135,7 +135,7 @@ def find_isolation() -> Isolation:
     """The best isolation that works on this machine, by trying it.
 
     Raises:
-      UserError: there is none; the message names what each lacks.
+      UserError: there is none; the message names what each method lacks.
     """
     reasons = []
     if sys.platform == "linux":
@@ -153,9 +153,9 @@ def find_isolation() -> Isolation:
 
 
 def remove_folder(folder: str) -> None:
-    """Remove a folder with all that a program made in it, however deep and whatever its permissions.
+    """Remove a folder with everything that a program made in it, at any depth and with any permissions.
 
-    Time grows with the number of entries alone: no path is walked from its beginning, and nothing recurses.
+    The time depends only on the number of entries: no path is resolved from the root, and nothing recurses.
     """
     above: list[str] = []
     here = os.open(folder, _FOLDER)
@@ -213,14 +213,15 @@ def _job(program: str, token: str, directory: str, limits: Limits, isolation: st
 
 
 def _environment(directory: str) -> dict[str, str]:
-    """Nothing of ours; one thread for numerical libraries, since a thread's stack counts as memory."""
+    """An environment without our variables; one thread for numerical libraries, because a thread's stack counts as
+    memory."""
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     return {**kept, "PATH": "/usr/bin:/bin", "HOME": directory, "TMPDIR": directory, "LANG": "C.UTF-8",
             "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 
 
 def _readable() -> list[str]:
-    """Where Python and the system's libraries are."""
+    """The folders of Python and the system's libraries."""
     own = {sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values(),
            os.path.dirname(os.path.realpath(sys.executable))}
     system = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime", "/nix/store")
@@ -230,9 +231,10 @@ def _readable() -> list[str]:
 
 def _watch(child: subprocess.Popen, job: bytes, limits: Limits, begin: float,
            directory: str | None) -> tuple[str | None, bytes]:
-    """Hand over the job, gather output, stop the group at a limit; why it was stopped (or None), and the output.
+    """Send the job, collect output, and stop the group at a limit; returns the reason of the stop (or None) and the
+    output.
 
-    `directory` is the one whose entries are counted; None: a limit of its file system does that.
+    `directory` is the directory whose entries are counted; None: its file system limits them.
     """
     deadline, census = begin + limits.wall_seconds, begin
     output, stopped, reading = bytearray(), None, True

@@ -1,7 +1,7 @@
-"""What stands between a program of a model and this machine; run as a script by `sandbox`, with a clean interpreter.
+"""The isolation of a model-written program; run as a script by `sandbox`, with a clean interpreter.
 
-Three processes: this one makes the namespaces, its child is the first process of them (whose end is the end of all in
-them), and the child's child bars its own way out and becomes the program. Only the standard library; Linux only.
+Three processes: this one makes the namespaces; its child is their first process, whose end ends all others in them; and
+the child's child restricts itself and becomes the program. Only the standard library; Linux only.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ _ALLOWED = {
     "set_robust_list": (273, 99), "set_tid_address": (218, 96), "rseq": (334, 293), "membarrier": (324, 283),
     "getrandom": (318, 278), "arch_prctl": (158, None), "get_mempolicy": (239, 236),
 }
-# Without a mount namespace these would change files of others, which Landlock does not prevent.
+# Without a mount namespace these would change files of other users, which Landlock does not prevent.
 _ALLOWED_WITH_OWN_MOUNTS = {
     "truncate": (76, 45), "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
     "utime": (132, None), "utimes": (235, None), "utimensat": (280, 88), "futimesat": (261, None),
@@ -90,7 +90,7 @@ _DEPENDS = {
     "fcntl": (72, 25), "sendto": (44, 206),
 }
 _NEWER = 463
-"""Calls from this number on are said not to exist, as on an older kernel, so that the C library takes another."""
+"""Calls from this number on fail as if missing, as on an older kernel, so that the C library uses another one."""
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # Of prctl: the names of threads and of memory. Of ioctl: is it a terminal, how many bytes are there, do not block,
 # close on exec. Of fcntl not: signals to others when a file is ready (F_SETOWN, F_SETSIG, F_SETOWN_EX), leases.
@@ -105,9 +105,9 @@ def main() -> int:
     """Read the job from standard input, run it; the exit status is the program's, 128 + n after signal n."""
     job = json.load(sys.stdin.buffer)
     setup = job["setup_fd"]
-    os.set_inheritable(setup, False)  # closed when the program begins, so that it cannot speak here
+    os.set_inheritable(setup, False)  # closed when the program starts, so that it cannot write here
     _call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.alarm(int(job["wall_seconds"]) + 10)  # should the one that watches the clock be gone
+    signal.alarm(int(job["wall_seconds"]) + 10)  # in case the process that watches the clock has ended
     try:
         if job["isolation"] == "namespaces":
             _enter_namespaces()
@@ -178,7 +178,7 @@ def _enter_namespaces() -> None:
 
 
 def _rearrange_files(directory: str, disk_bytes: int, entries: int) -> None:
-    """Everything read-only; a file system in memory where the program may write; nothing to see in /proc."""
+    """Make everything read-only, mount a writable file system in memory, and hide /proc."""
     private, recursive, read_only = 1 << 18, 0x8000, 1
     attributes = ctypes.create_string_buffer(struct.pack("=QQQQ", read_only, 0, private, 0))
     _check(libc.syscall(_MOUNT_SETATTR, -100, b"/", recursive, attributes, 32), "mount_setattr")
@@ -210,10 +210,10 @@ def _restrict_files(abi: int, directory: str, readable: list[str]) -> None:
 
 
 def _drop_capabilities() -> None:
-    """No capability now or after execve; also not for root, who would have all of them in Landlock's mode."""
+    """Drop all capabilities, now and after execve; root would otherwise keep all of them with Landlock."""
     for capability in range(64):
         if libc.prctl(*map(ctypes.c_ulong, (_PR_CAPBSET_DROP, capability, 0, 0, 0))) < 0:
-            break  # there is none of this number, or none may be dropped since none is held
+            break  # there is no capability of this number, or none is held
     libc.prctl(*map(ctypes.c_ulong, (_PR_CAP_AMBIENT, _CLEAR_ALL, 0, 0, 0)))
     header, none = struct.pack("=Ii", 0x20080522, 0), bytes(24)
     _check(libc.capset(ctypes.create_string_buffer(header, 8), ctypes.create_string_buffer(none, 24)), "capset")

@@ -1,7 +1,7 @@
-"""Who answers the questions that are judged: a MODEL of ours, an endpoint, or a file. The first alone imports jax.
+"""Sources of answers to judged questions: a local MODEL, an endpoint, or a file. Only the first imports jax.
 
-A question of two turns is asked in turn, the second with the first answer before it. Each answer is a row of its own,
-known by a hash of all that decides it: who answers, the settings, and every message before it.
+A question of two turns is asked in turn, the second with the first answer before it. Each answer is a separate row,
+whose key is a hash of everything that determines it: the model, the settings, and every message before it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from ctllm_jax.inference.engine import Engine
 
 _MOST_SLOTS = 256
-_MARKERS = 16  # tokens that a template may put around a turn; more of them cost a second engine, and no answer
-_SHOWN = 3  # failures that are told in full
+_MARKERS = 16  # estimated template tokens around a turn; more of them only need a second engine
+_SHOWN = 3  # number of failures that are logged in full
 _SENT = ("max_tokens", "top_p", "body", "send_seed")
 NO_ROOM = "the question leaves no room in the model's context"
 NO_FIRST = "the first turn has no answer"
@@ -36,11 +36,11 @@ logger = logging.getLogger(__name__)
 
 
 class Answer(NamedTuple):
-    """What was said to one turn.
+    """The answer to one turn.
 
     Attributes:
       is_cut: a limit on tokens ended it.
-      note: why it is empty, where that is known.
+      note: the reason if it is empty, if known.
     """
 
     text: str
@@ -53,7 +53,7 @@ Given = dict[tuple[str, int], Answer]
 
 
 class Ask(NamedTuple):
-    """A turn that is to be answered."""
+    """A turn to answer."""
 
     messages: tuple[Message, ...]
     temperature: float | None
@@ -61,16 +61,16 @@ class Ask(NamedTuple):
 
     @property
     def row_id(self) -> int:
-        """32 bits of the key, from which the draws for this answer follow."""
+        """32 bits of the key, which seed the random draws for this answer."""
         return int(self.key[:8], 16)
 
 
 class Answerer(ABC):
-    """One who answers.
+    """A source of answers.
 
     Attributes:
-      name: what tables call it.
-      identity: all that decides the answers but the questions and their temperatures, as JSON.
+      name: its name in tables.
+      identity: everything that determines the answers except the questions and their temperatures, as JSON.
     """
 
     name: str
@@ -78,11 +78,11 @@ class Answerer(ABC):
 
     @abstractmethod
     def write(self, asks: Sequence[Ask]) -> Iterator[Answer | EndpointError]:
-        """The answer to each, or why there is none."""
+        """Yield the answer to each turn, or the reason why there is none."""
 
 
 class EndpointAnswerer(Answerer):
-    """An endpoint. Its address may change, and so may how patiently it is asked.
+    """An endpoint. Its address, timeouts and retries may change.
 
     Raises:
       UserError: the variable that the config names holds no key.
@@ -104,14 +104,14 @@ class EndpointAnswerer(Answerer):
 
 
 class ModelAnswerer(Answerer):
-    """A MODEL of ours, through its chat template; many answers at once.
+    """A local MODEL with its chat template; many answers at once.
 
     Args:
       model: a run directory, RUN@STEP, or a Hugging Face folder.
-      questions: all that it will be asked; the longest decides how many are held at once.
+      questions: all its questions; the longest determines how many are processed at once.
 
     Raises:
-      UserError: no such model, or it was not taught to answer.
+      UserError: there is no such model, or it was not trained on dialogues.
     """
 
     def __init__(self, model: str, config: AnswersConfig, *, name: str, questions: Sequence[Question]):
@@ -148,11 +148,11 @@ class ModelAnswerer(Answerer):
                 continue
             _, text, finish = next(written)
             is_cut = finish == "length"
-            # A character of which only the first bytes were reached.
+            # A character that is cut after its first bytes.
             yield Answer(text.rstrip("\ufffd") if is_cut else text, is_cut)
 
     def _prompt(self, ask: Ask) -> list[int] | Answer:
-        """The ids that an answer goes on from, or the empty answer of a question that cannot be asked."""
+        """The ids of the prompt, or the empty answer of a question that cannot be asked."""
         try:
             ids = self._model.template.prompt_ids(ask.messages)
         except UserError as error:
@@ -160,7 +160,7 @@ class ModelAnswerer(Answerer):
         return ids if len(ids) + self._config.min_room <= self._context else Answer("", note=NO_ROOM)
 
     def _open_engine(self, longest_prompt: int) -> Engine:
-        """One engine for both turns: what it compiles is compiled once."""
+        """One engine for both turns, so that programs are compiled once."""
         needed = min(longest_prompt + self._config.max_tokens, self._context)
         if self._engine is None or self._engine.max_length < needed:
             longest = min(max(self._longest, needed), self._context)
@@ -177,14 +177,14 @@ def temperature_of(question: Question, config: AnswersConfig) -> float | None:
 
 def answer(answerer: Answerer, questions: Sequence[Question], config: AnswersConfig, *, file: KeyedFile,
            advance: Callable[[], None] = lambda: None, before: Callable[[], None] = lambda: None) -> Given:
-    """All answers of one answerer: those that `file` has, and those that are asked for and appended to it.
+    """All answers of one source: existing ones from `file`, and new ones, which are appended to it.
 
     Args:
       advance: called for each turn that has its answer, or failed.
-      before: called once before the first is asked for.
+      before: called once before the first request.
 
     Returns:
-      The answers. One whose request failed is absent, as is the turn behind it: the next call asks again.
+      The answers. One whose request failed is absent, and so is the following turn; the next call retries.
 
     Raises:
       EndpointError: an endpoint that gives none.
@@ -242,12 +242,12 @@ def _ask(answerer: Answerer, question: Question, earlier: Sequence[str], config:
 
 
 def read_answers(path: Path | str, questions: Sequence[Question]) -> tuple[str | None, Given]:
-    """(the name of who answered, if the file has it; the answers), from JSON lines by `question_id`.
+    """Read (the name of the model, if the file has it; the answers) from JSON lines by `question_id`.
 
     A row holds `answers` (or `turns`, or MT-Bench's `choices[0].turns`): a text for each turn; or `answer`, one text.
 
     Raises:
-      UserError: a row that cannot be read, with its line; a question without an answer; several who answered.
+      UserError: a row cannot be read (with its line), a question has no answer, or several models answered.
     """
     found: dict[str, list[str]] = {}
     names: set[str] = set()

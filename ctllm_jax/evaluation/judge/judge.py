@@ -1,12 +1,12 @@
-"""What a judge's ratings and choices come to: means with intervals, and a record that holds all they came from. No jax.
+"""Scores from a judge's ratings and choices: means with intervals, and a record with all their inputs. No jax.
 
-A record (`judge-NAME.json`) is of one answerer, and says of itself `"kind": "judge"`, or of a part of a set
-`"judge-part"`; `read_judged` reads both. That of a comparison is `"kind": "judge-comparison"`.
+A record (`judge-NAME.json`) is about one model and has `"kind": "judge"`, or `"judge-part"` for a part of a set;
+`read_judged` reads both. The record of a comparison has `"kind": "judge-comparison"`.
 
 An interval is the percentile bootstrap's over questions, at 95 %: questions are drawn with replacement, each with the
 ratings of all its turns. For the macro mean, the mean of the categories' means, they are drawn within each category.
-An empty answer is rated 1, and nobody is asked. Where the judge gave no rating, the mean is of the others, and
-`mean_if_failures_are_1` says how low it may be.
+An empty answer is rated 1 without a request. If the judge gave no rating, the mean is over the others, and
+`mean_if_failures_are_1` is a lower bound.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Score(NamedTuple):
     """A mean of ratings.
 
     Attributes:
-      mean: of the ratings that there are; None without any.
+      mean: mean of the ratings; None if there are none.
       interval: its 95 % interval; None for fewer than two questions with a rating.
-      rated: ratings, those of empty answers included.
-      failures: answers without a rating, of which `missing` were not asked about, or not answered, and will be by the
-        same command.
-      empty: answers that are empty.
-      cut: answers that the limit on tokens ended.
+      rated: number of ratings, including those of empty answers.
+      failures: number of answers without a rating; `missing` of them have no reply yet, and the same command retries
+        them.
+      empty: number of empty answers.
+      cut: number of answers that the token limit ended.
       mean_if_failures_are_1: a lower bound.
     """
 
@@ -61,7 +61,7 @@ class Score(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What `read_judged` gives: one answerer on one set of questions.
+    """A result from `read_judged`: one model on one set of questions.
 
     Attributes:
       name, questions_sha256: of the set; equal hashes are equal questions.
@@ -70,7 +70,7 @@ class Result(NamedTuple):
       macro: the mean of the categories' means; micro: of all ratings.
       categories: by name as in `data.questions.CATEGORIES`, in order.
       turns: by number, from 1, of sets of two turns; else empty.
-      record: all that the file holds.
+      record: the whole content of the file.
     """
 
     name: str
@@ -92,7 +92,7 @@ def bootstrap(groups: Sequence[Sequence[Sequence[float]]], *, resamples: int = 1
 
     Args:
       groups: for each group, for each question, its values. Questions without a value are left out, and so are groups
-        without a question. None where no group has two questions.
+        without a question. None if no group has two questions.
 
     Efron 1979, Ann. Statist. 7:1. The draws are the same each time.
     """
@@ -165,7 +165,7 @@ def judged_record(head: Mapping[str, Any], questions: Sequence[Question], given:
 
 def head_of(name: str, questions: Sequence[Question], judge: Judge, *, date: str, path: str, sha256: str,
             served: Sequence[str], used: Iterable[Prompt]) -> dict[str, Any]:
-    """What the records of one command share: the set, the judge, and the text of its prompts."""
+    """The common part of the records of one command: the set, the judge, and the text of its prompts."""
     counts = Counter(question.category for question in questions)
     prompts = {prompt.name: prompt for prompt in used}
     return {"name": name, "date": date,
@@ -196,8 +196,8 @@ def _row(question: Question, given: Given, judged: Judged) -> dict[str, Any]:
 
 
 def compare(first: Judgment, swapped: Judgment) -> str | None:
-    """What two choices come to, the second with the answers in the other order: win, loss or tie of the first answerer
-    where they agree; inconsistent where not; None where one of them is no choice."""
+    """Combine two choices, the second with swapped answers: win, loss or tie of the first model if they agree, else
+    inconsistent; None if one of them is missing."""
     if first.result is None or swapped.result is None:
         return None
     if first.result != _SWAPPED[swapped.result]:
@@ -207,7 +207,7 @@ def compare(first: Judgment, swapped: Judgment) -> str | None:
 
 def comparison_of(first: str, second: str, questions: Sequence[Question],
                   said: Mapping[tuple[str, int], tuple[Judgment, Judgment]], *, resamples: int) -> dict[str, Any]:
-    """What the choices between two answerers come to.
+    """Summarize the choices between two models.
 
     Returns:
       `wins`, `losses`, `ties` of the first, both orders agreeing; `inconsistent`, of which in `first_place` and
@@ -245,7 +245,7 @@ def comparison_record(head: Mapping[str, Any], comparisons: Sequence[dict[str, A
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> Path:
-    """Write a record, at once or not at all. UserError where that cannot be done."""
+    """Write a record atomically. Raises UserError on failure."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(record, ensure_ascii=False, indent=1).encode())
@@ -258,7 +258,7 @@ def read_judged(path: Path | str) -> Result:
     """The result in a file judge-NAME.json.
 
     Raises:
-      UserError: not such a file. Other files of evaluation/ have no `"kind": "judge"`.
+      UserError: it is not such a file; other files of evaluation/ have no `"kind": "judge"`.
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))

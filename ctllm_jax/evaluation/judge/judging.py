@@ -1,7 +1,7 @@
-"""A judge asked about answers: ratings, and choices between two. No jax here.
+"""Ask a judge for ratings of answers, and for choices between two. No jax.
 
-Each request is known by a hash of the judge, its settings and every message, so that nothing is asked twice, whoever
-else gave the same answer. A reply without a result is followed up once, with a request for the result alone.
+The key of a request is a hash of the judge, its settings and every message, so that no request is repeated, even if two
+models gave the same answer. A reply without a result is followed up once, with a request for only the result.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ctllm_jax.inference.endpoint import Endpoint, EndpointError, Request
 from ctllm_jax.inference.keyed_file import KeyedFile
 
 _SENT = ("model", "max_tokens", "temperature", "top_p", "body", "send_seed")
-_SHOWN = 3  # failures that are told in full
+_SHOWN = 3  # number of failures that are logged in full
 _GREETING = "这是一次连接测试，请只回复：好"
 logger = logging.getLogger(__name__)
 
 
 class Item(NamedTuple):
-    """A reply that is wanted: a rating (`read_rating`) or a verdict (`read_verdict`)."""
+    """A requested reply: a rating (`read_rating`) or a verdict (`read_verdict`)."""
 
     key: str
     prompt: Prompt
@@ -41,14 +41,14 @@ class Item(NamedTuple):
 
 
 class Judgment(NamedTuple):
-    """What the judge said of one thing.
+    """The judge's reply to one item.
 
     Attributes:
-      result: a rating from 1 to 10, or A, B or C; None where none could be read, or none came.
-      text: its words; empty where nothing was asked.
-      again: its reply to the follow-up; None where there was none.
-      prompt: name of the prompt; None where nothing was asked.
-      missing: no reply has come; the next call asks again.
+      result: a rating from 1 to 10, or A, B or C; None if none could be parsed, or none arrived.
+      text: its text; empty if nothing was requested.
+      again: its reply to the follow-up; None if there was none.
+      prompt: name of the prompt; None if nothing was requested.
+      missing: no reply has arrived; the next call retries.
     """
 
     result: float | str | None
@@ -59,7 +59,7 @@ class Judgment(NamedTuple):
 
 
 class Judge:
-    """The model that judges; `backoff` as of `Endpoint`.
+    """The judge model; `backoff` as for `Endpoint`.
 
     Raises:
       UserError: the variable that the config names holds no key.
@@ -71,7 +71,7 @@ class Judge:
         self.identity = {name: config.model_dump(mode="json")[name] for name in _SENT}
 
     def check(self) -> None:
-        """One small request, tried twice. UserError where there is no reply: a judge that cannot be reached."""
+        """Send one small request, with one retry. Raises UserError if the judge cannot be reached."""
         config = self.config.model_copy(update={"retries": min(self.config.retries, 1)})
         try:
             Endpoint(config).ask(Request((Message("user", _GREETING),)))
@@ -92,14 +92,14 @@ class Judge:
 
     def ask(self, items: Iterable[Item], *, file: KeyedFile, advance: Callable[[], None] = lambda: None,
             before: Callable[[], None] = lambda: None) -> None:
-        """Have `file` hold the judge's reply to each item, and its reply to the follow-up where that is needed.
+        """Fill `file` with the judge's reply to each item, and to the follow-up if needed.
 
         Args:
-          advance: called for each item, different or not, that has its reply, or failed.
+          advance: called for each item, including duplicates, that has its reply or failed.
           before: called once before the first is asked for.
 
         Raises:
-          EndpointError: the endpoint gives none.
+          EndpointError: the endpoint gives no reply.
         """
         items = list(items)
         unique = {item.key: item for item in items}
@@ -123,7 +123,7 @@ class Judge:
                                     "again_is_cut": row["is_cut"]})
 
     def _replies(self, items: Sequence[Item], messages: Sequence[Sequence[Message]]):
-        """Each item with its reply as a row, or with None where there is none."""
+        """Yield each item with its reply as a row, or with None if there is none."""
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         requests = [Request(each, int(item.key[:8], 16) & 0x7FFFFFFF)
                     for item, each in zip(items, messages, strict=True)]
@@ -142,7 +142,7 @@ class Judge:
 def ratings(judge: Judge, questions: Sequence[Question], given: Given) -> tuple[list[Item], Callable]:
     """The requests for ratings of all answers, and `(file) -> judgments by question and turn`, to be called after them.
 
-    An empty answer is rated 1, and nobody is asked; one that is absent has no judgment.
+    An empty answer is rated 1 without a request; an absent answer has no judgment.
     """
     known: dict[tuple[str, int], Judgment] = {}
     items: dict[tuple[str, int], Item] = {}
@@ -161,7 +161,7 @@ def choices(judge: Judge, questions: Sequence[Question], first: Given, second: G
     """The requests for choices between all answers of two, in both orders, and `(file) -> two judgments by question and
     turn`, the second with the answers swapped, to be called after them.
 
-    Nobody is asked about equal answers, a tie, nor where one is empty and loses.
+    Equal answers are a tie, and an empty answer loses, without a request.
     """
     known: dict[tuple[str, int], tuple[Judgment, Judgment]] = {}
     items: dict[tuple[str, int], tuple[Item, Item]] = {}
@@ -187,7 +187,7 @@ def turns_of(questions: Iterable[Question]) -> list[tuple[Question, int]]:
 
 
 def _up_to(given: Given, question: Question, turn: int) -> list[str] | None:
-    """The answers up to a turn; None where one is absent."""
+    """The answers up to a turn; None if one is absent."""
     found = [given.get((question.id, each)) for each in range(turn + 1)]
     return None if None in found else [each.text for each in found]
 
@@ -200,7 +200,7 @@ def _judgment(item: Item, file: KeyedFile) -> Judgment:
 
 
 def _result(item: Item, row: dict[str, Any]) -> float | str | None:
-    """What a reply comes to. One that the limit on tokens ended has no result: what it would have said is not known."""
+    """Parse the result of a reply. A reply that the token limit ended has no result, because its rest is unknown."""
     return None if row["is_cut"] else item.read(row["text"])
 
 
@@ -210,7 +210,7 @@ def _is_open(row: dict[str, Any]) -> bool:
 
 
 def _follow_up(item: Item, said: str) -> tuple[Message, ...]:
-    """The dialogue that asks for the result alone. What said nothing is left out: two questions become one."""
+    """The dialogue that requests only the result. An empty reply is left out, and the two requests are merged."""
     if said.strip():
         return (*item.messages, Message("assistant", said), Message("user", item.prompt.again))
     *before, asked = item.messages

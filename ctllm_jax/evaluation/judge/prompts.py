@@ -1,8 +1,8 @@
-"""What a judge is asked. No jax here.
+"""The prompts of a judge. No jax.
 
-The manner is that of MT-Bench (Zheng et al. 2023, arXiv 2306.05685), which CHC-Bench follows in Chinese: a rating from
-1 to 10 after an explanation, or a choice between two answers; with a reference where there is one; the second turn of a
-dialogue is judged with the first in view. The wording is ours. MT-Bench's own can be read from its file.
+They follow MT-Bench (Zheng et al. 2023, arXiv 2306.05685), as CHC-Bench does in Chinese: a rating from
+1 to 10 after an explanation, or a choice between two answers; with a reference if there is one; the second turn of a
+dialogue is judged together with the first. The wording is ours. MT-Bench's own can be read from its file.
 `judge_replies` reads the replies.
 """
 
@@ -37,7 +37,7 @@ _ASKED_AGAIN = {
 
 
 class Prompt(NamedTuple):
-    """A prompt with `{fields}` in its template, and what asks for the mere result where a reply has none."""
+    """A prompt with `{fields}` in its template, and the follow-up that requests only the result."""
 
     name: str
     system: str
@@ -50,7 +50,7 @@ class Prompt(NamedTuple):
         return hashlib.sha256(json.dumps(self[1:]).encode()).hexdigest()[:16]
 
     def render(self, fields: Mapping[str, str]) -> tuple[Message, ...]:
-        """The messages; what stands in a field is not looked into for others."""
+        """Fill in the fields; the content of a field is not searched for other fields."""
         text = _FIELD.sub(lambda match: fields[match[1]] if match[1] in _FIELDS else match[0], self.template)
         system = (Message("system", self.system),) if self.system.strip() else ()
         return (*system, Message("user", text))
@@ -76,8 +76,8 @@ def read_prompts(path: Path | str) -> dict[tuple[str, bool, bool], Prompt]:
     """Prompts from a file in the layout of MT-Bench's judge_prompts.jsonl; zh_NAME goes before NAME.
 
     Raises:
-      UserError: a row that cannot be read, with its line; a field that is not known; no prompt of a kind that a rating
-        needs. Those of comparisons may be absent.
+      UserError: a row cannot be read (with its line), a field is unknown, or a prompt that ratings need is missing.
+        Prompts of comparisons may be absent.
     """
     found: dict[str, Prompt] = {}
     try:
@@ -124,7 +124,7 @@ def _fields(question: Question, **answers: Sequence[str]) -> dict[str, str]:
 
 
 def _ours(kind: str, has_reference: bool, is_second: bool) -> Prompt:
-    """A prompt of this package, put together from its parts."""
+    """Assemble a prompt of this package from its parts."""
     name = kind + ("-reference" if has_reference else "") + ("-turn-2" if is_second else "")
     what = "回答" if kind == "single" else "两个回答"
     task = ("评估 AI 助手对用户问题的回答质量" if kind == "single" else
@@ -168,4 +168,4 @@ def _ours(kind: str, has_reference: bool, is_second: bool) -> Prompt:
 
 
 PROMPTS: Prompts = {place: _ours(*place) for place in _MT_BENCH}
-"""Those of this package."""
+"""The prompts of this package."""

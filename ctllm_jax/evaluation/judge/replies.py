@@ -1,6 +1,6 @@
-"""What a judge's reply comes to: one rating from 1 to 10, or one of A, B and C; or nothing, where that is not certain.
+"""Parse a judge's reply: one rating from 1 to 10, or one of A, B and C; nothing if it is ambiguous.
 
-Only what the judge says itself counts. Thoughts (`<think>`), quotations, code and quoted lines are left out, and so are
+Only the judge's own statements count. Thoughts (`<think>`), quotations, code and quoted lines are left out, and so are
 sentences that give an example or a condition. Of the ratings that are left those of the highest rank count:
 
   1. one that is called final or overall (`最终评分：8`)
@@ -56,7 +56,7 @@ _AROUND = " \t#-_|`\"'“”「」『』{},。.!;"
 
 
 def read_rating(reply: str) -> float | None:
-    """The rating of a reply; None where there is none, or no certain one."""
+    """The rating of a reply; None if there is none, or it is ambiguous."""
     text = _said(reply)
     fields = _json(text)
     if fields is not None:
@@ -82,7 +82,7 @@ def read_rating(reply: str) -> float | None:
 
 
 def read_verdict(reply: str) -> str | None:
-    """A, B or C (a tie), in double brackets; None where there is none, or no certain one."""
+    """A, B or C (a tie), in double brackets; None if there is none, or it is ambiguous."""
     found, sentences = [], []
     for line in _lines(_said(reply)):
         match = _VERDICT_LINE.fullmatch(line.strip(_AROUND))
@@ -102,12 +102,12 @@ def _said(reply: str) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines that the judge says itself: no code, and none that is quoted."""
+    """Lines of the judge's own text, without code and quotations."""
     return [line for line in _FENCE.sub("", text).splitlines() if line.strip() and not line.lstrip().startswith(">")]
 
 
 def _json(text: str) -> dict | None:
-    """The reply as a JSON object, inside of a code block or not; None where it is none."""
+    """The reply as a JSON object, with or without a code block; None if it is not one."""
     try:
         found = json.loads(re.sub(r"\A```(?:json)?\s*|\s*```\Z", "", text))
     except (ValueError, RecursionError):
@@ -116,7 +116,7 @@ def _json(text: str) -> dict | None:
 
 
 def _spoken(pattern: re.Pattern, text: str) -> Iterator[re.Match]:
-    """Matches that do not stand in an example or behind a condition."""
+    """Matches that are not in an example or after a condition."""
     for match in pattern.finditer(text):
         sentence = _SENTENCE_END.split(text[max(0, match.start() - _LONGEST_SENTENCE):match.start()])[-1]
         if not _ASIDE.search(sentence):
@@ -124,7 +124,7 @@ def _spoken(pattern: re.Pattern, text: str) -> Iterator[re.Match]:
 
 
 def _rating(number: str) -> float | None:
-    """The number from 1 to 10 that is written; None where it is another, or a range."""
+    """The written number from 1 to 10; None for other numbers and ranges."""
     match = _NUMBER.fullmatch(number.strip())
     if match is None or match["of"] is not None and float(match["of"]) != HIGHEST:
         return None
@@ -143,7 +143,7 @@ def _han(text: str) -> float | None:
 
 
 def _certain(found: list[tuple[int, float | str | None]]) -> float | str | None:
-    """What those of the highest rank agree on."""
+    """The rating that all matches of the highest rank agree on."""
     highest = min((rank for rank, _ in found), default=None)
     values = {value for rank, value in found if rank == highest}
     return values.pop() if len(values) == 1 else None

@@ -1,4 +1,4 @@
-"""A file of prompts to a file of what a model writes behind them, which is gone on with after any interruption."""
+"""Continue the prompts of a file with a model; the output file is continued after any interruption."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ctllm_jax.inference.pair_file import PairFile
 from ctllm_jax.inference.request import Request, Token
 
 _WRITTEN = ("text", "finish", "tokens", "logprobs", "provenance")
-"""Fields of a row that are ours."""
+"""Fields that we add to a row."""
 
 
 class Item(NamedTuple):
-    """A text to be written: the row it is for, its key, and the prompt's ids."""
+    """A text to generate: its row, its key, and the prompt's ids."""
 
     row: dict[str, Any]
     key: str
@@ -32,7 +32,7 @@ class Item(NamedTuple):
 
 
 def settings_of(config: GenerateConfig, model: Model) -> dict[str, Any]:
-    """All that decides the rows of an output but the prompts, as JSON."""
+    """Everything that determines the rows of an output except the prompts, as JSON."""
     options = config.model_dump(mode="json", include={
         "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed", "dtype",
         "logprobs"})
@@ -40,10 +40,10 @@ def settings_of(config: GenerateConfig, model: Model) -> dict[str, Any]:
 
 
 def read_items(path: Path | str, model: Model, *, num_samples: int) -> list[Item]:
-    """What is to be written for each row of a JSONL file: `prompt`, or `messages` that end with a question.
+    """The texts to generate for each row of a JSONL file: `prompt`, or `messages` that end with a question.
 
     Raises:
-      UserError: a row that is neither, with its file and line, or messages for a model that has no template.
+      UserError: a row is neither (the message names file and line), or has messages for a model without a template.
     """
     items: list[Item] = []
     copies: Counter[str] = Counter()
@@ -61,10 +61,10 @@ def read_items(path: Path | str, model: Model, *, num_samples: int) -> list[Item
 
 def complete_file(config: GenerateConfig, model: Model, items: Sequence[Item], *, file: PairFile,
                   advance: Callable[[], None] = lambda: None) -> int:
-    """Write what `file` does not have yet, in the order of the rows; how many were written.
+    """Generate the texts that `file` lacks, in the order of the rows; returns their number.
 
-    A row's random numbers depend on the seed, its prompt, and how many of its like stand before it. An answer is
-    shorter than `max_tokens` where the model's context is full.
+    A row's random numbers depend on the seed, its prompt, and the number of equal rows before it. An answer is shorter
+    than `max_tokens` if the model's context is full.
     """
     wanted = [item for item in items if item.key not in file.done]
     if not wanted:

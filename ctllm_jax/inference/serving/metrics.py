@@ -9,7 +9,7 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 class Histogram:
-    """How long something took, in seconds."""
+    """A histogram of durations in seconds."""
 
     def __init__(self):
         self._counts = [0] * (len(_SECONDS) + 1)
@@ -30,7 +30,7 @@ class Histogram:
 
 
 class Metrics:
-    """What a server did."""
+    """Counters of a server."""
 
     def __init__(self):
         self.answers: Counter[tuple[str, int]] = Counter()

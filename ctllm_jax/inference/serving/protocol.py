@@ -1,6 +1,7 @@
-"""OpenAI's completions and chat completions: bodies of requests to `Request`s, events to answers. No jax here.
+"""OpenAI's completions and chat completions: conversion of request bodies to `Request`s, and of events to answers. No
+jax.
 
-A field that would change the answer and that nothing here does is refused, not passed over.
+An unsupported field that would change the answer is refused, not ignored.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ from ctllm_jax.data.tokenizer import Tokenizer
 from ctllm_jax.inference.request import MOST_TOLD, Event, Request, Token
 
 MOST_CHOICES = 128
-"""Texts that one request may ask for."""
+"""Largest number of texts per request."""
 MOST_STOPS = 16
 LONGEST_STOP = 1024
 """Characters of a stop text: each new token is compared with all of them."""
 MOST_MESSAGES = 2048
 _DEFAULT_TOKENS = 16
-"""Of completions, where no max_tokens is given; OpenAI's own."""
+"""Default of max_tokens for completions, as in OpenAI's API."""
 
 
 class ProtocolError(Exception):
-    """An answer that is an error: HTTP status, message, and the field that it is about."""
+    """An error answer: HTTP status, message, and the field that it concerns."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
     def body(self) -> dict[str, Any]:
-        """As OpenAI writes it."""
+        """The error in OpenAI's format."""
         kind = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
         return {"error": {"message": str(self), "type": kind.get(self.status, "invalid_request_error"),
                           "param": self.param, "code": self.code}}
@@ -52,7 +53,7 @@ class _StreamOptions(BaseModel):
 
 
 class _Common(BaseModel):
-    # Numbers have OpenAI's ranges, where it has some; each also fits where the engine puts it.
+    # Numbers have OpenAI's ranges if it defines them, and fit the engine's dtypes.
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     model: str
@@ -68,12 +69,12 @@ class _Common(BaseModel):
     top_k: int | None = Field(None, ge=-1, le=MOST_TOP_K)
     min_p: float | None = Field(None, ge=0, lt=1)
     repetition_penalty: float | None = Field(None, ge=PENALTIES[0], le=PENALTIES[1])
-    # What changes no text.
+    # Fields that do not change the text.
     user: Any = None
     metadata: Any = None
     store: Any = None
     service_tier: Any = None
-    # What would: only as if it were not there.
+    # Fields that would: accepted only with their neutral value.
     presence_penalty: float | None = Field(None, ge=0, le=0)
     frequency_penalty: float | None = Field(None, ge=0, le=0)
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
@@ -105,7 +106,7 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
     role: str
     content: str | list[_Content]
-    # What a template here cannot write: only as if it were not there.
+    # Fields that our templates do not support: accepted only with their neutral value.
     tool_calls: list[Any] | None = Field(None, max_length=0)
     function_call: None = None
     audio: None = None
@@ -117,7 +118,7 @@ class _ResponseFormat(BaseModel):
 
 class _Chat(_Common):
     messages: list[_Message] = Field(min_length=1, max_length=MOST_MESSAGES)
-    # OpenAI's chat generates at least one token; 0 is no way to say "without a limit".
+    # OpenAI's chat generates at least one token; 0 does not mean "no limit".
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
@@ -129,7 +130,7 @@ class _Chat(_Common):
 
 @dataclass(frozen=True)
 class Served:
-    """What requests are read for: a model by its name, its tokenizer and template, and what it may be asked."""
+    """The context for reading requests: the model's name, tokenizer and template, and its limits."""
 
     name: str
     tokenizer: Tokenizer
@@ -145,11 +146,11 @@ class Served:
 
 @dataclass
 class Answer:
-    """One request of a client: what the engine is asked for it, and how what comes is written down.
+    """One request of a client: the engine's requests for it, and the format of the answer.
 
     Attributes:
-      requests: one a choice.
-      stream: as events come, or whole.
+      requests: one per choice.
+      stream: send events as they arrive, or one answer.
     """
 
     served: Served
@@ -188,7 +189,7 @@ class Answer:
         return {**self._head(), "choices": choices, "usage": self.usage()}
 
     def chunks(self, index: int, event: Event) -> Iterator[dict[str, Any]]:
-        """What is streamed of an event."""
+        """The streamed chunk of an event."""
         self.generated += len(event.tokens)
         first = index not in self._begun
         self._begun.add(index)
@@ -206,7 +207,7 @@ class Answer:
         yield {**self._head(chunk=True), "choices": [choice]} | ({"usage": None} if self.include_usage else {})
 
     def last_chunk(self) -> dict[str, Any] | None:
-        """What a stream ends with, where it was asked for."""
+        """The usage chunk at the end of a stream, if requested."""
         return {**self._head(chunk=True), "choices": [], "usage": self.usage()} if self.include_usage else None
 
     def usage(self) -> dict[str, int]:
@@ -232,7 +233,7 @@ class Answer:
         for token in tokens:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(self.served.tokenizer.id_bytes(token.id).decode(errors="ignore"))
-        # As OpenAI has it, the drawn token is there though it be none of the likeliest.
+        # As in OpenAI's API, the sampled token is included even if it is not among the likeliest.
         likeliest = [token.logp is not None and {name_of(self.served.tokenizer, each): logp for each, logp in
                                                  (*token.told[:told], (token.id, token.logp))} or None
                      for token in tokens]
@@ -246,7 +247,7 @@ class Answer:
 
 
 def name_of(tokenizer: Tokenizer, token: int) -> str:
-    """A token as text: its bytes where they are no whole characters, its piece where it has none."""
+    """A token as text: its bytes if they are not whole characters, its piece if it has no text."""
     content = tokenizer.id_bytes(token)
     try:
         return content.decode() or tokenizer.id_name(token)
@@ -255,7 +256,7 @@ def name_of(tokenizer: Tokenizer, token: int) -> str:
 
 
 def read_completions(served: Served, body: bytes) -> Answer:
-    """A body of /v1/completions. ProtocolError where it is malformed, or asks for what there is not."""
+    """Read a body of /v1/completions. Raises ProtocolError if it is malformed or unsupported."""
     asked = _parse(_Completions, served, body)
     n = asked.n or 1
     if asked.best_of not in (None, n):
@@ -264,7 +265,7 @@ def read_completions(served: Served, body: bytes) -> Answer:
     given = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
     if not given or len(given) * n > MOST_CHOICES:
         raise ProtocolError(400, f"prompt: from 1 to {MOST_CHOICES} texts in all, n of each", param="prompt")
-    # What precedes a document in training is put before a text, and not told of; ids are taken as they are.
+    # A text gets the id that precedes documents in training, which is not reported; ids are used unchanged.
     hidden = int(served.prefix_id is not None and isinstance(given[0], str) and given[0] != "")
     rows, texts = [], []
     for prompt in given:
@@ -283,7 +284,7 @@ def read_completions(served: Served, body: bytes) -> Answer:
     if most == 0 and not echo:
         raise ProtocolError(400, "max_tokens=0 only with echo", param="max_tokens")
     if most == 0 and asked.logprobs is None:
-        raise ProtocolError(400, "max_tokens=0 only with logprobs: nothing else would be told", param="max_tokens")
+        raise ProtocolError(400, "max_tokens=0 needs logprobs; otherwise the answer would be empty", param="max_tokens")
     requests = _requests(served, asked, rows, most=most, told=asked.logprobs or 0, n=n,
                          score_prompt=echo and asked.logprobs is not None)
     return Answer(served, False, requests, texts, hidden, n, bool(asked.stream), _wants_usage(asked), echo,
@@ -291,7 +292,7 @@ def read_completions(served: Served, body: bytes) -> Answer:
 
 
 def read_chat(served: Served, body: bytes) -> Answer:
-    """A body of /v1/chat/completions. ProtocolError where it is malformed, or asks for what there is not."""
+    """Read a body of /v1/chat/completions. Raises ProtocolError if it is malformed or unsupported."""
     asked = _parse(_Chat, served, body)
     if served.template is None:
         raise ProtocolError(400, f"{served.name} was not taught to answer: it has no chat template. Ask "
@@ -346,7 +347,7 @@ def _requests(served: Served, asked: _Common, rows: Sequence[Sequence[int]], *, 
     if served.max_tokens is not None and most > served.max_tokens:
         raise ProtocolError(400, f"max_tokens={most}: at most {served.max_tokens} here", param="max_tokens")
     seed = int.from_bytes(os.urandom(8), "little") if asked.seed is None else asked.seed
-    # What a request leaves open is drawn as the model's own generation_config.json wants it, as vLLM does.
+    # Sampling fields that a request omits have the defaults of the model's generation_config.json, as in vLLM.
     given = {name: getattr(asked, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
     drawing = {"temperature": 1.0} | served.drawing | {name: each for name, each in given.items() if each is not None}
     drawing["top_k"] = None if (drawing.get("top_k") or 0) < 1 else drawing["top_k"]

@@ -1,7 +1,7 @@
-"""A model behind OpenAI's interface over HTTP: /v1/models, /v1/completions, /v1/chat/completions, and a page to chat.
+"""An OpenAI-compatible HTTP server for a model: /v1/models, /v1/completions, /v1/chat/completions, and a chat page.
 
-For trying a model and for tests. A client that goes away frees its slot; what is too large, too slow, malformed or
-unauthorized is answered with its status, and costs the others nothing.
+For trying a model and for tests. When a client disconnects, its slot is freed. Requests that are too large, too slow,
+malformed or unauthorized get an error status, and do not affect others.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HOST = re.compile(r"([a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?", re.IGNORECASE)
 _PAGE = Path(__file__).with_name("chat_page.html")
 _OPEN = ("/", "/health")
-"""Paths that need no key: they tell nothing of the model, and start nothing."""
-# No page but ours may be shown or run here, and ours asks nobody else.
+"""Paths that need no key: they reveal nothing about the model, and start no work."""
+# Only our page may be shown or run here, and it contacts no other server.
 _POLICY = ("default-src 'none'; img-src data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 _CLIENT_GONE = 499
@@ -43,12 +43,12 @@ logger = logging.getLogger(__name__)
 
 
 class Server:
-    """What the routes share.
+    """Shared state of the routes.
 
     Args:
-      served: the model, as requests are read.
-      worker: around the engine that answers.
-      api_key: what requests must bring; None: nothing.
+      served: the model's context for reading requests.
+      worker: the thread of the engine.
+      api_key: the key that requests must contain; None: none.
     """
 
     def __init__(self, served: Served, worker: Worker, config: ServeConfig, *, api_key: str | None):
@@ -66,13 +66,14 @@ class Server:
             exception_handlers={HTTPException: _http_error})
 
     def allows(self, request: Request) -> None:
-        """ProtocolError where a request brings no key, comes from another site's page, or has no certain end."""
+        """Raise ProtocolError if a request has no key, comes from another site's page, or has an ambiguous length."""
         if "content-length" in request.headers and "transfer-encoding" in request.headers:
             # A proxy before this server may read one of them where this server reads the other.
             raise ProtocolError(400, "give Content-Length or Transfer-Encoding, not both: the end of the body is not "
                                      "certain")
         if self._key is None:
-            # Without a key the address is the only fence: a page of another name that leads here gets no answer.
+            # Without a key, only the host name protects the server: a page under another name that resolves here gets
+            # no answer.
             if _host(request.headers.get("host", "")) not in LOOPBACK:
                 raise ProtocolError(403, "Host: this server is asked as localhost or 127.0.0.1; for another name, give "
                                          f"it a key ({self._config.api_key_env})")
@@ -130,7 +131,7 @@ class Server:
         loop = asyncio.get_running_loop()
 
         def listen(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and nothing waits
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         if len(answer.requests) > self._worker.capacity:
@@ -149,7 +150,7 @@ class Server:
         return await self._whole(request, answer, running)
 
     async def _whole(self, request: Request, answer: Answer, running: AsyncIterator[tuple[int, Event]]) -> Response:
-        """The answer at once; nothing, if the client goes away before."""
+        """Return the complete answer; nothing if the client disconnects before."""
         said: list[list[Event]] = [[] for _ in answer.requests]
 
         async def collect() -> None:
@@ -171,7 +172,7 @@ class Server:
 
     async def _events(self, tickets: list[int], events: asyncio.Queue[Event],
                       began: float) -> AsyncIterator[tuple[int, Event]]:
-        """(choice, event) until all have ended; whoever stops listening before cancels the rest."""
+        """Yield (choice, event) until all have ended; leaving the loop early cancels the rest."""
         left, has_begun = set(tickets), False
         try:
             while left:
@@ -197,10 +198,10 @@ class Server:
                 self._worker.cancel(ticket)
 
     async def _body(self, request: Request) -> bytes:
-        """The body, if it is JSON, no larger than allowed, and there in time."""
+        """Read the body if it is JSON, within the size limit, and arrives in time."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            # A page of another site can send other types here without asking.
+            # A page of another site can send other content types here without a preflight request.
             raise ProtocolError(415, "Content-Type must be application/json")
         most = self._config.max_body
         declared = request.headers.get("content-length", "0")
@@ -220,7 +221,7 @@ class Server:
 
 
 class _Guard:
-    """Around all routes: the key, errors as OpenAI writes them, and the count of answers."""
+    """Middleware of all routes: the key check, errors in OpenAI's format, and the count of answers."""
 
     def __init__(self, app: Any, server: Server):
         self._app, self._server = app, server
@@ -241,7 +242,7 @@ class _Guard:
             await self._app(scope, receive, watched)
         except ProtocolError as error:
             if not status:
-                # What of the body has not been read is not waited for.
+                # The unread rest of the body is not awaited.
                 unread = error.status in (401, 403, 408, 413, 415) or "transfer-encoding" in request.headers
                 headers = {"Connection": "close"} if unread else {}
                 headers |= {"Retry-After": "1"} if error.status == 429 else {}
@@ -261,7 +262,7 @@ class _Guard:
 
 
 async def _sse(answer: Answer, running: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[str]:
-    """Server-sent events. An error that comes after the beginning is one of them."""
+    """Server-sent events. An error after the start is sent as an event."""
     async with contextlib.aclosing(running):
         try:
             async for index, event in running:
@@ -279,7 +280,7 @@ def _line(content: Any) -> str:
 
 
 async def _left(request: Request) -> None:
-    """Until the client has gone."""
+    """Wait until the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

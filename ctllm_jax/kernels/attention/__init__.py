@@ -24,24 +24,24 @@ __all__ = ["attention", "cached_attention", "chosen", "make_request"]
 def make_request(*, length: int, heads: int, kv_heads: int, head_dim: int, dtype: str = "bfloat16", causal: bool = True,
                  sliding_window: int | None = None, scale: float | None = None, segments: bool = True,
                  positions: bool = False, lse: bool = False, mesh: Mesh | None = None) -> Request:
-    """What `attention` would ask of an implementation, on the mesh's devices or the default one."""
+    """Build the request that `attention` sends to an implementation, for the mesh's devices or the default device."""
     scale = head_dim**-0.5 if scale is None else float(scale)
     return Request(length, heads, kv_heads, head_dim, dtype, causal, sliding_window, scale, segments, positions,
                    *find_device(mesh), lse)
 
 
 def chosen(implementation: Name = "auto", *, mesh: Mesh | None = None, request: Request | None = None) -> str:
-    """The implementation that `attention` takes: for one request, or, without it, for what an implementation likes.
+    """Name the implementation that `attention` uses for a request; without one, for any supported arguments.
 
     Raises:
-      ValueError: the named one cannot run there, or cannot do what is requested.
+      ValueError: the named implementation cannot run there, or does not support the request.
     """
     platform, device_kind = (request.platform, request.device_kind) if request else find_device(mesh)
     # Fastest first.
     reasons = {"pallas": _pallas_refusal(platform, device_kind, request), "cudnn": _cudnn_refusal(platform, request),
                "xla": None}
     if platform == "gpu" and not _fastest_on_gpu(request):
-        # Behind XLA, which can do all: to be named, and not taken by "auto".
+        # After XLA, which supports everything: "auto" never chooses it, but it can be named.
         reasons = {name: reasons[name] for name in ("cudnn", "xla", "pallas")}
     return choose("attention", implementation, reasons=reasons, platform=platform)
 
@@ -81,35 +81,36 @@ def attention(query_BSNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array,
               tensor_axis: str | None = TENSOR) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Scaled dot-product attention (arXiv 1706.03762), softmax in float32.
 
-    Arrays are in the order and shapes of `jax.nn.dot_product_attention`. Differentiation is reverse mode only, except
+    Arrays have the order and shapes of `jax.nn.dot_product_attention`. Differentiation is reverse mode only, except
     with a bias or with keys of their own length, segments or positions: these only XLA takes, and forward mode works.
 
     Args:
       query_BSNH: [B, S, N, H], float32 or bfloat16. B and S may be 0.
       key_BTKH, value_BTKH: [B, T, K, H]; K divides N, and each serves N / K query heads.
       bias: floating, [B, N, S, T], each dim of which may be 1; added to the scaled scores. -inf masks a key.
-      segment_ids: int [B, S]; a token sees its own segment only, and padding (segment 0) gives zeros. None: one
-        segment, no padding, nothing compared.
+      segment_ids: int [B, S]; a token attends only to its own segment, and padding (segment 0) gives zeros. None: one
+        segment, no padding.
       kv_segment_ids: int [B, T], those of the keys; None: `segment_ids`, where T is S.
-      positions: int [B, S], what `causal` and `sliding_window` compare instead of a token's place in its row: for rows
-        whose tokens do not stand in order. Two tokens of one segment with one position see each other. None, and
-        cheaper: the place in the row, which is the same for positions that count up from the start of each segment.
+      positions: int [B, S], compared by `causal` and `sliding_window` instead of a token's index in its row, for rows
+        whose tokens are not in order. Two tokens of one segment with equal positions attend to each other. None is
+        faster: the index in the row, which is equivalent to positions that count up from the start of each segment.
       kv_positions: int [B, T], those of the keys; None: `positions`, where T is S.
-      causal: a token sees none behind it.
-      sliding_window: tokens that a token sees, itself included; needs `causal`.
-      scale: of the scores; None: H ** -0.5. An array, which may be traced, multiplies the query in its dtype.
-      return_lse: give the log-sum-exp of each query's scores too; differentiable.
+      causal: a token does not attend to later tokens.
+      sliding_window: number of tokens that a token attends to, including itself; needs `causal`.
+      scale: factor on the scores; None: H ** -0.5. An array, which may be traced, multiplies the query in its dtype.
+      return_lse: also return the log-sum-exp of each query's scores; differentiable.
       implementation: "auto", or one that must run.
-      mesh: batch split over `batch_axes`, heads over `tensor_axis`; a Pallas kernel then runs on each device's part.
+      mesh: the batch is sharded over `batch_axes`, heads over `tensor_axis`; a Pallas kernel then runs on each device's
+        part.
         None: one device, or inside a shard_map.
       batch_axes: None: those of replica, data and fsdp that the mesh has.
 
     Returns:
       y [B, S, N, H] in the query's dtype; with `return_lse` (y, lse [B, S, N] float32), lse = log Σ exp(scale · q·k),
-      -1e30 for a token that sees nothing.
+      -1e30 for a token that attends to nothing.
 
     Raises:
-      ValueError: shapes, dtypes or mesh axes that do not fit, or an implementation that cannot run here.
+      ValueError: shapes, dtypes or mesh axes do not match, or the implementation cannot run here.
     """
     _check(query_BSNH, key_BTKH, value_BTKH, bias=bias, segment_ids=(segment_ids, kv_segment_ids),
            positions=(positions, kv_positions), causal=causal, sliding_window=sliding_window)
@@ -136,7 +137,7 @@ def attention(query_BSNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array,
         y_BSNH, lse_BSN = jnp.zeros_like(query_BSNH), jnp.full((batch, length, heads), NOTHING_SEEN, jnp.float32)
         return (y_BSNH, lse_BSN) if return_lse else y_BSNH
     if named == "auto" and chosen_one == "pallas" and mesh is None and jax.device_count() > 1:
-        chosen_one = "xla"  # The arrays may be split, which only the partitioner knows, and it splits no kernel.
+        chosen_one = "xla"  # Only the partitioner knows whether the arrays are sharded, and it cannot split a kernel.
     if general:
         y_BSNH, lse_BSN = attention_general(
             query_BSNH, key_BTKH, value_BTKH, bias_BNST=bias, segment_ids=segment_ids,
@@ -159,7 +160,7 @@ def attention(query_BSNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array,
 
 
 def _check(query_BSNH, key_BTKH, value_BTKH, *, bias, segment_ids, positions, causal, sliding_window) -> None:
-    """ValueError where shapes, dtypes or options do not fit. Of segments and positions: (of queries, of keys)."""
+    """Raise ValueError if shapes, dtypes or options do not match. Of segments and positions: (of queries, of keys)."""
     arrays = {"query": query_BSNH, "key": key_BTKH, "value": value_BTKH}
     for name, array in arrays.items():
         if array.ndim != 4:
@@ -197,7 +198,7 @@ def _check(query_BSNH, key_BTKH, value_BTKH, *, bias, segment_ids, positions, ca
 
 
 def _parts(mesh: Mesh | None, batch_axes: tuple[str, ...], tensor_axis: str | None) -> int:
-    """Devices that the heads are split over. ValueError where the mesh lacks an axis."""
+    """Return the number of devices that the heads are sharded over. Raises ValueError if the mesh lacks an axis."""
     if mesh is None:
         return 1
     if missing := [axis for axis in (*batch_axes, tensor_axis) if axis and axis not in mesh.axis_names]:

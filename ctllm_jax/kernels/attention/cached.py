@@ -13,20 +13,20 @@ MASKED = -1e30
 
 def cached_attention(query_BSNH: jax.Array, key_BKTH: jax.Array, value_BKTH: jax.Array, *, query_positions: jax.Array,
                      sliding_window: int | None = None, scale: float | None = None) -> jax.Array:
-    """Attention of new tokens to a cache that holds them too, each seeing the slots up to its own.
+    """Attention of new tokens to a cache that already contains them; each attends to the slots up to its own.
 
-    Heads stand before slots in the cache, as the products want them: the other way around, a CPU copies all of it for
-    each token (242 against 65 us for 16 rows of 128 slots and 8 heads of 32).
+    In the cache, heads precede slots, as the matmuls need them; otherwise a CPU would copy the whole cache for each
+    token (242 against 65 us for 16 rows of 128 slots and 8 heads of 32).
 
     Args:
       query_positions: int [B, S], the slot of each new token.
-      sliding_window: slots that a token sees, its own included.
+      sliding_window: number of slots that a token attends to, including its own.
 
     Returns:
       [B, S, N, H] in the query's dtype.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit.
+      ValueError: shapes or dtypes do not match.
     """
     for name, array in (("query", query_BSNH), ("key", key_BKTH), ("value", value_BKTH)):
         if array.ndim != 4 or not jnp.issubdtype(array.dtype, jnp.floating) or not array.shape[3]:

@@ -24,7 +24,8 @@ from ctllm_jax.kernels.topology import find_topology
 TOLERANCES = {"float32": 2e-5, "bfloat16": 0.02}
 """Largest error, relative to the largest number of its array (at least 1)."""
 
-# name -> (S, N, K, H, packed, other options): whole and odd lengths, groups, one document and many, each direction.
+# name -> (S, N, K, H, packed, other options): aligned and odd lengths, grouped heads, one and many documents, both
+# directions.
 CHECKS: dict[str, tuple[int, int, int, int, bool, dict[str, int]]] = {
     "one document": (1024, 4, 4, 128, False, {}),
     "packed": (1024, 4, 4, 128, True, {}),
@@ -39,7 +40,8 @@ CHECKS: dict[str, tuple[int, int, int, int, bool, dict[str, int]]] = {
 
 
 def draw_segments(length: int, *, rows: int, seed: int) -> np.ndarray:
-    """Segment ids [rows, length] of documents of random lengths, some of one token, with padding behind and inside."""
+    """Segment ids [rows, length] of documents of random lengths, some of one token, with padding at the end and
+    inside."""
     random = np.random.default_rng(seed)
     ids = np.zeros((rows, length), np.int32)
     for row in range(rows):
@@ -54,7 +56,8 @@ def draw_segments(length: int, *, rows: int, seed: int) -> np.ndarray:
 
 def draw_inputs(length: int, heads: int, kv_heads: int, head_dim: int, *, dtype: str, packed: bool, rows: int = 2,
                 seed: int = 0, positions: bool = False) -> tuple[list[jax.Array], dict[str, jax.Array]]:
-    """([query, key, value, cotangent], {segment_ids, positions}, where wanted): normal numbers, rounded to `dtype`."""
+    """Return ([query, key, value, cotangent], {segment_ids, positions} if requested): normal numbers, rounded to
+    `dtype`."""
     random = np.random.default_rng(seed)
     arrays = [jnp.asarray(random.standard_normal((rows, length, n, head_dim), np.float32), dtype)
               for n in (heads, kv_heads, kv_heads, heads)]
@@ -72,7 +75,7 @@ def largest_errors(results: Any, exact: Any, *, dtype: str) -> dict[str, tuple[f
     for name, ours, theirs in zip(("y", "lse", "dq", "dk", "dv"), results, exact, strict=True):
         ours = np.asarray(jnp.asarray(ours, jnp.float32), np.float64)
         size = max(1.0, float(np.max(np.abs(np.where(theirs > -1e29, theirs, 0)))))
-        # Not `max`: it would pass over a NaN.
+        # Not `max`, which would ignore a NaN.
         apart = np.abs(ours - theirs) / np.where(theirs > -1e29, size, 1e30)
         errors[name] = (float(np.sort(apart, axis=None)[-1]), TOLERANCES[dtype])
     return errors
@@ -90,7 +93,7 @@ def _compare(length, heads, kv_heads, head_dim, packed, options, dtype, implemen
     options = dict(options)
     (query, key, value, cotangent), ids = draw_inputs(
         length, heads, kv_heads, head_dim, dtype=dtype, packed=packed, positions=options.pop("positions", False))
-    # On a GPU or TPU float32 may be multiplied in fewer bits unless it is asked for, which is not what is checked.
+    # On a GPU or TPU, float32 matmuls use fewer bits by default, which is not what this checks.
     with jax.default_matmul_precision("highest"):
         def function(query, key, value, cotangent, ids):
             y, pullback, lse = jax.vjp(partial(_with_lse, implementation=implementation, **options, **ids),
@@ -109,7 +112,7 @@ def _with_lse(query, key, value, **options):
 
 def benches(*, lengths: list[int], heads: int, kv_heads: int, head_dim: int, rows: int, dtype: str,
             **_: Any) -> Iterator[Bench]:
-    """Forward, and forward with backward, causal: of one document a row, and of packed ones."""
+    """Time forward, and forward with backward, causal: for one document per row, and for packed rows."""
     for length in lengths:
         for packed in (False, True):
             for backward in (False, True):
@@ -123,7 +126,7 @@ def benches(*, lengths: list[int], heads: int, kv_heads: int, head_dim: int, row
 
 
 def _flops(request: Request, rows: int, *, backward: bool) -> float:
-    """Of the causal half, as if all segments were one; 2 matmuls forward, 5 backward."""
+    """FLOPs of the causal half, as if all segments were one; 2 matmuls forward, 5 backward."""
     scores = rows * request.heads * request.length**2 / 2
     return 2 * scores * request.head_dim * (7 if backward else 2)
 
@@ -155,7 +158,7 @@ def compiles(*, chips: list[str]) -> Iterator[Compile]:
 
 
 def compile_cases(request: Request, chip: str, device: jax.Device, *, blocks: Any = None) -> list[Compile]:
-    """The two passes of one request; `blocks` as of `tpu.forward`."""
+    """Lower the two passes of one request; `blocks` as for `tpu.forward`."""
     from ctllm_jax.kernels.attention import tpu, tpu_blocks
 
     chosen = blocks or tpu_blocks.choose_blocks(request, chip)

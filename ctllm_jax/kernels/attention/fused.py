@@ -1,8 +1,8 @@
-"""What a hand-written attention kernel is, and what is made of it: a differentiable function, on one device or a mesh.
+"""The interface of a hand-written attention kernel, and the differentiable function made from it.
 
-An implementation is a module with three functions, `refusal`, `forward` and `backward`, as `Kernels` tells them. They
-know nothing of gradients, meshes or remat: here the two passes are joined, the residuals are named for a remat policy,
-and on a mesh each device runs the kernels on its own rows and heads (a Pallas call is not partitioned by itself).
+An implementation is a module with three functions, `refusal`, `forward` and `backward`, which `Kernels` describes. They
+do not handle gradients, meshes or remat. This module joins the two passes, names the residuals for a remat policy, and
+on a mesh runs the kernels on each device's rows and heads (a Pallas call is not partitioned automatically).
 
 Legend: B batch, S sequence, N query heads, K key and value heads, H head dim.
 """
@@ -19,20 +19,21 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 NOTHING_SEEN = -1e30
-"""Log-sum-exp of a query that sees no key: finite, so that no difference of two of them is NaN."""
+"""Log-sum-exp of a query that attends to no key: finite, so that the difference of two of them is not NaN."""
 
 
 class Request(NamedTuple):
-    """What is asked of an implementation; hashable.
+    """The static arguments of a call, sent to an implementation; hashable.
 
     Attributes:
       length, heads, kv_heads, head_dim: S, N, K, H, of one device's part on a mesh.
       dtype: of query, key and value, by name.
-      causal, sliding_window, scale: as of `kernels.attention`; the scale is a number.
+      causal, sliding_window, scale: as for `kernels.attention`; the scale is a number.
       segments, positions: whether they are given.
-      platform: "cpu", "gpu" or "tpu", on which it is to run (which need not be here: a compile ahead of time).
-      device_kind: as `jax.Device.device_kind` says it.
-      lse: whether the log-sum-exp is wanted.
+      platform: "cpu", "gpu" or "tpu", the platform that it will run on (which may be absent, for ahead-of-time
+        compilation).
+      device_kind: the value of `jax.Device.device_kind`.
+      lse: whether the log-sum-exp is requested.
     """
 
     length: int
@@ -55,14 +56,14 @@ class Kernels(NamedTuple):
 
     Attributes:
       forward: `(request, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS, positions_BS) -> (y_BSNH, lse_BNS)`. `y` has
-        the query's dtype; `lse` is float32, log Σ exp(scale · q·k) over the keys that a query sees, natural logarithm.
-        A query that sees nothing (segment 0) gives y = 0 and lse = NOTHING_SEEN. `segment_ids` (int32) and `positions`
-        (int32) are None where they are not given.
+        the query's dtype; `lse` is float32, log Σ exp(scale · q·k) over the visible keys of a query, natural logarithm.
+        A query without visible keys (segment 0) gives y = 0 and lse = NOTHING_SEEN. `segment_ids` (int32) and
+        `positions` (int32) are None if not given.
       backward: `(request, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS, positions_BS, cotangent_BSNH, lse_BNS,
         delta_BNS) -> (query_grad_BSNH, key_grad_BSKH, value_grad_BSKH)`, in the dtypes of query, key and value. With
-        p = exp(scale · q·k - lse) where a query sees a key, else 0, and dp = cotangent · v, the slope of a score is
-        p (dp - delta). `delta` (float32) is Σ y · cotangent less the cotangent of lse. Queries of segment 0 come with a
-        cotangent of zeros, and give and get a gradient of zero.
+        p = exp(scale · q·k - lse) for visible keys, else 0, and dp = cotangent · v, the gradient of a score is p (dp -
+        delta). `delta` (float32) is Σ y · cotangent minus the cotangent of lse. Queries of segment 0 have a zero
+        cotangent, and their gradients are zero.
     """
 
     forward: Callable
@@ -81,7 +82,7 @@ def fused_attention(kernels: Kernels, query_BSNH: jax.Array, key_BSKH: jax.Array
                     segment_ids: jax.Array | None, positions: jax.Array | None, request: Request,
                     mesh: Mesh | None = None, batch_axes: tuple[str, ...] = (), tensor_axis: str | None = None
                     ) -> tuple[jax.Array, jax.Array]:
-    """(y_BSNH, lse_BNS) of `kernels`, differentiable in query, key and value, both outputs; no forward mode."""
+    """Return (y_BSNH, lse_BNS) of `kernels`; both are differentiable in query, key and value, in reverse mode only."""
     setting = _Setting(request, kernels, None if mesh is None or mesh.size == 1 else mesh, batch_axes, tensor_axis)
     return _attend(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids, positions)
 
@@ -93,7 +94,8 @@ def _attend(setting, query_BSNH, key_BSKH, value_BSKH, segment_ids_BS, positions
 
 def _forward(setting, *inputs):
     y_BSNH, lse_BNS = _on_mesh(setting, setting.kernels.forward, inputs, out="yl")
-    # Names for a remat policy, which then has all that the backward pass reads beside query, key and value.
+    # Named for a remat policy, which can then save everything that the backward pass reads besides query, key and
+    # value.
     y_BSNH = checkpoint_name(y_BSNH, "attention_output")
     lse_BNS = checkpoint_name(lse_BNS, "attention_log_sums")
     return (y_BSNH, lse_BNS), (*inputs, y_BSNH, lse_BNS)
@@ -121,6 +123,6 @@ def _on_mesh(setting: _Setting, function: Callable, inputs: tuple, *, out: str):
     batch, heads = setting.batch_axes or None, setting.tensor_axis
     specs = {"y": PartitionSpec(batch, None, heads), "l": PartitionSpec(batch, heads), "s": PartitionSpec(batch)}
     kinds = "yyyss" + "yll"[:len(inputs) - 5]
-    # check_vma is off because nothing is differentiated through this shard_map, and no value is summed in it.
+    # check_vma can be off because nothing is differentiated through this shard_map, and no value is summed in it.
     return jax.shard_map(function, mesh=setting.mesh, check_vma=False, in_specs=tuple(specs[kind] for kind in kinds),
                          out_specs=tuple(specs[kind] for kind in out))(*inputs)

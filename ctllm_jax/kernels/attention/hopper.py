@@ -1,4 +1,4 @@
-"""Attention for Hopper GPUs (H100, H200, GH200), in Pallas Mosaic GPU: what it takes, and its two passes.
+"""Attention for Hopper GPUs (H100, H200, GH200), in Pallas Mosaic GPU: its requirements and its two passes.
 
 Legend: B batch, S sequence, N query heads, K key and value heads, H head dim.
 """
@@ -16,12 +16,12 @@ from ctllm_jax.kernels.hopper import is_hopper
 
 DEFAULT_BLOCKS = HopperBlocks()
 FASTEST: frozenset[tuple[int, str, bool]] = frozenset()
-"""(head dim, dtype, segments) where these kernels were measured to be faster than cuDNN and XLA, so that "auto" takes
-them. Empty: they are compiled and simulated, and were not measured yet."""
+"""(head dim, dtype, segments) for which these kernels were measured to be faster than cuDNN and XLA, so that "auto"
+chooses them. Empty: the kernels are compiled and simulated, but not measured yet."""
 
 
 def refusal(request: Request) -> str | None:
-    """Why these kernels cannot do what is requested; None if they can."""
+    """Return why these kernels do not support the request, or None if they do."""
     if request.platform != "gpu" or not is_hopper(request.device_kind):
         return f"its GPU kernels are for Hopper (H100, H200), and this is {request.device_kind}"
     if request.dtype not in ("bfloat16", "float16"):
@@ -40,7 +40,7 @@ def refusal(request: Request) -> str | None:
 
 
 def is_fastest(request: Request) -> bool:
-    """Whether a measurement says that "auto" should take these kernels."""
+    """Return whether measurements show that "auto" should choose these kernels."""
     return (request.head_dim, request.dtype, request.segments) in FASTEST
 
 
@@ -82,8 +82,8 @@ def backward(request: Request, query_BSNH: jax.Array, key_BSKH: jax.Array, value
 
 
 def _room_for_a_block(arrays: tuple[jax.Array, ...], segment_ids_BS: jax.Array | None, *, blocks: HopperBlocks):
-    """(arrays, segment_ids, true length): padded where the memory engine wants it. It reads tiles of 8 rows, and none
-    that is longer than its array; apart from that a row ends anywhere, and nothing is copied."""
+    """Return (arrays, segment_ids, true length), padded if TMA requires it. TMA reads tiles of 8 rows, and no tile
+    longer than its array; all other lengths need no padding and no copy."""
     batch, length = arrays[0].shape[:2]
     wanted = max(-(-length // 8) * 8, blocks.padded(1))
     if length == wanted:

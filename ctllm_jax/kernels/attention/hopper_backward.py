@@ -1,9 +1,10 @@
-"""The backward pass of attention on Hopper: scores computed again (FlashAttention-2, arXiv 2307.08691), in two kernels.
+"""The backward pass of attention on Hopper, in two kernels that recompute the scores (FlashAttention-2, arXiv
+2307.08691).
 
-One holds keys and values and goes over queries, for their two gradients; it works on transposed scores, so that the
-probabilities are the left operand that a matrix instruction takes from registers. The other holds queries and goes over
-keys. No atomics: the same bits each time. With P the probabilities, dP = dY Vᵀ and dS = P ⊙ (dP - delta):
-dV = Pᵀ dY, dK = scale · dSᵀ Q, dQ = scale · dS K.
+One kernel holds keys and values, loops over queries, and computes the gradients of keys and values. It uses transposed
+scores, so that the probabilities are the left operand, which wgmma reads from registers. The other kernel holds queries
+and loops over keys. Without atomics, the results are deterministic. With P the probabilities, dP = dY Vᵀ and dS = P ⊙
+(dP - delta): dV = Pᵀ dY, dK = scale · dSᵀ Q, dQ = scale · dS K.
 
 Legend: B batch, S sequence, P the sequence padded to whole blocks, N query heads, K key and value heads, H head dim;
 R the 64 rows of a group, C the columns of a step.
@@ -36,14 +37,14 @@ def attention_backward(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: j
                        segment_ids_BS: jax.Array | None, cotangent_BSNH: jax.Array, lse_BNS: jax.Array,
                        delta_BNS: jax.Array, *, causal: bool, sliding_window: int | None, scale: float,
                        blocks: HopperBlocks) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of query, key and value; `delta` is Σ_H y · cotangent, float32 as `lse` is."""
+    """Return gradients of query, key and value; `delta` is Σ_H y · cotangent, float32 as `lse` is."""
     batch, length, heads, head_dim = query_BSNH.shape
     kv_heads, dtype = key_BSKH.shape[2], query_BSNH.dtype
     padded = blocks.padded(length)
     query_ids_BP, key_ids_BP = padded_ids(segment_ids_BS, batch=batch, length=length, padded=padded)
     room = ((0, 0), (0, 0), (0, padded - length))
-    # Both are subtracted by starting an accumulator there: of Q Kᵀ, before it is scaled, and of dY Vᵀ. Queries behind
-    # the row's end are read as zeros; so are these, and what they add to a gradient is zero.
+    # Both are subtracted by initializing an accumulator with them: that of Q Kᵀ, before scaling, and that of dY Vᵀ.
+    # Queries after the row's end are read as zeros, and so are these values, so they add zero to a gradient.
     lse_BNP, delta_BNP = jnp.pad(-lse_BNS / scale, room), jnp.pad(-delta_BNS, room)
     inputs = (query_BSNH, key_BSKH, value_BSKH, cotangent_BSNH.astype(dtype), lse_BNP, delta_BNP, query_ids_BP,
               key_ids_BP)
@@ -105,7 +106,7 @@ def _dkv_kernel(query_ref, key_ref, value_ref, cotangent_ref, lse_ref, delta_ref
     steps = (end - first) * group_size
 
     def next_block(block):
-        """After the last block of queries of one head the first one of the next head that reads these keys."""
+        """After the last block of queries of one head comes the first one of the next head that uses these keys."""
         return jnp.where(block + 1 == end, first, block + 1)
 
     @pl.when(group == groups)
@@ -181,7 +182,7 @@ def _dkv_kernel(query_ref, key_ref, value_ref, cotangent_ref, lse_ref, delta_ref
         key.at[group][...] = (key_grad_RH * scale).astype(key.dtype)
         value.at[group][...] = value_grad_RH.astype(value.dtype)
         plgpu.commit_smem()
-        # The memory engine leaves out what lies behind the row's end.
+        # TMA does not write beyond the row's end.
         rows = pl.ds(row_start, ROWS)
         plgpu.copy_smem_to_gmem(key.at[group], key_grad_ref.at[row, rows, kv_head])
         plgpu.copy_smem_to_gmem(value.at[group], value_grad_ref.at[row, rows, kv_head])

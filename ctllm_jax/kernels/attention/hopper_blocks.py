@@ -1,4 +1,4 @@
-"""Which blocks of keys a block of queries meets, and how large the blocks are, for the Hopper kernels.
+"""Block sizes of the Hopper kernels, and which blocks of keys a block of queries interacts with.
 
 Legend: B batch, S sequence, P the sequence padded to whole blocks, R blocks of rows, C blocks of columns.
 """
@@ -21,18 +21,19 @@ from ctllm_jax.kernels.hopper import (
 )
 
 NO_QUERY = -1
-"""Segment of a query that sees nothing; a key's is 0, so that padding never equals padding."""
+"""Segment of a padding query; a padding key has 0, so that padding never matches padding."""
 
 
 @dataclass(frozen=True)
 class HopperBlocks:
-    """Block sizes of the three kernels; a kernel's rows are 64 for each of its computing groups.
+    """Block sizes of the three kernels; a block has 64 rows per compute group.
 
     Attributes:
       forward_groups, forward_keys, forward_stages: groups of queries, keys of a step, steps in flight.
       dkv_groups, dkv_queries, dkv_stages: of the gradients of keys and values: groups of keys, queries of a step.
       dq_groups, dq_keys, dq_stages: of the gradient of queries.
-      alternate: the forward groups take turns at issuing their matmuls, so that one's softmax runs beside the other's.
+      alternate: the forward groups issue their matmuls in turns, so that one group's softmax overlaps the other's
+        matmuls.
     """
 
     forward_groups: int = 2
@@ -47,7 +48,7 @@ class HopperBlocks:
     alternate: bool = True
 
     def check(self, head_dim: int) -> None:
-        """Raises ValueError that names the limit which these sizes break at a head dim."""
+        """Raise ValueError that names the limit that these sizes exceed at a head dim."""
         for name in ("forward", "dkv", "dq"):
             groups, step, stages = self.of(name)
             if groups not in COMPUTE_REGISTERS:
@@ -71,28 +72,29 @@ class HopperBlocks:
         return self.of(kernel)[0] * ROWS
 
     def registers(self, kernel: str, head_dim: int) -> int:
-        """Registers that a thread's arrays take: a float32 array of 64 rows takes half its columns."""
+        """Number of registers for a thread's arrays: a float32 array of 64 rows needs half as many as it has
+        columns."""
         _, step, _ = self.of(kernel)
         arrays = {"forward": step + head_dim + step // 2,  # scores, output; probabilities in 16 bits
                   "dkv": 2 * step + 2 * head_dim + step // 2, "dq": 2 * step + head_dim + step // 2}
         return arrays[kernel] // 2
 
     def shared_bytes(self, kernel: str, head_dim: int) -> int:
-        """Bytes of a block's tiles, and of the numbers that go with their rows: segments, lse, delta."""
+        """Bytes of a block's tiles and of the per-row values: segments, lse, delta."""
         groups, step, stages = self.of(kernel)
         held_tiles, held_numbers, streamed_numbers = {"forward": (1, 2, 1), "dkv": (2, 1, 3), "dq": (2, 3, 1)}[kernel]
         return (held_tiles * aligned(groups * ROWS * head_dim * 2) + held_numbers * aligned(groups * ROWS * 4)
                 + 2 * aligned(stages * step * head_dim * 2) + streamed_numbers * aligned(stages * step * 4))
 
     def padded(self, length: int) -> int:
-        """The length in whole blocks of all kernels."""
+        """Return the length, rounded up to whole blocks of all kernels."""
         whole = math.lcm(*(size for name in ("forward", "dkv", "dq") for size in (self.rows(name), self.of(name)[1])))
         return -(-length // whole) * whole
 
 
 def padded_ids(segment_ids_BS: jax.Array | None, *, batch: int, length: int, padded: int
                ) -> tuple[jax.Array, jax.Array]:
-    """Segments of queries and of keys, int32 [B, P], such that a query sees a key's segment where they are equal."""
+    """Return segments of queries and of keys, int32 [B, P]; a query may attend to a key if they are equal."""
     if segment_ids_BS is None:
         segment_ids_BS = jnp.ones((batch, length), jnp.int32)
     keys_BP = jnp.pad(segment_ids_BS.astype(jnp.int32), ((0, 0), (0, padded - length)))
@@ -102,15 +104,16 @@ def padded_ids(segment_ids_BS: jax.Array | None, *, batch: int, length: int, pad
 
 def visible_blocks(segment_ids_BP: jax.Array, *, query_block: int, key_block: int, causal: bool,
                    sliding_window: int | None, by_key: bool = False) -> jax.Array:
-    """For each block of queries the blocks of keys that it meets; or, `by_key`, for each of keys those of queries.
+    """Return for each block of queries its range of key blocks; with `by_key`, for each block of keys its range of
+    query blocks.
 
     Args:
       segment_ids_BP: int32 [B, P], 0 for padding; P is a multiple of both blocks.
 
     Returns:
-      int32 [B, R, 4]: first, whole_first, whole_end, end. Rows meet columns first … end-1, never none (a block of
-      nothing but padding meets one, and sees nothing in it). In whole_first … whole_end-1 every row sees every column.
-      Segments are compared by their range in a block, so that a column block may be met in vain, but none is missed.
+      int32 [B, R, 4]: first, whole_first, whole_end, end. Rows interact with columns first … end-1, at least one (a
+      block of padding gets one, which is fully masked). In whole_first … whole_end-1 no pair is masked. Segments are
+      compared by their range in a block, so a column block may be included unnecessarily, but none is missed.
     """
     batch, length = segment_ids_BP.shape
     lowest, highest, whole, starts, stops = [], [], [], [], []
@@ -142,7 +145,8 @@ def visible_blocks(segment_ids_BP: jax.Array, *, query_block: int, key_block: in
 
 
 def _run(flags_BRC: jax.Array, *, to_the_last: bool) -> tuple[jax.Array, jax.Array]:
-    """(first, end) of the columns that are set: up to the last one, or up to the first gap. (0, 0) where none is."""
+    """Return (first, end) of the columns that are set, up to the last one or to the first gap; (0, 0) if there are
+    none."""
     columns = flags_BRC.shape[2]
     some = jnp.any(flags_BRC, axis=2)
     first = jnp.argmax(flags_BRC, axis=2)

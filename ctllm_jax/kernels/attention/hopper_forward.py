@@ -1,8 +1,8 @@
 """The forward pass of attention on Hopper: FlashAttention-3's schedule (arXiv 2407.08608), on packed batches.
 
-A block of threads has two or three computing groups of 64 queries each, and one group that copies keys and values, some
-steps ahead. A computing group issues the scores of this step and the output of the last one together, and takes the
-softmax of this step while the tensor cores still work on the output.
+A thread block has two or three compute groups of 64 queries each, and one group that copies keys and values some steps
+ahead. A compute group issues the matmuls for the scores of this step and the output of the previous one together, and
+computes the softmax of this step while the tensor cores still compute the output.
 
 Legend: B batch, S sequence, P the sequence padded to whole blocks, N query heads, K key and value heads, H head dim;
 R the 64 rows of a group, C the columns of a step.
@@ -29,13 +29,14 @@ from ctllm_jax.kernels.attention.hopper_parts import (
 from ctllm_jax.kernels.hopper import COMPUTE_REGISTERS, COPY_REGISTERS, ROWS, compiler_params, slot_of, tiled
 
 LOWEST = -1e30
-"""Where a row's maximum starts. Finite, so that a row that sees nothing subtracts no infinity from another."""
+"""Initial value of a row's maximum. It is finite, so that a fully masked row never subtracts two infinities."""
 
 
 def attention_forward(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array,
                       segment_ids_BS: jax.Array | None, *, causal: bool, sliding_window: int | None, scale: float,
                       blocks: HopperBlocks, nothing_seen: float) -> tuple[jax.Array, jax.Array]:
-    """(y_BSNH, lse_BNS): `lse` in float32, natural logarithm, and `nothing_seen` where a query sees no key."""
+    """Return (y_BSNH, lse_BNS): `lse` in float32, natural logarithm, `nothing_seen` for a query without visible
+    keys."""
     batch, length, heads, head_dim = query_BSNH.shape
     groups, columns, stages = blocks.of("forward")
     padded = blocks.padded(length)
@@ -75,7 +76,7 @@ def _kernel(query_ref, key_ref, value_ref, query_ids_ref, key_ids_ref, bounds_re
     groups, columns, stages = blocks.of("forward")
     head_dim = query_ref.shape[3]
     group = lax.axis_index("group")
-    # The blocks of one head follow each other, so that its keys stay in the L2 cache; the longest first.
+    # The blocks of one head are consecutive, so that its keys stay in the L2 cache; the longest block comes first.
     tile, head, row = place(lax.axis_index("tile"), tiles=tiles, heads=heads, last_first=causal)
     first, whole_first, whole_end, end = (bounds_ref[row, tile, i] for i in range(4))
 
@@ -127,7 +128,7 @@ def _kernel(query_ref, key_ref, value_ref, query_ids_ref, key_ids_ref, bounds_re
                                sliding_window=sliding_window)
 
         def softmax(scores_RC, highest_R, sums_R):
-            """In powers of two, the scale folded into the exponent; `highest` is of scaled scores."""
+            """exp2 of the scores, with the scale folded into the exponent; `highest` is of scaled scores."""
             new_highest_R = jnp.maximum(highest_R, jnp.max(scores_RC, axis=1) * (scale * LOG2E))
             decay_R = jnp.exp2(highest_R - new_highest_R)
             probs_RC = jnp.exp2(scores_RC * (scale * LOG2E) - broadcast_columns(new_highest_R, scores_RC.shape))
@@ -165,7 +166,7 @@ def _kernel(query_ref, key_ref, value_ref, query_ids_ref, key_ids_ref, bounds_re
                     plgpu.barrier_wait(value_ready.at[last_slot])
                     plgpu.wgmma(output, probs_RC, value.at[last_slot])
                     give_turn()
-                    return plgpu.wgmma_accumulator_load(scores, wait_n=1)  # the output goes on
+                    return plgpu.wgmma_accumulator_load(scores, wait_n=1)  # the output matmul continues
 
                 scores_RC = pl.run_scoped(issue, plgpu.ACC((ROWS, columns)))
                 scores_RC = lax.cond((block >= whole_first) & (block < whole_end), lambda scores_RC: scores_RC,
@@ -188,7 +189,7 @@ def _kernel(query_ref, key_ref, value_ref, query_ids_ref, key_ids_ref, bounds_re
         query.at[group][...] = (output_RH * broadcast_columns(shares_R, output_RH.shape)).astype(query.dtype)
         lse.at[group][...] = jnp.where(sums_R > 0, (highest_R + jnp.log2(sums_R)) * (1 / LOG2E), nothing_seen)
         plgpu.commit_smem()
-        # The memory engine leaves out what lies behind the row's end.
+        # TMA does not write beyond the row's end.
         rows = pl.ds(row_start, ROWS)
         plgpu.copy_smem_to_gmem(query.at[group], y_ref.at[row, rows, head])
         plgpu.copy_smem_to_gmem(lse.at[group], lse_ref.at[row, head, rows])

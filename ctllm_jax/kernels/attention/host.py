@@ -1,4 +1,4 @@
-"""Attention and its gradients in float64 on the host, in numpy: what every implementation is checked against.
+"""Attention and its gradients in float64 on the host, in numpy, as the reference of all checks.
 
 Legend: B batch, S queries, T keys, N query heads, K kv heads, G query heads of one kv head, H head dim.
 """
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Exact(NamedTuple):
-    """What attention gives, float64: y [B, S, N, H], lse [B, S, N], and the gradients of Σ y · cotangent."""
+    """The results of attention, float64: y [B, S, N, H], lse [B, S, N], and the gradients of Σ y · cotangent."""
 
     y: np.ndarray
     lse: np.ndarray
@@ -22,12 +22,12 @@ class Exact(NamedTuple):
 
 def attention_float64(query, key, value, cotangent, *, segment_ids=None, positions=None, causal: bool = True,
                       sliding_window: int | None = None, scale: float | None = None, lse_cotangent=None) -> Exact:
-    """Attention as of `kernels.attention`, row by row and head by head, and its gradients written out.
+    """Compute `kernels.attention` row by row and head by head, and its gradients by explicit formulas.
 
     Args:
       query, cotangent: [B, S, N, H], any float dtype.
       key, value: [B, S, K, H].
-      lse_cotangent: [B, S, N], where the gradients are to be of Σ lse · lse_cotangent too.
+      lse_cotangent: [B, S, N], if given, the gradients include those of Σ lse · lse_cotangent.
     """
     query, key, value, cotangent = (np.asarray(x, np.float64) for x in (query, key, value, cotangent))
     rows, length, heads, head_dim = query.shape

@@ -1,4 +1,4 @@
-"""Attention as it is written in the books: dense, float32, one mask. For tests, and for reading.
+"""Attention in its textbook form: dense, float32, one mask. For tests, and for reading.
 
 Legend: B batch, S queries, T keys, N query heads, K key and value heads, H head dim.
 """
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 def attention_mask(length: int, *, segment_ids: jax.Array | None, causal: bool, sliding_window: int | None,
                    positions: jax.Array | None = None) -> jax.Array:
-    """Which key (last dim) each query sees: bool [B or 1, S, S]. A query of segment 0 sees nothing."""
+    """The mask: bool [B or 1, S, S], whether a query attends to a key (last dim). A query of segment 0 attends to
+    nothing."""
     places = jnp.arange(length)[None] if positions is None else positions
     query, key = places[:, :, None], places[:, None, :]
     mask = jnp.ones((1, length, length), bool)
@@ -26,7 +27,7 @@ def attention_mask(length: int, *, segment_ids: jax.Array | None, causal: bool, 
 
 def attention_reference(query_BSNH, key_BSKH, value_BSKH, *, segment_ids=None, causal=True, sliding_window=None,
                         scale=None, positions=None) -> jax.Array:
-    """softmax(q kᵀ · scale) v over what the mask allows (arXiv 1706.03762); a query that sees nothing gives zeros."""
+    """softmax(q kᵀ · scale) v over the unmasked keys (arXiv 1706.03762); a fully masked query gives zeros."""
     heads, kv_heads, head_dim = query_BSNH.shape[2], key_BSKH.shape[2], query_BSNH.shape[3]
     query, key, value = (x.astype(jnp.float32) for x in (query_BSNH, key_BSKH, value_BSKH))
     key, value = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (key, value))

@@ -23,7 +23,7 @@ DTYPES = ("bfloat16", "float32")
 
 
 def refusal(request: Request) -> str | None:
-    """Why the kernels cannot do what is requested; None if they can."""
+    """Return why the kernels do not support the request, or None if they do."""
     if find_chip(request.device_kind) is None:
         return f"there are no block sizes for {request.device_kind}, only for {', '.join(CHIPS)}"
     if request.head_dim not in HEAD_DIMS:
@@ -39,11 +39,11 @@ def forward(request: Request, query_BSNH: jax.Array, key_BSKH: jax.Array, value_
     """(y_BSNH, lse_BNS), as of `fused.Kernels`.
 
     Args:
-      blocks: None: those of the table for `request.device_kind`.
-      interpret: as of `pl.pallas_call`.
+      blocks: block sizes; None: those of the table for `request.device_kind`.
+      interpret: as for `pl.pallas_call`.
 
     Raises:
-      ValueError: blocks that break a limit of the chip.
+      ValueError: the blocks exceed a limit of the chip.
     """
     request, chip, blocks, segment_ids_BS = _prepare(request, blocks, segment_ids_BS, query_BSNH.shape[0])
     held = blocks.key_major
@@ -62,7 +62,7 @@ def backward(request: Request, query_BSNH: jax.Array, key_BSKH: jax.Array, value
              segment_ids_BS: jax.Array | None, positions_BS: jax.Array | None, cotangent_BSNH: jax.Array,
              lse_BNS: jax.Array, delta_BNS: jax.Array, *, blocks: Blocks | None = None, interpret: Any = False
              ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of query, key and value, as of `fused.Kernels`; other arguments and errors as of `forward`."""
+    """Return gradients of query, key and value, as in `fused.Kernels`; other arguments and errors as for `forward`."""
     request, chip, blocks, segment_ids_BS = _prepare(request, blocks, segment_ids_BS, query_BSNH.shape[0])
     held = blocks.backward_key_major
     length = _padded(request.length, blocks.backward_query, held)
@@ -96,19 +96,19 @@ def backward(request: Request, query_BSNH: jax.Array, key_BSKH: jax.Array, value
 
 
 def _prepare(request, blocks, segment_ids_BS, rows: int):
-    """The request as the kernels take it, the chip, and its blocks, checked."""
+    """Return the request in the kernels' form, the chip, and its checked blocks."""
     chip = find_chip(request.device_kind)
     assert chip is not None, "`refusal` names a device that is no TPU"
     blocks = choose_blocks(request, chip) if blocks is None else blocks
     check_blocks(blocks, request, chip)
     if segment_ids_BS is None and not request.causal:
-        # Nothing but its segment hides what pads a row.
+        # Only its segment masks the padding of a row.
         segment_ids_BS, request = jnp.ones((rows, request.length), jnp.int32), request._replace(segments=True)
     return request, chip, blocks, segment_ids_BS
 
 
 def _padded(length: int, block: int, held: int) -> int:
-    """The row's length in whole blocks of queries and whole parts of keys."""
+    """Return the row's length, rounded up to whole blocks of queries and whole parts of keys."""
     unit = max(block, held)
     assert unit % min(block, held) == 0, (block, held)
     return -(-length // unit) * unit
@@ -125,7 +125,8 @@ def _tables(segment_ids_BS, positions_BS, length: int):
 
 
 def _pad_ids(segment_ids_BS, positions_BS, length: int):
-    """What the kernels compare, (of queries, of keys) for each that is given: int32 [B, 1, length]."""
+    """Return the ids that the kernels compare, a pair (of queries, of keys) for each that is given: int32 [B, 1,
+    length]."""
     segments_BS, positions_BS = _tables(segment_ids_BS, positions_BS, length)
     pairs = []
     if segments_BS is not None:
@@ -137,7 +138,7 @@ def _pad_ids(segment_ids_BS, positions_BS, length: int):
 
 
 def _split(x, parts: int):
-    """The last dim but one of [B, K, S, H], or the last of [B, 1, S], in parts: [P, …]."""
+    """Split the second to last dim of [B, K, S, H], or the last of [B, 1, S], into parts: [P, …]."""
     dim = 2
     return jnp.moveaxis(x.reshape(*x.shape[:dim], parts, -1, *x.shape[dim + 1:]), dim, 0)
 
@@ -149,14 +150,14 @@ def _merge(x_PBKMH):
 
 
 def _cost(request: Request, rows: int, *, matmuls: int, parts: int = 1) -> pl.CostEstimate:
-    """What XLA cannot see in a kernel; of all segments as if they were one."""
+    """The cost estimate for XLA, which cannot look into a kernel; computed as if there were one segment."""
     flops, moved = count_work(request, rows, matmuls=matmuls)
     return pl.CostEstimate(flops=flops // parts, transcendentals=flops // (2 * matmuls * request.head_dim * parts),
                            bytes_accessed=moved // parts)
 
 
 def count_work(request: Request, rows: int, *, matmuls: int) -> tuple[int, int]:
-    """(FLOPs, bytes) of a pass: of what `causal` and the window let a token see, each array moved once.
+    """Return (FLOPs, bytes) of a pass over the pairs that `causal` and the window allow, with each array moved once.
 
     The forward pass has 2 matmuls, the backward pass 5.
     """

@@ -1,7 +1,8 @@
-"""The backward pass on TPU, fused: the probabilities of a pair of blocks are computed once, for all three gradients.
+"""The fused backward pass on TPU: the probabilities of a pair of blocks are computed once for all three gradients.
 
-The gradients of the keys and values held are summed in VMEM while all blocks of queries come by. A row longer than
-`key_major` goes through the kernel once for each part of its keys, and the queries' gradient, in float32, goes along.
+The gradients of the held keys and values are accumulated in VMEM over all blocks of queries. A row longer than
+`key_major` runs through the kernel once per part of its keys, and the queries' gradient is accumulated in float32 over
+these runs.
 
 Legend: B rows, N query heads, K kv heads, G query heads of one kv head, S sequence, H head dim, Q queries of a block,
 T keys of a block, M keys held at once.
@@ -38,10 +39,10 @@ def backward_kernel(request: Request, blocks: Blocks, ranges: Ranges, part, quer
     """Gradients (query_BNSH, key_BKMH, value_BKMH) of one part of the keys.
 
     Args:
-      part: int32 scalar, which part of `key_major` keys it is.
-      ids: as of `forward_kernel`; those of keys [B, 1, M].
-      query_grad_BNSH: float32, the sum over the parts before, which this one is added to; None: there is one part only,
-        and the gradient comes in the query's dtype.
+      part: int32 scalar, the index of the part of `key_major` keys.
+      ids: as for `forward_kernel`; those of keys [B, 1, M].
+      query_grad_BNSH: float32, the sum over earlier parts, to which this part is added; None: there is only one part,
+        and the gradient has the query's dtype.
     """
     batch, heads, length, head_dim = query_BNSH.shape
     kv_heads, held = key_BKMH.shape[1:3]
@@ -49,13 +50,14 @@ def backward_kernel(request: Request, blocks: Blocks, ranges: Ranges, part, quer
     block = blocks.backward_query
     query_blocks = length // block
     if query_grad_BNSH is None:
-        # Each block's gradient is written here, or nowhere.
+        # Each block's gradient is written only here.
         spans = jnp.tile(jnp.array([0, query_blocks - 1], jnp.int32), ranges.rows)
     else:
         spans = _queries_of_part(ranges, part, query_blocks=query_blocks, per_major=held // blocks.backward_key)
 
     def near(b, i, spans_ref):
-        """The block of queries to hold: the nearest that sees these keys, so that none is copied in vain."""
+        """The block of queries to hold: the nearest that attends to these keys, so that none is copied
+        unnecessarily."""
         row = 2 * (b if ranges.rows > 1 else 0)
         return jnp.clip(i, spans_ref[row], spans_ref[row + 1])
 
@@ -97,7 +99,7 @@ def backward_kernel(request: Request, blocks: Blocks, ranges: Ranges, part, quer
 
 
 def _queries_of_part(ranges: Ranges, part, *, query_blocks: int, per_major: int):
-    """The first and last block of queries that see keys of this part, flat [B 2]; 0, 0 where none does."""
+    """The first and last block of queries that attend to keys of this part, flat [B 2]; 0, 0 if there is none."""
     first_BI, stop_BI = jnp.moveaxis(ranges.seen.reshape(ranges.rows, query_blocks, 2), 2, 0)
     meets_BI = (first_BI < (part + 1) * per_major) & (stop_BI > part * per_major)
     first_B = jnp.argmax(meets_BI, axis=1)
@@ -125,8 +127,9 @@ def _kernel(request, blocks, many_rows, num_ids, accumulates, spans_ref, part_re
         value_sum_ref[...] = jnp.zeros_like(value_sum_ref)
 
     def meet(here, block, masked: bool):
-        """One block of keys: `here` in VMEM, `block` in its row. Scores stand [T, Q]: log-sum-exps lie along lanes, as
-        they came, and of five matmuls one reads a transposed operand, where two would."""
+        """Process one block of keys: index `here` in VMEM, `block` in its row. Scores have the shape [T, Q]:
+        log-sum-exps then lie along lanes, as in memory, and only one of five matmuls reads a transposed operand instead
+        of two."""
         keys = pl.ds(pl.multiple_of(here * blocks.backward_key, blocks.backward_key), blocks.backward_key)
         query_QH, cotangent_QH = query_ref[...], cotangent_ref[...]
         key_TH, value_TH = key_ref[keys, :], value_ref[keys, :]
@@ -148,7 +151,7 @@ def _kernel(request, blocks, many_rows, num_ids, accumulates, spans_ref, part_re
         key_sum_ref[keys, :] += matmul(slopes_TQ, query_QH, contract=(1, 0))
         query_sum_ref[...] += matmul(key_TH, slopes_TQ, contract=(0, 0))
 
-    # Other steps of the grid hold a block that was, or will be, computed at its own.
+    # Other grid steps hold a block that is computed at its own step.
     @pl.when(i == jnp.clip(i, spans_ref[2 * row], spans_ref[2 * row + 1]))
     def _():
         query_sum_ref[...] = jnp.zeros_like(query_sum_ref)

@@ -1,4 +1,4 @@
-"""How the TPU kernels cut a sequence: a table by chip, what a choice costs in VMEM, and a refusal that names the limit.
+"""Block sizes of the TPU kernels: a table by chip, the VMEM that a choice needs, and errors that name the limit.
 
 Legend: S sequence, H head dim.
 """
@@ -17,8 +17,8 @@ MIB = 2**20
 class Blocks:
     """Tokens of a block in each pass.
 
-    A block of queries meets a block of keys in one matmul; `key_major` keys and values lie in VMEM at once, so that the
-    loop over their blocks costs no step of the grid and no copy, and blocks that are wholly masked are jumped over.
+    One matmul combines a block of queries with a block of keys. `key_major` keys and values are in VMEM at once, so
+    that the loop over their blocks needs no grid steps and no copies, and fully masked blocks are skipped.
 
     Attributes:
       query, key, key_major: of the forward pass; `key` divides `key_major`.
@@ -35,18 +35,18 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Chip:
-    """What a kernel may use of a chip.
+    """The resources of a chip that a kernel may use.
 
     Attributes:
-      vmem_limit: bytes that a kernel asks for at most; the rest of VMEM is XLA's, for what it prefetches.
-      blocks: for head dim 128 and bfloat16; wider rows hold fewer keys.
+      vmem_limit: largest number of bytes that a kernel requests; XLA uses the rest of VMEM for prefetching.
+      blocks: block sizes for head dim 128 and bfloat16; wider heads hold fewer keys.
     """
 
     vmem_limit: int
     blocks: Blocks
 
 
-# The shapes with the fewest instruction bundles a score, by benchmarks/kernel_bundles.py.
+# The shapes with the fewest instruction bundles per score, by benchmarks/kernel_bundles.py.
 CHIPS = {
     "v4": Chip(16 * MIB, Blocks(512, 512, 4096, 256, 512, 2048)),
     "v5e": Chip(64 * MIB, Blocks(512, 512, 8192, 512, 512, 8192)),
@@ -59,19 +59,20 @@ _KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p
 
 
 def find_chip(device_kind: str) -> str | None:
-    """The table's name of a `jax.Device.device_kind`; None for a chip that it does not have."""
+    """Return the table's name for a `jax.Device.device_kind`; None for a chip that is not in the table."""
     return _KINDS.get(device_kind)
 
 
 def choose_blocks(request: Request, chip: str) -> Blocks:
-    """The table's blocks, made to fit this request: no longer than the row, and as many keys at once as VMEM holds."""
+    """Return the table's blocks, adapted to this request: no longer than the row, and as many keys at once as VMEM
+    holds."""
     length = _round_up(request.length, LANES)
     table = CHIPS[chip].blocks
     width = max(1, request.head_dim * _itemsize(request) // 256)
     chosen: dict[str, int] = {}
     for prefix in ("", "backward_"):
         query, key = (min(getattr(table, prefix + name), length) for name in ("query", "key"))
-        # A matmul of float32 goes through the MXU six times, so smaller blocks lose little, and they fit.
+        # A float32 matmul runs through the MXU six times, so smaller blocks lose little speed, and they fit.
         if width > 1:
             query, key = min(query, 256), min(key, 512)
         query, key = _power_of_two(query), _power_of_two(key)
@@ -87,7 +88,7 @@ def choose_blocks(request: Request, chip: str) -> Blocks:
 
 
 def check_blocks(blocks: Blocks, request: Request, chip: str) -> None:
-    """Raises ValueError for blocks that the compiler would not take, with the limit that they break."""
+    """Raise ValueError for blocks that the compiler would reject; the message names the limit."""
     for prefix in ("", "backward_"):
         for name in ("query", "key", "key_major"):
             size = getattr(blocks, prefix + name)
@@ -106,7 +107,7 @@ def check_blocks(blocks: Blocks, request: Request, chip: str) -> None:
 
 
 def forward_vmem(blocks: Blocks, request: Request) -> int:
-    """Bytes of VMEM that the forward kernel takes, at most."""
+    """Upper bound of the VMEM that the forward kernel uses, in bytes."""
     row, ids = _row_bytes(request), _count_ids(request)
     per_query = 2 * 2 * row + 2 * 4 * 8 + request_lanes(request) * 4 + (2 + ids) * LANES * 4 + 2 * ids * 4 * 8
     per_key = 2 * (2 * row + ids * 4 * 8)
@@ -115,10 +116,10 @@ def forward_vmem(blocks: Blocks, request: Request) -> int:
 
 
 def backward_vmem(blocks: Blocks, request: Request) -> int:
-    """Bytes of VMEM that the backward kernel takes, at most."""
+    """Upper bound of the VMEM that the backward kernel uses, in bytes."""
     row, ids, lanes = _row_bytes(request), _count_ids(request), request_lanes(request)
-    # Query, cotangent, log-sum-exp, delta and the ids, twice each; the sum so far of its gradient, which comes and goes
-    # in float32, and once more as it is computed.
+    # Query, cotangent, log-sum-exp, delta and the ids, twice each; the query gradient so far, which is read and written
+    # in float32, and once more while it is computed.
     per_query = 2 * (2 * row + 2 * 4 * 8 + ids * 4 * 8) + 5 * lanes * 4
     # Key and value and their gradients, twice each, and the gradients' sums.
     per_key = 2 * 4 * row + 2 * lanes * 4 + 2 * ids * 4 * 8
@@ -128,7 +129,7 @@ def backward_vmem(blocks: Blocks, request: Request) -> int:
 
 
 def request_lanes(request: Request) -> int:
-    """H as it lies in VMEM, in whole tiles."""
+    """H in VMEM, rounded up to whole tiles."""
     return _round_up(request.head_dim, LANES)
 
 

@@ -1,4 +1,4 @@
-"""The forward pass on TPU: a block of queries against the keys it can see, softmax as they come by (FlashAttention-2,
+"""The forward pass on TPU: a block of queries loops over its visible keys with an online softmax (FlashAttention-2,
 arXiv 2307.08691).
 
 Legend: B rows, N query heads, K kv heads, S sequence, H head dim, Q queries of a block, T keys of a block.
@@ -44,7 +44,7 @@ def forward_kernel(request: Request, blocks: Blocks, ranges: Ranges, query_BNSH,
         return b, n, i, 0
 
     def held_keys(b, i, j, seen_ref):
-        """The keys to hold: the nearest that the block sees, so that none are copied in vain."""
+        """The keys to hold: the nearest that the block attends to, so that none are copied unnecessarily."""
         row = _row(ranges.rows > 1, b, query_blocks) + i
         first, stop = seen_ref[2 * row], seen_ref[2 * row + 1]
         per_major = held // blocks.key
@@ -74,7 +74,7 @@ def forward_kernel(request: Request, blocks: Blocks, ranges: Ranges, query_BNSH,
 
 
 def _row(many_rows: bool, b, blocks: int):
-    """Where a row's blocks begin in a table."""
+    """Offset of a row's blocks in a table."""
     return b * blocks if many_rows else 0
 
 
@@ -96,7 +96,7 @@ def _kernel(request, blocks, many_rows, num_ids, seen_ref, query_table_ref, key_
             column_ref[...] = to_column(row_ref[...])
 
     def meet(here, block, masked: bool):
-        """One block of keys: `here` in VMEM, `block` in its row."""
+        """Process one block of keys: index `here` in VMEM, `block` in its row."""
         keys = pl.ds(pl.multiple_of(here * blocks.key, blocks.key), blocks.key)
         scores_QT = matmul(query_ref[...], key_ref[keys, :], contract=(1, 1)) * (request.scale * LOG2_E)
         if masked:

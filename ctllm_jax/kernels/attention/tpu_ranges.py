@@ -1,7 +1,7 @@
-"""Which blocks of keys a block of queries can see, by the lowest and highest ids of each: a few numbers a block, which
-the kernels read as scalars. Nothing of size [S, S] is made.
+"""Visible blocks of keys for each block of queries, from the lowest and highest ids of each block: a few numbers per
+block, which the kernels read as scalars. No array of size [S, S] is made.
 
-Legend: B rows (1 where neither segments nor positions are given, and all rows are alike), S sequence, I blocks of
+Legend: B rows (1 if neither segments nor positions are given, because all rows are then equal), S sequence, I blocks of
 queries, J blocks of keys, C columns of a table.
 """
 
@@ -16,7 +16,7 @@ from ctllm_jax.kernels.attention.fused import Request
 
 BIG = 2**30
 QUERY_PADDING, KEY_PADDING = -1, -2
-"""What stands for segment 0: padding sees nothing, nor is it seen."""
+"""The number used for segment 0: padding attends to nothing, and nothing attends to it."""
 COLUMNS = 5
 _SEGMENT_LOWEST, _SEGMENT_FIRST, _SEGMENT_LAST, _FIRST, _LAST = range(COLUMNS)
 
@@ -27,8 +27,8 @@ class Ranges(NamedTuple):
     Attributes:
       query: [B I C], for each block of queries.
       key: [B J C], for each block of keys.
-      seen: [B I 2], the first block of keys that a block of queries sees, and the end of them; 0, 0: none.
-      rows: 1, or the number of rows: how many there are of each.
+      seen: [B I 2], first and end of the blocks of keys that a block of queries attends to; 0, 0: none.
+      rows: the number of rows in each table: 1, or all rows.
     """
 
     query: jax.Array
@@ -39,7 +39,7 @@ class Ranges(NamedTuple):
 
 def find_ranges(request: Request, segment_ids_BS: jax.Array | None, positions_BS: jax.Array | None, *, length: int,
                 query_block: int, key_block: int) -> Ranges:
-    """The tables of ids padded to `length`, which both blocks divide."""
+    """Build the tables of ids padded to `length`, a multiple of both block sizes."""
     places_BS = jnp.arange(length, dtype=jnp.int32)[None] if positions_BS is None else positions_BS
     segments_BS = jnp.ones((1, 1), jnp.int32) if segment_ids_BS is None else segment_ids_BS
     segments_BS, places_BS = jnp.broadcast_arrays(
@@ -56,7 +56,8 @@ def find_ranges(request: Request, segment_ids_BS: jax.Array | None, positions_BS
 
 
 def can_see(request: Request, query, key):
-    """Whether a token of one block may see one of the other; never wrongly no. Takes a table's columns, or scalars."""
+    """Whether a token of one block may attend to one of the other. False is always correct; True may be too cautious.
+    Takes a table's columns, or scalars."""
     seen = (query[_SEGMENT_FIRST] <= key[_SEGMENT_LAST]) & (key[_SEGMENT_FIRST] <= query[_SEGMENT_LAST])
     if request.causal:
         seen &= key[_FIRST] <= query[_LAST]
@@ -66,7 +67,7 @@ def can_see(request: Request, query, key):
 
 
 def sees_all(request: Request, query, key):
-    """Whether each token of the block of queries sees each of the block of keys: then nothing needs a mask."""
+    """Whether every query of one block attends to every key of the other, so that no mask is needed."""
     same = (query[_SEGMENT_LOWEST] == key[_SEGMENT_LAST]) & (key[_SEGMENT_LOWEST] == query[_SEGMENT_LAST])
     same &= (query[_SEGMENT_LOWEST] == query[_SEGMENT_LAST]) & (query[_SEGMENT_LOWEST] > 0)
     if request.causal:
@@ -77,7 +78,7 @@ def sees_all(request: Request, query, key):
 
 
 def _block_table(segments_BS, places_BS, block: int):
-    """[B, blocks, C]. Padding counts in the lowest segment only, which therefore tells whether there is any."""
+    """[B, blocks, C]. Padding enters only the lowest segment, which therefore shows whether there is any."""
     segments, places = (x.reshape(x.shape[0], -1, block) for x in (segments_BS, places_BS))
     real = segments > 0
     return jnp.stack([

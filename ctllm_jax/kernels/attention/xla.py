@@ -1,8 +1,8 @@
-"""Attention for XLA: blocks of queries, each against only the keys that it can see; what it keeps for the backward pass
-is its output and one number a query (FlashAttention-2, arXiv 2307.08691). No [S, S] mask, no repeated heads.
+"""Attention for XLA: blocks of queries, each computed only against its visible keys. It saves its output and one number
+per query for the backward pass (FlashAttention-2, arXiv 2307.08691). No [S, S] mask, no repeated heads.
 
-Short sequences go through an unrolled loop: a block meets all of its keys in one matmul. Long ones go through
-`lax.scan` over blocks of queries and a loop over blocks of keys inside, so that one pair of blocks is held at a time.
+Short sequences use an unrolled loop, in which one matmul covers all keys of a block. Long ones use `lax.scan` over
+blocks of queries with an inner loop over blocks of keys, so that only one pair of blocks is in memory at a time.
 
 Legend: B batch, S queries, T keys, N query heads, K key and value heads, G query heads of one kv head, H head dim,
 R rows: the S queries of a block for each of the G heads, head by head.
@@ -21,17 +21,17 @@ from ctllm_jax.gathered import vary_together
 from ctllm_jax.kernels.attention.fused import NOTHING_SEEN
 
 MASKED = NOTHING_SEEN
-"""Finite: a query that sees nothing then has a gradient of zero and not of NaN."""
+"""Finite, so that a fully masked query has a gradient of zero, not NaN."""
 LAST = 2**30
-"""The position of a key behind the row's end, which no token sees."""
+"""The position of a key after the row's end, which no token attends to."""
 UNROLLED = 1024
-"""Up to this many queries the loop is unrolled; 8 blocks compile in some seconds, more would take more."""
+"""Up to this many queries the loop is unrolled; 8 blocks compile in a few seconds, more would take longer."""
 LOOPED_BLOCK = 256
-"""Queries and keys of a block of a long sequence: a pair of blocks of some heads fits a CPU's cache."""
+"""Block size of queries and keys of a long sequence: a pair of blocks of some heads fits into a CPU's cache."""
 
 
 class _Setting(NamedTuple):
-    """What does not change from call to call; hashable, as custom_vjp wants it."""
+    """The static arguments of a call; hashable, as custom_vjp requires."""
 
     causal: bool
     sliding_window: int | None
@@ -40,7 +40,7 @@ class _Setting(NamedTuple):
     return_lse: bool
 
     def first_key(self, query):
-        """The first key that a query sees."""
+        """The first key that a query attends to."""
         return 0 if self.sliding_window is None else query - self.sliding_window + 1
 
 
@@ -51,7 +51,7 @@ def attention_xla(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Ar
     setting = _Setting(causal, sliding_window, scale, positions is not None, return_lse)
     y_BSNH, lse_BSN = _attend(setting, *vary_together(query_BSNH, key_BSKH, value_BSKH, (segment_ids, positions)))
     if segment_ids is not None:
-        # Padding attends to padding until here, which costs nothing and leaves no row without a key.
+        # Up to here padding attends to padding, which costs nothing and leaves no row without a key.
         y_BSNH = jnp.where((segment_ids > 0)[:, :, None, None], y_BSNH, 0)
         if return_lse:
             lse_BSN = jnp.where((segment_ids > 0)[:, :, None], lse_BSN, NOTHING_SEEN)
@@ -67,7 +67,8 @@ def _forward(setting, query_BSNH, key_BSKH, value_BSKH, ids):
     length = query_BSNH.shape[1]
     forward = _forward_unrolled if length <= UNROLLED else _forward_looped
     y_BSNH, log_sums = forward(setting, query_BSNH, key_BSKH, value_BSKH, ids)
-    # Names for a remat policy, which then has all that the backward pass reads beside query, key and value.
+    # Named for a remat policy, which can then save everything that the backward pass reads besides query, key and
+    # value.
     y_BSNH = checkpoint_name(y_BSNH, "attention_output")
     log_sums = checkpoint_name(log_sums, "attention_log_sums")
     lse_BSN = _merge_log_sums(log_sums, query_BSNH.shape[2], length) if setting.return_lse else None
@@ -88,7 +89,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _matmul(x, y, *, contract: tuple[int, int]):
-    """Batched over the first two dims, accumulated in float32."""
+    """Matmul batched over the first two dims, accumulated in float32."""
     dims = ((contract[0],), (contract[1],)), ((0, 1), (0, 1))
     return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
 
@@ -106,7 +107,7 @@ def _merge_heads(x_BKGSH):
 
 
 def _merge_log_sums(log_sums, heads: int, length: int):
-    """What a forward pass gives, by block, as [B, S, N]."""
+    """Convert the per-block results of a forward pass to [B, S, N]."""
     if isinstance(log_sums, list):
         kv_heads, group = log_sums[0].shape[1], heads // log_sums[0].shape[1]
         parts = [x.reshape(*x.shape[:2], group, -1) for x in log_sums]
@@ -124,7 +125,7 @@ def _split_log_sums(lse_BSN, kv_heads: int):
 
 
 def _mask(setting, query, key, segments, *, length: int):
-    """Which keys the queries at these places of a row see; all arguments broadcast to [B, R, T], or to [B, T, R]."""
+    """The mask of queries and keys at these indices of a row; all arguments broadcast to [B, R, T], or to [B, T, R]."""
     mask = key <= query if setting.causal else key < length
     if setting.sliding_window is not None:
         mask &= key >= setting.first_key(query)
@@ -132,8 +133,8 @@ def _mask(setting, query, key, segments, *, length: int):
 
 
 def _scores(setting, query_BKRH, key_BKTH, queries, keys, segments, *, length: int):
-    """Masked scores [B, K, R, T], float32, of the queries and keys that stand at these places of a row, [1 or B, S]
-    and [1 or B, T]."""
+    """Masked scores [B, K, R, T], float32, of the queries and keys at these indices of a row, [1 or B, S] and [1 or B,
+    T]."""
     group = query_BKRH.shape[2] // queries.shape[1]
     if segments is not None:
         segments = jnp.tile(segments[0], group)[:, :, None], segments[1][:, None]
@@ -143,9 +144,9 @@ def _scores(setting, query_BKRH, key_BKTH, queries, keys, segments, *, length: i
 
 
 def _scores_transposed(setting, query_BKRH, key_BKTH, queries, keys, segments, *, length: int):
-    """As `_scores`, but [B, K, T, R]: of the backward pass's matmuls only one then reads a transposed operand, where
-    two would. Nor does XLA see that the forward pass computed the same, to keep it till then: on the CPU it removes
-    barriers before it looks for that."""
+    """As `_scores`, but [B, K, T, R]: only one of the backward pass's matmuls then reads a transposed operand instead
+    of two. It also prevents XLA from keeping the forward pass's scores for reuse; an optimization barrier would not,
+    because XLA removes barriers on the CPU before it looks for equal computations."""
     group = query_BKRH.shape[2] // queries.shape[1]
     if segments is not None:
         segments = jnp.tile(segments[0], group)[:, None], segments[1][:, :, None]
@@ -156,7 +157,7 @@ def _scores_transposed(setting, query_BKRH, key_BKTH, queries, keys, segments, *
 
 def _block_gradients(setting, scores_BKTR, query_BKRH, key_BKTH, value_BKTH, y_BKRH, log_sums_BKR, cotangent_BKRH,
                      lse_cotangent_BKR):
-    """What one block of scores adds to the gradients of query, key and value; float32."""
+    """The contribution of one block of scores to the gradients of query, key and value; float32."""
     probs = jnp.exp(scores_BKTR - log_sums_BKR[:, :, None])
     # Σ_H y · dy, which is Σ_T p · dp over all keys.
     delta_BKR = jnp.sum(y_BKRH.astype(jnp.float32) * cotangent_BKRH.astype(jnp.float32), axis=-1)
@@ -168,16 +169,16 @@ def _block_gradients(setting, scores_BKTR, query_BKRH, key_BKTH, value_BKTH, y_B
             _matmul(probs.astype(value_BKTH.dtype), cotangent_BKRH, contract=(3, 2)))
 
 
-# Unrolled: every block's place is known, so each matmul has just the keys that its queries may see.
+# Unrolled: every block's index is static, so each matmul covers only the keys that its queries may attend to.
 
 
 def block_size(length: int) -> int:
-    """Queries of an unrolled block: small ones skip more of what is masked, large ones make fewer matmuls."""
+    """Number of queries of an unrolled block: small blocks skip more masked pairs, large blocks need fewer matmuls."""
     return 64 if length <= 256 else 128
 
 
 class _Block(NamedTuple):
-    """Queries start … stop-1, and the keys first … last-1 that one of them or another sees."""
+    """Queries start … stop-1, and the keys first … last-1 that any of them attends to."""
 
     start: int
     stop: int
@@ -194,7 +195,7 @@ class _Block(NamedTuple):
         return x_BKRH.reshape(*x_BKRH.shape[:2], -1, self.stop - self.start, x_BKRH.shape[-1])
 
     def places(self, ids):
-        """Where its queries and keys stand, and their segments."""
+        """Indices of its queries and keys, and their segments."""
         segment_ids_BS, positions_BS = ids
         queries, keys = slice(self.start, self.stop), slice(self.first, self.last)
         segments = None if segment_ids_BS is None else (segment_ids_BS[:, queries], segment_ids_BS[:, keys])
@@ -253,8 +254,7 @@ def _backward_unrolled(setting, query_BSNH, key_BSKH, value_BSKH, ids, y_BSNH, l
             value_grad.astype(value_BSKH.dtype).swapaxes(1, 2))
 
 
-# Looped: one pair of blocks at a time. A loop whose trip count depends on the block has no gradient of its own, and
-# needs none here.
+# Looped: one pair of blocks at a time. JAX cannot differentiate a loop with a dynamic trip count, and need not here.
 
 
 def in_blocks(x, dim: int, fill=0):
@@ -290,7 +290,7 @@ def _keys_in_blocks(key_BSKH, value_BSKH, ids):
 
 
 def _seen_blocks(setting, block, blocks: int):
-    """The blocks of keys that a block of queries sees, as (first, end)."""
+    """The blocks of keys that a block of queries attends to, as (first, end)."""
     if setting.positions:
         return 0, blocks
     first: jax.Array | int = 0
@@ -300,7 +300,7 @@ def _seen_blocks(setting, block, blocks: int):
 
 
 def _pair_places(ids, block, key_block):
-    """Where the queries of one block and the keys of another stand, and their segments."""
+    """Indices of the queries of one block and the keys of another, and their segments."""
     segments, positions = (None if x is None else (x[block], x[key_block]) for x in ids)
     places = positions or ((start * LOOPED_BLOCK + jnp.arange(LOOPED_BLOCK))[None] for start in (block, key_block))
     return *places, segments

@@ -1,1 +1,1 @@
-"""Sums around a ring: the cases of `launch.py kernels`. What they run is `ctllm_jax.gathered`."""
+"""Sums around a ring: cases of `launch.py kernels` that test `ctllm_jax.gathered`."""

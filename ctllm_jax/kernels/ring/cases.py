@@ -1,6 +1,7 @@
-"""The ring's cases for `launch.py kernels`: the sum of a gradient over all devices, scattered, as `gathered` takes it.
+"""The ring's cases for `launch.py kernels`: the scattered sum of a gradient over all devices, as `gathered` computes
+it.
 
-`pallas` are remote copies, `xla` permutes. Of a slice of several hosts, only one host's devices take part.
+`pallas` uses remote copies, `xla` permutes. On a slice of several hosts, only the devices of one host take part.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ SUMS = 20
 
 
 def checks() -> Iterator[Check]:
-    """Sums after each other, so that a device that is ahead meets those behind."""
+    """Number of consecutive sums, so that devices that are ahead meet devices that lag."""
     for dtype in TOLERANCES:
         yield Check("ring", f"{SUMS} sums, {dtype}", partial(_compare, dtype))
 
 
 def benches(*, lengths: list[int], rows: int, hidden: int, ffn: int, dtype: str, **_: Any) -> Iterator[Bench]:
-    """The gradient of one weight of the FFN: its matmul, and its sum on the way."""
+    """The gradient of one weight of the FFN: its matmul, overlapped with its sum."""
     for length in lengths:
         sizes = {"tokens": rows * length, "hidden": hidden, "ffn": ffn, "dtype": dtype}
         yield Bench("ring", f"T {rows * length}, gradient of {hidden} x {ffn}", 2.0 * rows * length * hidden * ffn,
@@ -41,7 +42,7 @@ def benches(*, lengths: list[int], rows: int, hidden: int, ffn: int, dtype: str,
 
 
 def compiles(*, chips: list[str]) -> Iterator[Compile]:
-    """Remote copies, around the smallest slice where it is a torus."""
+    """Compile remote copies for the smallest slice that is a torus."""
     for name in chips:
         mesh = make_mesh(find_topology(name, megacore=True))
         for dtype in TOLERANCES if find_rings(mesh, AXIS, "remote_copies") else ():
@@ -49,9 +50,10 @@ def compiles(*, chips: list[str]) -> Iterator[Compile]:
 
 
 def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
-    """All devices along one axis, neighbors of the torus beside each other; a square of four as one ring.
+    """All devices along one axis, with neighbors of the torus adjacent; a square of four as one ring.
 
-    As two rings of two, each device would have one neighbor, whose words no other's could be taken for.
+    As two rings of two, each device would have only one neighbor, so signals of different neighbors could not be
+    confused.
     """
     if len(devices) == 4 and all(hasattr(device, "coords") for device in devices):
         first, second, third, fourth = sorted(devices, key=lambda device: device.coords)
@@ -62,9 +64,10 @@ def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
 
 
 def make_sums(mesh: Mesh, implementation: str, *, times: int) -> Any:
-    """`x [devices · devices · R, C] -> [devices · R, C]`, both split over the devices: sums of all their x, scattered.
+    """`x [devices · devices · R, C] -> [devices · R, C]`, both sharded over the devices: the scattered sum of all
+    devices' x.
 
-    Each further sum is of what the one before gave to a device, times the weights of `_mixed`. CannotRun without a
+    Each further sum uses the previous result of each device, times the weights of `_mixed`. Raises CannotRun without a
     torus.
     """
     rings = _find(mesh, implementation)
@@ -92,7 +95,8 @@ def _find(mesh: Mesh, implementation: str) -> Rings:
 
 
 def _mixed(count: int) -> np.ndarray:
-    """Weights whose circulant matrix is orthogonal: however many sums there are, their size stays, and who is who."""
+    """Weights whose circulant matrix is orthogonal, so that repeated sums keep their magnitude and each device's share
+    stays distinguishable."""
     return np.full(count, 2 / count) - np.eye(count)[0]
 
 
@@ -113,7 +117,7 @@ def _compare(dtype: str, implementation: str) -> dict[str, tuple[float, float]]:
     for _ in range(SUMS - 1):
         exact = matrix @ exact
     apart = np.abs(found - exact) / np.abs(exact).max()
-    # Not `max`: it would pass over a NaN.
+    # Not `max`, which would ignore a NaN.
     return {"sum": (float(np.sort(apart, axis=None)[-1]), TOLERANCES[dtype])}
 
 

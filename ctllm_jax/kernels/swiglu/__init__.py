@@ -23,17 +23,17 @@ __all__ = ["activate", "chosen", "shape_class", "sharded_swiglu", "swiglu"]
 
 def chosen(implementation: Name = "auto", *, device: jax.Device | None = None, dtype: str = "bfloat16",
            shape: tuple[int, int, int] | None = None, recompute: bool = True) -> str:
-    """The implementation that `swiglu` takes.
+    """Return the implementation that `swiglu` uses.
 
     Args:
-      implementation: "auto", or one that must run. "auto" takes Pallas where it was measured to be faster than XLA.
-      device: where it is to run; None: the default device.
+      implementation: "auto", or a name. "auto" chooses Pallas where it was measured to be faster than XLA.
+      device: where it will run; None: the default device.
       dtype: of the inputs.
-      shape: tokens, D and F on one device. None: "auto" answers for shapes that nobody has measured.
-      recompute: as of `swiglu`.
+      shape: tokens, D and F on one device. None: "auto" chooses as for unmeasured shapes.
+      recompute: as for `swiglu`.
 
     Raises:
-      ValueError: the named one cannot run there.
+      ValueError: the named implementation cannot run there.
     """
     device = device or jax.local_devices()[0]
     kind = device.device_kind
@@ -56,7 +56,7 @@ def chosen(implementation: Name = "auto", *, device: jax.Device | None = None, d
 
 
 def shape_class(tokens: int, hidden: int, ffn: int) -> str:
-    """The shapes that one measurement speaks for: each size between the same two powers of two."""
+    """The class of shapes that one measurement represents: each size lies between the same two powers of two."""
     return " ".join(f"{letter}{1 << size.bit_length() - 1 if size else 0}"
                     for letter, size in (("t", tokens), ("d", hidden), ("f", ffn)))
 
@@ -68,20 +68,20 @@ def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, implementation
     Args:
       x: [..., D], float32 or bfloat16; any of its dims may be 0.
       gate_DF, up_DF: [D, F], x's dtype.
-      implementation: "auto", or one that must run. Pallas is for arrays on one device, or inside of a `shard_map`;
-        `sharded_swiglu` is for a mesh. "auto" takes it only in a process with one device.
-      recompute: of Pallas: keep x and the weights alone, and compute both products again in the backward pass. False
-        keeps them, as XLA does: right inside of a `jax.checkpoint`, which computes them again already.
+      implementation: "auto", or one that must run. Pallas needs arrays on one device, or a `shard_map` around the call;
+        use `sharded_swiglu` on a mesh. "auto" chooses it only in a process with one device.
+      recompute: for Pallas: save only x and the weights, and recompute both products in the backward pass. False saves
+        the products, as XLA does; use it inside a `jax.checkpoint`, which recomputes them anyway.
 
     Returns:
       [..., F] in x's dtype.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, or an implementation that cannot run here.
+      ValueError: shapes or dtypes do not match, or the implementation cannot run here.
     """
     _check(x, gate_DF, up_DF)
     if implementation == "auto" and jax.device_count() > 1:
-        implementation = "xla"  # The arrays may be split, which only the partitioner knows, and it splits no kernel.
+        implementation = "xla"  # The arrays may be sharded, and the partitioner cannot split a kernel.
     return _run(x, gate_DF, up_DF, device=jax.local_devices()[0], recompute=recompute,
                 name=_choose_for(x, gate_DF, up_DF, implementation, device=None, recompute=recompute))
 
@@ -89,18 +89,18 @@ def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, implementation
 def sharded_swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, mesh: Mesh, batch_axes: tuple[str, ...],
                    weight_axis: str, tensor_axis: str, implementation: Name = "auto",
                    recompute: bool = True, project: Callable | None = None) -> jax.Array:
-    """`swiglu` of arrays on a mesh: B over `batch_axes`, D of the weights over `weight_axis`, F over `tensor_axis`.
+    """`swiglu` for arrays on a mesh: B over `batch_axes`, D of the weights over `weight_axis`, F over `tensor_axis`.
 
-    XLA's is left to the partitioner, or to `project`; the others run in a `shard_map`, with D gathered. For use under
-    `jax.jit`.
+    XLA's implementation is partitioned by XLA or by `project`; the others run in a `shard_map`, with D gathered. Call
+    it under `jax.jit`.
 
     Args:
       x: [B, ..., D]; B is a multiple of the devices along `batch_axes`.
-      mesh: of the devices that it is compiled for, which need not be here.
-      project: `(x, gate, up) -> (x · gate, x · up)` of XLA's; None: two dots.
+      mesh: the devices that it is compiled for, which may be absent.
+      project: `(x, gate, up) -> (x · gate, x · up)` for XLA's implementation; None: two dots.
 
     Raises:
-      ValueError: as `swiglu`, or axes that the mesh lacks, or sizes that it does not divide.
+      ValueError: as for `swiglu`; or the mesh lacks an axis or does not divide a size.
     """
     _check(x, gate_DF, up_DF)
     if missing := [axis for axis in (*batch_axes, weight_axis, tensor_axis) if axis not in mesh.axis_names]:
@@ -136,7 +136,7 @@ def _check(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array) -> None:
 
 def _choose_for(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, implementation: Name, *, device: jax.Device | None,
                 recompute: bool, split: tuple[int, int] = (1, 1)) -> str:
-    """`chosen` for these arrays, of which a device has one part in `split` of the tokens and of F."""
+    """`chosen` for these arrays, where each device holds one of `split` parts of the tokens and of F."""
     dtypes = sorted({str(array.dtype) for array in (x, gate_DF, up_DF)})
     shape = (math.prod(x.shape[:-1]) // split[0], x.shape[-1], gate_DF.shape[1] // split[1])
     return chosen(implementation, device=device, dtype=" with ".join(dtypes), shape=shape, recompute=recompute)

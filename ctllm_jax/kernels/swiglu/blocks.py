@@ -1,4 +1,4 @@
-"""Block sizes of the TPU kernels of SwiGLU: one table for every chip, and the limits that a choice has to keep.
+"""Block sizes of the TPU kernels of SwiGLU: one table for every chip, and the limits of a choice.
 
 Legend: T tokens, D hidden, F FFN.
 """
@@ -12,24 +12,25 @@ LANES = 128
 """Columns of a TPU's tile: the last dim of a block is a multiple of it."""
 
 WIDE_TILES = 3
-"""Blocks of [tokens, ffn] that the largest of the kernels moves: the cotangent in and two out, or three out."""
+"""Number of [tokens, ffn] blocks that the largest kernel moves: the cotangent in and two out, or three out."""
 
 COMPILER_BYTES = 2**19
-"""What Mosaic takes besides, of registers that it spills. How much it spills depends on how much there is."""
+"""Additional VMEM that Mosaic uses for spilled registers. The amount depends on how much VMEM is available."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """What one step of the grid computes: [tokens, ffn] of the output, over `hidden` of the contraction.
+    """The work of one grid step: [tokens, ffn] of the output, over `hidden` of the contraction.
 
     Attributes:
-      tokens: rows of x that stay in VMEM while all of F goes by. The weights are read T / tokens times, which makes
-        2 · tokens FLOPs for each byte of bf16 weights: well above the chip's FLOPs a byte of HBM, or the MXU waits.
-      ffn: columns of gate and of up. The last block computes no more columns than there are, rounded up to 128.
-      hidden: depth of a contraction step. Below D the two products are summed up in VMEM over the steps.
+      tokens: rows of x that stay in VMEM during the loop over all of F. The weights are read T / tokens times, which
+        makes 2 · tokens FLOPs for each byte of bf16 weights: well above the chip's FLOPs a byte of HBM, or the MXU
+        waits.
+      ffn: columns of gate and of up. The last block computes only the remaining columns, rounded up to 128.
+      hidden: depth of a contraction step. If it is below D, the two products are accumulated in VMEM over the steps.
       rows: of x in one matmul. A loop over them keeps the program short: on v5e 7,200 bundles for 256, where 1,024 at
-        once take 27,000 for nothing. The larger MXUs of v6e and tpu7x want them all at once: 4.2 bundles a matmul
-        instruction on v6e against 4.4 for 512, 4.7 for 256, and 4.1 in XLA's own matmuls.
+        once take 27,000 without benefit. The larger MXUs of v6e and tpu7x are faster with all rows at once: 4.2 bundles
+        a matmul instruction on v6e against 4.4 for 512, 4.7 for 256, and 4.1 in XLA's own matmuls.
     """
 
     tokens: int
@@ -38,7 +39,7 @@ class Blocks:
     rows: int
 
     def clipped(self, *, tokens: int, hidden: int, ffn: int, itemsize: int) -> Blocks:
-        """These blocks for an array that is smaller than them, in whole tiles."""
+        """Clip these blocks to a smaller array, in whole tiles."""
         def up(size: int, multiple: int) -> int:
             return -(-size // multiple) * multiple
         rows = min(self.rows, up(tokens, sublanes(itemsize)))
@@ -46,11 +47,11 @@ class Blocks:
                       hidden=min(self.hidden, up(hidden, LANES)))
 
     def vmem(self, *, hidden: int, itemsize: int) -> dict[str, int]:
-        """Bytes of VMEM by what they hold. Everything that is moved has two buffers."""
+        """Bytes of VMEM by use. Every moved array has two buffers."""
         parts = {"x": 2 * self.tokens * self.hidden * itemsize,
                  "gate and up": 4 * self.hidden * self.ffn * itemsize,
                  "wide blocks": 2 * WIDE_TILES * self.tokens * self.ffn * itemsize,
-                 # The two products, and twice as much for what the activation's gradient keeps at a time.
+                 # The two products, and twice as much for temporaries of the activation's gradient.
                  "products": 6 * self.rows * self.ffn * 4, "compiler": COMPILER_BYTES}
         if self.hidden < hidden:
             parts["sums over hidden"] = 2 * self.tokens * self.ffn * 4
@@ -62,10 +63,10 @@ class Chip:
     """One TensorCore's VMEM, and the blocks tuned for tokens × 2048 × 5504 in bf16.
 
     Attributes:
-      name: as users say it.
-      vmem_mib: what a kernel may take; XLA keeps the rest for what it prefetches. All of it on v4, half on v5e and v6e,
+      name: the chip's name for users.
+      vmem_mib: MiB that a kernel may use; XLA uses the rest for prefetching. All of it on v4, half on v5e and v6e,
         three quarters on v5p and tpu7x.
-      blocks: for two bytes an element.
+      blocks: block sizes for two-byte elements.
     """
 
     name: str
@@ -92,7 +93,7 @@ CHIPS = {
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The chip of a `jax.Device.device_kind`; None for one that the table does not have."""
+    """Return the chip of a `jax.Device.device_kind`; None for a chip that is not in the table."""
     return CHIPS.get(device_kind)
 
 
@@ -103,13 +104,13 @@ def sublanes(itemsize: int) -> int:
 
 def choose_blocks(chip: Chip, *, tokens: int, hidden: int, ffn: int, itemsize: int,
                   blocks: Blocks | None = None) -> Blocks:
-    """Blocks for x [tokens, hidden] and gate, up [hidden, ffn] of `itemsize` bytes an element, clipped to them.
+    """Return blocks for x [tokens, hidden] and gate, up [hidden, ffn] of `itemsize` bytes per element, clipped to them.
 
     Args:
-      blocks: the user's; None: the chip's, of half the depth for four bytes an element.
+      blocks: given by the user; None: the chip's, with half the depth for four-byte elements.
 
     Raises:
-      ValueError: a size that is no multiple of its tile, or more VMEM than the chip has; says which, and by how much.
+      ValueError: a size is not a multiple of its tile, or the blocks need more VMEM than the chip has.
     """
     if blocks is None:
         blocks = chip.blocks if itemsize <= 2 else replace(chip.blocks, hidden=chip.blocks.hidden * 2 // itemsize)

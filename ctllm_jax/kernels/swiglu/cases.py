@@ -23,7 +23,7 @@ from ctllm_jax.kernels.topology import find_topology
 TOLERANCES = {"float32": 2e-5, "bfloat16": 0.02}
 """Largest error, relative to the largest number of its array (at least 1)."""
 
-# name -> (T, D, F): whole blocks, the model's shape at few tokens, and sizes that no block divides.
+# name -> (T, D, F): whole blocks, the model's shape with few tokens, and sizes that no block divides.
 CHECKS = {"whole blocks": (512, 256, 512), "the model's widths": (256, 2048, 5504), "odd sizes": (777, 320, 704),
           "one token": (1, 128, 256)}
 COMPILES = ((4096, 2048, 5504, "bfloat16"), (4096, 2048, 5504, "float32"), (1000, 300, 700, "bfloat16"))
@@ -38,7 +38,7 @@ def draw_inputs(tokens: int, hidden: int, ffn: int, *, dtype: str, seed: int = 0
 
 
 def swiglu_float64(x: Any, gate: Any, up: Any, cotangent: Any) -> list[np.ndarray]:
-    """h, dx, dgate and dup on the host, by the formulas."""
+    """Compute h, dx, dgate and dup on the host, by the formulas."""
     x, gate, up, cotangent = (np.asarray(jnp.asarray(array, jnp.float32), np.float64)
                               for array in (x, gate, up, cotangent))
     gated, raised = x @ gate, x @ up
@@ -49,7 +49,7 @@ def swiglu_float64(x: Any, gate: Any, up: Any, cotangent: Any) -> list[np.ndarra
 
 
 def checks() -> Iterator[Check]:
-    """Output and gradients of each case in each dtype, with the products kept and computed again."""
+    """Check output and gradients of each case in each dtype, with saved and with recomputed products."""
     for name, sizes in CHECKS.items():
         for dtype in TOLERANCES:
             for recompute in (True, False):
@@ -59,13 +59,13 @@ def checks() -> Iterator[Check]:
 
 def _compare(sizes, dtype, recompute, implementation):
     inputs = draw_inputs(*sizes, dtype=dtype)
-    # As in attention's: what is checked is not how few bits a matmul may take.
+    # As for attention: the precision that a matmul may drop to is not checked here.
     with jax.default_matmul_precision("highest"):
         results = jax.jit(partial(_both, implementation=implementation, recompute=recompute))(*inputs)
     errors = {}
     for name, ours, theirs in zip(("h", "dx", "dgate", "dup"), results, swiglu_float64(*inputs), strict=True):
         apart = np.abs(np.asarray(jnp.asarray(ours, jnp.float32), np.float64) - theirs)
-        # Not `max`: it would pass over a NaN.
+        # Not `max`, which would ignore a NaN.
         errors[name] = (float(np.sort(apart, axis=None)[-1]) / max(1.0, float(np.abs(theirs).max())), TOLERANCES[dtype])
     return errors
 
@@ -76,7 +76,7 @@ def _both(x, gate, up, cotangent, **options):
 
 
 def benches(*, lengths: list[int], rows: int, hidden: int, ffn: int, dtype: str, **_: Any) -> Iterator[Bench]:
-    """Forward, and forward with backward, with the products kept and computed again."""
+    """Time forward, and forward with backward, with saved and with recomputed products."""
     for length in lengths:
         sizes = {"tokens": rows * length, "hidden": hidden, "ffn": ffn, "dtype": dtype}
         for backward, recompute in ((False, False), (True, True), (True, False)):
@@ -95,7 +95,7 @@ def _prepare(implementation: Name, *, tokens, hidden, ffn, dtype, backward: bool
 
 
 def compiles(*, chips: list[str]) -> Iterator[Compile]:
-    """Both kernels with the block sizes of the table, without the matmuls that XLA does behind them."""
+    """Both kernels with the block sizes of the table, without the matmuls that XLA computes after them."""
     for name in chips:
         device = find_topology(name)[0]
         chip = find_chip(device.device_kind)

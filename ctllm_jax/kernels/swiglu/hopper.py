@@ -1,9 +1,9 @@
 """SwiGLU for Hopper GPUs, in Pallas Mosaic GPU: both products and the activation in one kernel.
 
-There are as many blocks of threads as multiprocessors, and each goes over many tiles of the output, so that the next
-one is loaded while this one is finished. A block has two or three groups of 64 tokens each, with two accumulators, and
-one that copies. The backward pass computes both products again in the same kernel, which then gives their gradients,
-or reads them where the forward pass kept them; the four matmuls that are left are XLA's.
+There is one thread block per multiprocessor, and each processes many tiles of the output, so that the next tile is
+loaded while this one is finished. A block has two or three compute groups of 64 tokens each, with two accumulators, and
+one producer group. In the backward pass the same kernel recomputes both products, or reads them if the forward pass
+saved them, and returns their gradients; XLA computes the remaining four matmuls.
 
 Legend: T tokens, D hidden, F FFN; R the 64 rows of a group, C the columns of a tile.
 """
@@ -34,7 +34,7 @@ from ctllm_jax.kernels.hopper import (
 )
 
 DEPTH = 64
-"""Of a step: what a swizzled row of 128 bytes holds."""
+"""Depth of a step: the number of elements in a swizzled row of 128 bytes."""
 CHUNK = 64
 """Columns that are written at a time, for the same reason."""
 
@@ -44,10 +44,10 @@ class SwigluBlocks:
     """Sizes of a tile.
 
     Attributes:
-      groups: computing groups, of 64 tokens each.
-      columns: of gate and of up.
-      stages, backward_stages: steps of 64 of D in flight, where one array is written, and where more are.
-      band: tiles of tokens that are worked on before the next ones are, so that they stay in the L2 cache.
+      groups: number of compute groups, of 64 tokens each.
+      columns: columns of gate and of up.
+      stages, backward_stages: number of loads of 64 of D in flight, if one array is written, and if more are.
+      band: number of token tiles that are processed before the next ones, so that they stay in the L2 cache.
     """
 
     groups: int = 2
@@ -57,7 +57,7 @@ class SwigluBlocks:
     band: int = 16
 
     def check(self) -> None:
-        """Raises ValueError that names the limit which these sizes break."""
+        """Raise ValueError that names the limit that these sizes exceed."""
         if self.groups not in COMPUTE_REGISTERS:
             raise ValueError(f"groups is {self.groups}, and must be one of {', '.join(map(str, COMPUTE_REGISTERS))}")
         check_multiple("columns", self.columns, CHUNK)
@@ -84,11 +84,12 @@ class SwigluBlocks:
 
 
 MODES = {"product": 1, "products": 3, "gradients": 2}
-"""What the kernel gives -> how many arrays: silu(gate) ⊙ up; that, gate and up; of a cotangent, their gradients."""
+"""Output mode of the kernel -> number of arrays: silu(gate) ⊙ up; that, gate and up; of a cotangent, their
+gradients."""
 
 
 def buffers(mode: str) -> int:
-    """Of each array that is written: one alone has two, of which one is filled while the other is read."""
+    """Output buffers per array: a single output has two, one of which is filled while the other is read."""
     return 2 if MODES[mode] == 1 else 1
 
 
@@ -96,7 +97,7 @@ DEFAULT_BLOCKS = SwigluBlocks()
 
 
 def refusal(device_kind: str, *, dtype: str, hidden: int, ffn: int) -> str | None:
-    """Why this kernel cannot do what is requested; None if it can. Tokens may be any number."""
+    """Return why this kernel does not support the arguments, or None if it does. Any number of tokens is supported."""
     if not is_hopper(device_kind):
         return f"its GPU kernel is for Hopper (H100, H200), and this is {device_kind}"
     if dtype not in ("bfloat16", "float16"):
@@ -111,23 +112,24 @@ def swiglu_hopper(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, recompu
     """As `kernels.swiglu`.
 
     Args:
-      recompute: keep x and the weights for the backward pass, and compute both products again there. False keeps them.
-      multiprocessors: of the device: `jax.Device.core_count`.
+      recompute: save x and the weights for the backward pass, and recompute both products there. False saves the
+        products.
+      multiprocessors: their number on the device, `jax.Device.core_count`.
 
     Raises:
-      ValueError: blocks that do not fit a multiprocessor.
+      ValueError: the blocks do not fit a multiprocessor.
     """
     blocks.check()
     x_TD = x.reshape(-1, x.shape[-1])
     room = -x_TD.shape[0] % 8
-    if room:  # The memory engine reads tiles of 8 rows.
+    if room:  # TMA reads tiles of 8 rows.
         x_TD = jnp.pad(x_TD, ((0, room), (0, 0)))
     h_TF = _swiglu(_Plan(recompute, multiprocessors, blocks), x_TD, gate_DF, up_DF)
     return h_TF[:h_TF.shape[0] - room].reshape(*x.shape[:-1], gate_DF.shape[1])
 
 
 class _Plan(NamedTuple):
-    """What does not change from call to call; hashable, as custom_vjp wants it."""
+    """The static arguments of a call; hashable, as custom_vjp requires."""
 
     recompute: bool
     multiprocessors: int
@@ -167,7 +169,7 @@ _swiglu.defvjp(_forward, _backward)
 
 
 def activation_gradients(gate, up, cotangent):
-    """Gradients of gate and up, of a cotangent of silu(gate) ⊙ up; all float32."""
+    """Return gradients of gate and up for a cotangent of silu(gate) ⊙ up; all float32."""
     share = 1 / (1 + jnp.exp(-gate))
     silu = gate * share
     # silu' = σ + silu · (1 - σ)
@@ -176,7 +178,8 @@ def activation_gradients(gate, up, cotangent):
 
 def swiglu_arrays(mode: str, x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *wide_TF: jax.Array,
                   blocks: SwigluBlocks, multiprocessors: int) -> list[jax.Array]:
-    """What a mode of `MODES` gives, each [T, F]; "gradients" takes the cotangent too. T % 8 == D % 64 == F % 64 == 0"""
+    """Return the arrays of a mode of `MODES`, each [T, F]; "gradients" also takes the cotangent. T % 8 == D % 64 == F %
+    64 == 0"""
     tokens, hidden, ffn, dtype = *x_TD.shape, gate_DF.shape[1], x_TD.dtype
     rows, columns, stages = blocks.groups * ROWS, blocks.columns, blocks.of(mode)
     row_tiles, column_tiles = -(-tokens // rows), -(-ffn // columns)
@@ -207,11 +210,11 @@ def _kernel(x_ref, gate_ref, up_ref, *refs, mode, row_tiles, column_tiles, steps
     rows = groups * ROWS
     cotangent_ref, out_refs = (refs[0], refs[1:]) if mode == "gradients" else (None, refs)
     group, processor = lax.axis_index("group"), lax.axis_index("processor")
-    # Every processor takes each processors-th tile.
+    # Processor i computes the tiles i, i + processors, i + 2 · processors, …
     own_tiles = lax.div(row_tiles * column_tiles - 1 - processor, jnp.int32(processors)) + 1
 
     def place(number):
-        """(first row, first column) of this processor's tile: down a band of rows, then on to the next columns."""
+        """(first row, first column) of this processor's tile: down a band of rows, then the next columns."""
         tile, in_band = processor + number * processors, blocks.band * column_tiles
         band = lax.div(tile, jnp.int32(in_band))
         height = jnp.minimum(blocks.band, row_tiles - band * blocks.band)
@@ -264,7 +267,7 @@ def _kernel(x_ref, gate_ref, up_ref, *refs, mode, row_tiles, column_tiles, steps
                     tokens = x.at[slot, pl.ds(group * ROWS, ROWS)]
                     plgpu.wgmma(gate_sum, tokens, gate.at[slot])
                     plgpu.wgmma(up_sum, tokens, up.at[slot])
-                    plgpu.wgmma_wait(2)  # This step's two go on; the last step's are done.
+                    plgpu.wgmma_wait(2)  # This step's two matmuls continue; the previous step's are done.
 
                     @pl.when(k > 0)
                     def _give_back():
@@ -291,7 +294,7 @@ def _kernel(x_ref, gate_ref, up_ref, *refs, mode, row_tiles, column_tiles, steps
                     buffer.at[part, group][...] = result_RC[:, i * CHUNK:(i + 1) * CHUNK].astype(x.dtype)
                 plgpu.commit_smem()
                 for buffer, out_ref in zip(written, out_refs, strict=True):
-                    # The memory engine leaves out what lies outside of the array.
+                    # TMA does not write outside the array.
                     plgpu.copy_smem_to_gmem(buffer.at[part, group], out_ref.at[
                         pl.ds(row + group * ROWS, ROWS), pl.ds(column + i * CHUNK, CHUNK)])
 

@@ -1,4 +1,4 @@
-"""What `auto` knows. Written by benchmarks/swiglu.py --write-table on the hardware itself: not to be edited by hand."""
+"""Measurements for `auto`. Written by benchmarks/swiglu.py --write-table on the hardware; do not edit by hand."""
 
 MEASURED: dict[tuple[str, str, str, bool], float] = {
 }

@@ -1,4 +1,4 @@
-"""SwiGLU as it is written in the paper (arXiv 2002.05202), in float32. For tests, and for reading."""
+"""SwiGLU as in the paper (arXiv 2002.05202), in float32. For tests, and for reading."""
 
 from __future__ import annotations
 

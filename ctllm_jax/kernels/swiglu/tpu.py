@@ -1,10 +1,10 @@
 """SwiGLU for TPU (Pallas, Mosaic TPU): both projections and the activation in one kernel, and its backward pass.
 
-The two products never leave VMEM. Forward writes h alone; backward computes the products again in one kernel that
-turns h's cotangent into theirs, and leaves the four matmuls behind it to XLA, whose matmuls keep the MXU as busy as
-ours would. Counted for T × D × F: forward 4·TDF FLOPs; backward 4·TDF again, 8·TDF for dx, dgate and dup. A kernel that
-also sums dx up would spare one read of the two cotangents, 4·TF bytes, D FLOPs a byte against the 170 to 560 of the
-chips; one for the weights would have to compute the products a third time.
+The two products never leave VMEM. The forward kernel writes only h. The backward kernel recomputes the products and
+converts h's cotangent to theirs; XLA computes the four remaining matmuls, and uses the MXU as well as our kernel would.
+FLOPs for T × D × F: forward 4·TDF; backward 4·TDF again, and 8·TDF for dx, dgate and dup. A kernel that also
+accumulates dx would save one read of the two cotangents, 4·TF bytes, at D FLOPs per byte (the chips need 170 to 560); a
+kernel for the weights would have to compute the products a third time.
 
 Legend: T tokens, D hidden, F FFN.
 """
@@ -27,7 +27,7 @@ DTYPES = ("bfloat16", "float32")
 
 
 class Plan(NamedTuple):
-    """Static: what the kernels are built with."""
+    """The static arguments of the kernels."""
 
     blocks: Blocks
     vmem_bytes: int
@@ -41,13 +41,13 @@ def swiglu_tpu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, chip: Chip
     Args:
       x: [..., D], bfloat16 or float32.
       gate_DF, up_DF: [D, F], x's dtype.
-      chip: the one that it is compiled for, of `blocks.CHIPS`.
+      chip: the chip that it is compiled for, from `blocks.CHIPS`.
       blocks: block sizes; None: the chip's.
-      recompute: keep x and the weights for the backward pass, and compute the products again there. False keeps both
-        products, [..., F] in x's dtype each: for use inside a `jax.checkpoint`, which computes them again already.
+      recompute: save x and the weights for the backward pass, and recompute the products there. False saves both
+        products, [..., F] in x's dtype each: use it inside a `jax.checkpoint`, which recomputes them anyway.
 
     Raises:
-      ValueError: blocks that break a limit of the chip.
+      ValueError: the blocks exceed a limit of the chip.
     """
     x_TD = x.reshape(-1, x.shape[-1])
     (tokens, hidden), ffn = x_TD.shape, gate_DF.shape[1]
@@ -60,7 +60,7 @@ def swiglu_tpu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *, chip: Chip
 
 def products_gradient(x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, dh_TF: jax.Array, *,
                       plan: Plan) -> tuple[jax.Array, ...]:
-    """The cotangents of x · gate and x · up, [T, F] each in x's dtype, from h's: the kernel of the backward pass."""
+    """Compute the cotangents of x · gate and x · up, [T, F] each in x's dtype, from that of h: the backward kernel."""
     return _call(activation_gradient, x_TD, gate_DF, up_DF, dh_TF, plan=plan, outputs=2, name="swiglu_backward")
 
 
@@ -91,7 +91,7 @@ def _backward(plan, residuals, dh_TF):
 _swiglu.defvjp(_forward, _backward)
 
 
-# What becomes of the two products, float32: (gate, up, *blocks of wide inputs) -> the blocks of the outputs.
+# Processing of the two products, float32: (gate, up, *blocks of wide inputs) -> the blocks of the outputs.
 
 def _activate(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
     return (gate * jax.nn.sigmoid(gate) * up,)
@@ -102,7 +102,7 @@ def _activate_and_keep(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _call(finish: Callable, *inputs: jax.Array, plan: Plan, outputs: int, name: str) -> tuple[jax.Array, ...]:
-    """`_launch`; under `vmap` the rows of all x go through one kernel, unless the weights are mapped over too."""
+    """`_launch` with a `vmap` rule: the rows of all x run through one kernel, unless the weights are mapped, too."""
     run = jax.custom_batching.custom_vmap(partial(_launch, finish, plan=plan, outputs=outputs, name=name))
 
     @run.def_vmap
@@ -121,7 +121,8 @@ def _call(finish: Callable, *inputs: jax.Array, plan: Plan, outputs: int, name: 
 
 def _launch(finish: Callable, x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, *wide_TF: jax.Array, plan: Plan,
             outputs: int, name: str) -> tuple[jax.Array, ...]:
-    """`finish` of x · gate, x · up and the wide inputs: `outputs` arrays [T, F] in x's dtype, by one kernel."""
+    """Apply `finish` to x · gate, x · up and the wide inputs in one kernel; returns `outputs` arrays [T, F] in x's
+    dtype."""
     (tokens, hidden), ffn, blocks = x_TD.shape, gate_DF.shape[1], plan.blocks
     steps = pl.cdiv(hidden, blocks.hidden)
     grid = (pl.cdiv(tokens, blocks.tokens), pl.cdiv(ffn, blocks.ffn), steps)
@@ -148,14 +149,14 @@ def _launch(finish: Callable, x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Ar
 
 def _kernel(finish: Callable, x_ref, gate_ref, up_ref, *refs, tokens: int, hidden: int, ffn: int, blocks: Blocks,
             wide: int, outputs: int) -> None:
-    """One block [tokens, ffn]. What lies behind the arrays' ends in VMEM is anything, NaN too: it is never contracted
-    over, and rows and columns of it are computed at most, not written."""
+    """Compute one block [tokens, ffn]. VMEM after the arrays' ends holds arbitrary values, also NaN. They are never
+    contracted over; their rows and columns may be computed, but are not written."""
     wide_refs, out_refs, sums = refs[:wide], refs[wide:wide + outputs], refs[wide + outputs:]
     t, f, d = (pl.program_id(axis) for axis in range(3))
     steps = pl.cdiv(hidden, blocks.hidden)
 
     def compute(columns: int, depth: int) -> None:
-        """The first columns of the block, over the first `depth` of hidden: static sizes, so that none is masked."""
+        """Multiply the first columns of the block over the first `depth` of hidden: static sizes need no mask."""
         def chunk(index: jax.Array, _) -> None:
             rows = pl.ds(pl.multiple_of(index * blocks.rows, blocks.rows), blocks.rows)
             here = (rows, pl.ds(0, columns))
@@ -182,14 +183,14 @@ def _kernel(finish: Callable, x_ref, gate_ref, up_ref, *refs, tokens: int, hidde
 
 
 def _chunks(t: jax.Array, *, tokens: int, blocks: Blocks) -> int | jax.Array:
-    """Chunks of rows in block t of the tokens: fewer in a last one that is cut."""
+    """Number of row chunks in block t of the tokens: fewer in a partial last block."""
     if tokens % blocks.tokens == 0:
         return blocks.tokens // blocks.rows
     return jnp.minimum(blocks.tokens // blocks.rows, pl.cdiv(tokens - t * blocks.tokens, blocks.rows))
 
 
 def _parts(index: jax.Array, *, size: int, block: int, multiple: int) -> Iterator[tuple[int, jax.Array]]:
-    """(how much of a block to compute, where): all of it, and in a last block that is cut what there is, rounded up."""
+    """(size to compute, condition) of a block: all of it, or in a partial last block the remainder, rounded up."""
     last = pl.cdiv(size, block) - 1
     cut = pl.cdiv(size - last * block, multiple) * multiple
     if cut == block:

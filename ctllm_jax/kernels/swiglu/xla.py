@@ -1,4 +1,4 @@
-"""SwiGLU for XLA: two matmuls, and an activation whose gradient keeps its two inputs and no more."""
+"""SwiGLU for XLA: two matmuls, and an activation whose backward pass saves only its two inputs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from ctllm_jax.gathered import vary_together
 
 def swiglu_xla(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array) -> jax.Array:
     """As `kernels.swiglu`."""
-    # Two dims: with [B, S, D] the weights' gradient contracts two, for which XLA copies its wide operand on the CPU.
+    # Two dims: with [B, S, D] the weights' gradient contracts two dims, for which XLA copies its wide operand on the
+    # CPU.
     x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return activate(jnp.dot(x_TD, gate_DF), jnp.dot(x_TD, up_DF)).reshape(*x.shape[:-1], gate_DF.shape[1])
 
 
 def activate(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) ⊙ up in float32, returned in their dtype; its backward pass keeps gate and up alone."""
+    """silu(gate) ⊙ up in float32, returned in their dtype; its backward pass saves only gate and up."""
     return _activate(*vary_together(gate, up))
 
 
-# Plain differentiation keeps gate, up, the sigmoid and two products, in float32; a sigmoid costs less than them.
+# Plain differentiation saves gate, up, the sigmoid and two products in float32; recomputing a sigmoid is cheaper.
 @jax.custom_vjp
 def _activate(gate, up):
     gate_f32 = gate.astype(jnp.float32)

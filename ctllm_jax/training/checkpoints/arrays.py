@@ -1,4 +1,5 @@
-"""The arrays of a checkpoint, one at a time: what they are, whether they can be read, how two checkpoints differ."""
+"""The arrays of a checkpoint, one at a time: shapes and dtypes, readability, and differences between two
+checkpoints."""
 
 from __future__ import annotations
 
@@ -20,12 +21,12 @@ from ctllm_jax.training.checkpoints.files import STEP_METADATA
 
 @dataclass(frozen=True)
 class Difference:
-    """An array of one checkpoint beside that of the same name of another.
+    """Comparison of two arrays of the same name in two checkpoints.
 
     Attributes:
-      there, here: shape and dtype in the first and the second; None where it has no such array.
-      norms: of both, in float64; None unless the shapes are equal.
-      largest: the largest absolute difference of two numbers in the same place, NaN where one of them is; or None.
+      there, here: shape and dtype in the first and the second; None if it has no such array.
+      norms: norms of both, in float64; None unless the shapes are equal.
+      largest: the largest absolute difference of two elements, NaN if one of them is NaN; or None.
       same: equal bit for bit.
     """
 
@@ -38,21 +39,21 @@ class Difference:
 
 
 def list_arrays(item: Path) -> dict[str, Any]:
-    """`name -> what Orbax says of it (shape, dtype)` of every array of an item (`STEP/params`, `STEP/trainer`)."""
+    """`name -> Orbax's metadata (shape, dtype)` of every array of an item (`STEP/params`, `STEP/trainer`)."""
     return _flatten(ocp.PyTreeCheckpointHandler().metadata(absolute(item)).tree)
 
 
 def read_array(item: Path, name: str) -> np.ndarray:
-    """One array, in the dtype that it is kept in."""
+    """Read one array in its stored dtype."""
     stored = {"driver": "zarr", "kvstore": {**_store(item), "path": f"{name}/"}}
     return np.asarray(ts.open(stored, open=True).result().read().result())
 
 
 def find_structural_damage(step: Path, *, read: bool = True) -> list[str]:
-    """What is wrong with a step that has no manifest, as far as it can be seen: a line each.
+    """Return the detectable problems of a step without a manifest, one line each.
 
-    Its parts must be there, and with `read` every array of them must come out as Orbax says it is. That a bit was
-    flipped inside an array cannot be seen.
+    Its parts must exist, and with `read` every array must have the shape and dtype of Orbax's metadata. A flipped bit
+    inside an array cannot be detected.
     """
     problems = []
     try:
@@ -63,9 +64,9 @@ def find_structural_damage(step: Path, *, read: bool = True) -> list[str]:
     for item in ("params", "trainer"):
         if item not in expected:
             continue
-        # Whatever it is that Orbax and TensorStore raise on files that are not what they were.
+        # Orbax and TensorStore raise various errors for damaged files.
         try:
-            # Before Orbax, which would leave unfinished reads behind.
+            # Checked before Orbax reads, which would leave unfinished reads.
             ts.KvStore.open(_store(step / item)).result().list().result()
             arrays = list_arrays(step / item)
         except Exception as error:
@@ -83,10 +84,10 @@ def find_structural_damage(step: Path, *, read: bool = True) -> list[str]:
 
 
 def refuse_other_arrays(step: Path, wanted: dict[str, Any]) -> None:
-    """Compare structure, shapes and dtypes with what is to be restored, `{item: tree}`: Orbax casts without a word.
+    """Compare structure, shapes and dtypes with the expected ones, `{item: tree}`, because Orbax casts silently.
 
     Raises:
-      UserError: every array that differs, with both.
+      UserError: lists every array that differs, with both.
     """
     differing = []
     for item, tree in wanted.items():
@@ -119,7 +120,7 @@ def _store(item: Path) -> dict[str, Any]:
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts and lists as one: `blocks.down`, `opt_state.0.mu.head`; None and what holds nothing is left out."""
+    """Flatten nested dicts and lists: `blocks.down`, `opt_state.0.mu.head`; None and empty containers are left out."""
     if isinstance(tree, dict | list | tuple):
         entries = tree.items() if isinstance(tree, dict) else enumerate(tree)
         flat: dict[str, Any] = {}

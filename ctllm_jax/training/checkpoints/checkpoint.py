@@ -1,8 +1,8 @@
-"""Checkpoints as they lie on disk: which there are, the MODEL that a name means, and its weights.
+"""Checkpoints on disk: a list of them, the checkpoint that a MODEL names, and its weights.
 
 RUN/checkpoints/STEP/ holds a resumable step: `params`, `trainer` (optimizer state and counters), `meta` (JSON).
-RUN/milestones/STEP/ holds weights kept for good: `params` and `meta`. Loading a MODEL reads `params` and `meta` alone.
-A LoRA run's `params` are its adapters; `meta` says which MODEL they belong to, and loading merges the two.
+RUN/milestones/STEP/ holds weights that are never deleted: `params` and `meta`. Loading a MODEL reads only `params` and
+`meta`. A LoRA run's `params` are its adapters; `meta` names the MODEL that they belong to, and loading merges the two.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from ctllm_jax.training.checkpoints.fingerprint import flatten
 
 HUGGINGFACE = "huggingface"
 _checked: set[tuple[Path, int]] = set()
-"""What this process found whole: a step's weights, and when its manifest was written."""
+"""Weights that this process has verified: the step, and when its manifest was written."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,19 @@ class Kept:
 
     @cached_property
     def size(self) -> int:
-        """Bytes of its files, each of which is looked at for it."""
+        """Total bytes of its files; makes one stat call per file."""
         return huggingface.weight_bytes(self.path) if self.kind == HUGGINGFACE else measure_size(self.path)
 
     @property
     def run_dir(self) -> Path:
-        """The run that it is of; a Hugging Face folder is its own."""
+        """The run directory of the checkpoint; a Hugging Face folder is its own."""
         return self.path if self.kind == HUGGINGFACE else self.path.parent.parent
 
 
 def list_checkpoints(run_dir: Path) -> list[Kept]:
-    """The finished checkpoints of a run, oldest first; a Hugging Face folder is one, at step 0.
+    """The finished checkpoints of a run, oldest first; a Hugging Face folder counts as one, at step 0.
 
-    `meta` is empty where it cannot be read.
+    `meta` is empty if it cannot be read.
 
     Raises:
       UserError: no run directory there, a checkpoint of a newer format, or a Hugging Face folder that cannot be read.
@@ -93,7 +93,7 @@ def _list_folders(run_dir: Path) -> list[tuple[int, str, Path]]:
 
 
 def _read_metas(folders: Sequence[tuple[int, str, Path]]) -> list[Kept]:
-    """What each step says of itself, read at the same time; a folder that is no step is left out."""
+    """Read the meta of each step in parallel; a folder that is not a step is left out."""
     files = [path / "meta" / "metadata" for _, _, path in folders]
     if files and is_remote(files[0]):
         found = read_small(files)
@@ -106,7 +106,7 @@ def _read_metas(folders: Sequence[tuple[int, str, Path]]) -> list[Kept]:
             try:
                 meta = json.loads(text)
             except ValueError:
-                meta = {}  # damaged: who is about to use it is told
+                meta = {}  # damaged: an error is raised when the step is used
             check_format(meta.get("format", 1), newest=FORMAT, where=path)
             kept.append(Kept(step, kind, path, meta))
     return kept
@@ -120,10 +120,11 @@ def _read_if_step(file: Path) -> bytes | None:
 
 
 def find_checkpoint(model: str) -> tuple[Path, Kept]:
-    """The directory and the checkpoint that a MODEL names: a run (its newest), RUN@STEP, or a Hugging Face folder.
+    """Return the directory and the checkpoint that a MODEL names: a run (its newest), RUN@STEP, or a Hugging Face
+    folder.
 
     Raises:
-      UserError: no such run or step; the message lists the steps there are.
+      UserError: there is no such run or step; the message lists the existing steps.
     """
     name, at, wanted = model.rpartition("@")
     run_dir = open_path(name if at and wanted.isdigit() else model)
@@ -140,7 +141,7 @@ def find_checkpoint(model: str) -> tuple[Path, Kept]:
     else:
         folders, matching = _list_folders(run_dir), []
         for step in sorted({step for step, _, _ in folders} if wanted is None else {wanted}, reverse=True):
-            # Of the others nothing is read.
+            # Nothing is read from other steps.
             matching = matching or _read_metas([folder for folder in folders if folder[0] == step])
     if not matching:
         steps = sorted({checkpoint.step for checkpoint in list_checkpoints(run_dir)})
@@ -189,7 +190,7 @@ def _as_model(values: Any, path: Path) -> ModelConfig:
 
 
 def identify_model(checkpoint: Kept) -> dict[str, Any]:
-    """Which model this is, wherever it lies: its step, and a hash of what its run was, how long, and started from."""
+    """Identity of a model, independent of its path: its step, and a hash of its run's config, data, length and init."""
     was = [checkpoint.meta["fingerprint"], checkpoint.meta.get("init"), checkpoint.meta.get("steps")]
     if was[1] is not None:
         was[1] = {name: was[1][name] for name in ("step", "run_sha256")}
@@ -197,7 +198,7 @@ def identify_model(checkpoint: Kept) -> dict[str, Any]:
 
 
 def describe_origin(checkpoint: Kept, *, run_dir: Path) -> dict[str, Any]:
-    """What the run in `run_dir` keeps of the checkpoint that it starts from: where it lies, and which it is."""
+    """The record that the run in `run_dir` keeps of the checkpoint that it starts from: its path and identity."""
     source = absolute(checkpoint.run_dir)
     apart = is_remote(source) or is_remote(run_dir)
     relative = str(source) if apart else os.path.relpath(source, absolute(run_dir))
@@ -209,11 +210,11 @@ def find_base(origin: dict[str, Any], *, run_dir: Path, model: str | None = None
 
     Args:
       origin: from `describe_origin`.
-      run_dir: where the adapters are now; the base may have been moved together with them.
-      model: a MODEL that may be it, if it is not where it was.
+      run_dir: current place of the adapters; the base may have been moved together with them.
+      model: a MODEL that may be it, if it has moved.
 
     Raises:
-      UserError: it is not there, or another model is; names both.
+      UserError: it is missing, or is another model; the message names both.
     """
     step = origin["step"]
     places = [f"{origin['path']}@{step}", f"{run_dir / origin['relative']}@{step}", *([model] if model else [])]
@@ -234,11 +235,11 @@ def find_base(origin: dict[str, Any], *, run_dir: Path, model: str | None = None
 
 
 def refuse_damage(checkpoint: Kept) -> None:
-    """Compare the files of a checkpoint's weights with its manifest, once in a process; without one there is nothing to
-    compare with. Reading them for it takes little more than loading them: they are in the page cache then.
+    """Compare the files of a checkpoint's weights with its manifest, once per process; without a manifest, nothing is
+    compared. This costs little more than loading, which then reads the files from the page cache.
 
     Raises:
-      UserError: they are not what was written; says which, and what else there is.
+      UserError: the files are damaged; the message names them and the other steps.
     """
     manifest = checkpoint.path / MANIFEST
     if checkpoint.kind == HUGGINGFACE or not manifest.exists():
@@ -258,12 +259,12 @@ def refuse_damage(checkpoint: Kept) -> None:
 
 
 def load_params(checkpoint: Kept, abstract_params: Any, *, base: str | None = None) -> Any:
-    """The weights of a checkpoint, laid out as the shardings of `abstract_params` say, in its dtypes.
+    """Load the weights of a checkpoint with the shardings and dtypes of `abstract_params`.
 
-    Adapters are merged into their base, which is looked for where it was, or is the MODEL `base`.
+    Adapters are merged into their base, which is found at its recorded path, or is the MODEL `base`.
 
     Raises:
-      UserError: damaged files, parameters of other shapes than these, or no base; names each.
+      UserError: files are damaged, shapes differ, or there is no base; the message names each.
     """
     refuse_damage(checkpoint)
     if checkpoint.meta.get("lora") is not None:
@@ -279,7 +280,7 @@ def load_params(checkpoint: Kept, abstract_params: Any, *, base: str | None = No
 
 
 def load_whole(checkpoint: Kept, *, base: str | None = None) -> Any:
-    """The weights of a checkpoint in float32 on the first device, adapters merged; as `load_params`."""
+    """Load the weights of a checkpoint in float32 on the first device, with adapters merged; see `load_params`."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.eval_shape(partial(init_params, read_model_config(checkpoint.run_dir)), jax.random.key(0))
     return load_params(checkpoint, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
@@ -287,7 +288,7 @@ def load_whole(checkpoint: Kept, *, base: str | None = None) -> Any:
 
 
 def load_adapters(checkpoint: Kept, placed: Any = None) -> dict[str, dict[str, jax.Array]]:
-    """The adapters of a LoRA run's checkpoint, `{query: {a, b}, …}`, float32, whole on each device of `placed`."""
+    """The adapters of a LoRA run's checkpoint, `{query: {a, b}, …}`, float32, replicated on each device of `placed`."""
     refuse_damage(checkpoint)
     placed = placed or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(placed, jax.sharding.NamedSharding):
@@ -302,7 +303,7 @@ def _load_merged(checkpoint: Kept, abstract_params: Any, *, base: str | None) ->
     scale = LoraConfig(**checkpoint.meta["lora"]).scale
     wanted = abstract_params["blocks"]
     adapters = load_adapters(checkpoint, next(iter(wanted.values())).sharding)
-    # Sums are of float32, whatever is wanted; one projection after the other, so that few are there twice.
+    # Sums are computed in float32 for any target dtype, one projection at a time, to limit memory.
     wide = {name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding) if name in adapters else leaf
             for name, leaf in wanted.items()}
     params = load_params(found, {**abstract_params, "blocks": wide})
@@ -315,7 +316,7 @@ def _load_merged(checkpoint: Kept, abstract_params: Any, *, base: str | None) ->
 
 
 def read_tree(checkpoint: Kept) -> Any:
-    """Shapes and dtypes of what is kept."""
+    """Shapes and dtypes of the stored arrays."""
     return ocp.PyTreeCheckpointHandler().metadata(absolute(checkpoint.path / "params")).tree
 
 

@@ -1,7 +1,7 @@
-"""What a run keeps of itself, and goes on from: Orbax behind one class.
+"""Save and restore the state of a run, with Orbax.
 
-A step is written in the background into a folder with another name, gets its manifest there, and is renamed into
-place: one that has its number is whole, and can be checked. What this run does with its files, see `checkpoint_files`.
+A step is written in the background into a temporary folder, gets its manifest there, and is renamed into place. So a
+numbered step is complete and can be verified. `files` handles the files of a step.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NONE, _FAILED = -1, -2
 
 
 class NotWritten(UserError):
-    """A checkpoint did not get onto the disk; what was kept before is whole. `agreed`: every process knows."""
+    """A checkpoint was not written; earlier ones are intact. `agreed`: every process knows this."""
 
     def __init__(self, message: str, *, agreed: bool):
         super().__init__(message)
@@ -50,10 +50,10 @@ class Checkpointer:
 
     Args:
       run_dir: the run directory.
-      config: what is kept.
-      tokens_per_step: to find the steps of the milestones.
-      tokens_at: steps -> tokens trained, where not all steps have as many; None: `tokens_per_step` each.
-      meta: what a checkpoint says of itself: the fingerprint, and what a MODEL needs.
+      config: which steps are kept.
+      tokens_per_step: used to find the steps of the milestones.
+      tokens_at: steps -> tokens trained, if steps have different numbers; None: `tokens_per_step` each.
+      meta: the JSON of a checkpoint: the fingerprint, and everything that loading it as a MODEL needs.
 
     Raises:
       UserError: the run directory cannot be written.
@@ -72,7 +72,7 @@ class Checkpointer:
             for directory in (CHECKPOINTS, MILESTONES):
                 objects.sweep(run_dir / directory)
         elif jax.process_index() == 0:
-            # What a killed process left; this one is the owner of the directory. Orbax removes only some of it.
+            # Remove what a killed process left; this process owns the directory. Orbax removes only some of it.
             for path in run_dir.glob("*/*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
             files.empty_trash(run_dir / CHECKPOINTS)
@@ -90,7 +90,7 @@ class Checkpointer:
         self._tell: Callable[[str], None] = self.warn
 
     def listen(self, tell: Callable[[str], None], *, record: Callable[[str], None]) -> None:
-        """From now on `tell` is told of failures that are tolerated; `record` also of what was warned of before."""
+        """From now on `tell` receives tolerated failures, and `record` also earlier warnings."""
         for warning in self._warnings:
             record(warning)
 
@@ -101,16 +101,16 @@ class Checkpointer:
         self._tell = both
 
     def is_due(self, step: int, *, last: bool = False) -> bool:
-        """Whether the config wants anything kept at this step."""
+        """Whether the config requires a save at this step."""
         return last or step % self.config.every == 0 or self.is_milestone(step)
 
     def save(self, state: State, *, step: int, last: bool = False) -> bool:
-        """Begin to save what the config wants kept at this step, and with `last` a resumable step in any case, if it is
-        not kept already; returns whether anything was begun.
+        """Start the saves that the config requires at this step, and with `last` also a resumable step unless it is
+        saved already. Returns whether a save was started.
 
         Raises:
-          UserError: no room for it, or the save before did not get onto the disk, and more of them in a row than
-            `checkpoint.tolerate_failures`; what is already kept stays whole.
+          UserError: there is no space, or the previous save failed, and more saves in a row failed than
+            `checkpoint.tolerate_failures` allows. Earlier checkpoints stay intact.
         """
         try:
             self._settle()
@@ -142,17 +142,16 @@ class Checkpointer:
         if not self.config.milestones:
             return False
         before, after = self.tokens_at(step - 1), self.tokens_at(step)
-        # Rounded, because 0.067 billion is 67,000,000.00000001 in floating point, and so would be reached a step late.
+        # Rounded, because 0.067 billion is 67,000,000.00000001 in floating point, and would be reached one step late.
         return any(before < round(milestone * 1e9) <= after for milestone in self.config.milestones)
 
     def latest(self) -> int | None:
-        """The newest resumable step on the disk that is whole. Damaged ones that are newer go into quarantine, and are
-        told of.
+        """Return the newest intact resumable step. Newer damaged steps are moved to quarantine and reported.
 
-        The first process looks, at what `checkpoint.verify` says; every process gets its answer.
+        The first process checks what `checkpoint.verify` selects; every process gets its result.
 
         Raises:
-          UserError: there are steps, or were, and none of them is whole.
+          UserError: there are or were steps, but none of them is intact.
         """
         answer, problem, left = _NONE, None, []
         if jax.process_index() == 0:
@@ -166,22 +165,22 @@ class Checkpointer:
         if problem is not None:
             raise problem
         if answer == _FAILED:
-            raise UserError(f"no checkpoint of {self.run_dir} to go on from; the first process says why")
+            raise UserError(f"no checkpoint of {self.run_dir} to resume from; see the first process for the reason")
         self._kept = set(tell_all_of(left))
         self._steps.know(sorted(self._kept))
         return None if answer == _NONE else answer
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """What a resumable step says of itself."""
+        """The meta of a resumable step."""
         meta = self._steps.restore(step, meta=ocp.args.JsonRestore())["meta"]
         check_format(meta.get("format", 1), newest=FORMAT, where=self.run_dir / CHECKPOINTS / str(step))
         return meta
 
     def restore(self, abstract: State, *, step: int) -> State:
-        """The state of a step, laid out as the shardings of `abstract` say, whatever mesh wrote it.
+        """Restore the state of a step with the shardings of `abstract`, from any mesh.
 
         Raises:
-          UserError: it holds other arrays, or others in shape or dtype; names each.
+          UserError: it has other arrays, or other shapes or dtypes; the message names each.
         """
         wanted = {"params": abstract.params, "trainer": _trainer(abstract)}
         refuse_other_arrays(self._steps.directory / str(step), wanted)
@@ -189,18 +188,18 @@ class Checkpointer:
         return State(params=restored["params"], **restored["trainer"])
 
     def wait(self) -> None:
-        """Block until what was begun is on disk with its manifest, and what it displaced is gone.
+        """Block until started saves are on disk with their manifest, and replaced steps are removed.
 
         Raises:
-          UserError: it could not be written; says where and why.
+          UserError: it could not be written; the message says where and why.
         """
         self._settle()
 
     def close(self) -> None:
-        """Finish what was begun.
+        """Finish started saves.
 
         Raises:
-          UserError: the last save of this run was not written, whatever is tolerated.
+          UserError: the last save of this run failed, which is never tolerated.
         """
         if self._closed:
             return
@@ -219,7 +218,7 @@ class Checkpointer:
             raise self._error
 
     def _settle(self) -> None:
-        """See what became of the save that was begun."""
+        """Check the result of the started save."""
         begun, self._begun = self._begun, False
         with self._disk_errors_told():
             errors = []
@@ -230,18 +229,18 @@ class Checkpointer:
                     if not isinstance(error, OSError | ValueError) and not self._remote:
                         raise
                     errors.append(error)
-            # Only now: the thread that saves also moves what it displaces into the trash.
+            # Only now, because the saving thread also moves replaced steps into the trash.
             self._empty_trash()
             if errors:
                 if jax.process_count() == 1:
-                    for manager in self._managers:  # Orbax lists the failed step from its beginning on
+                    for manager in self._managers:  # Orbax lists the failed step from its start
                         manager.know(self._look(manager.directory.name))
                 raise errors[0]
         if begun:
             self._failures, self._error = 0, None
 
     def _tolerate(self, error: NotWritten) -> None:
-        """Count a failure in a row; one too many is raised, as is one that other processes may not know of."""
+        """Count a consecutive failure. Raises one too many, and one that other processes may not know about."""
         self._failures += 1
         allowed = self.config.tolerate_failures
         if self._failures > allowed or not error.agreed:
@@ -252,7 +251,7 @@ class Checkpointer:
                        " allows: the run goes on)")
 
     def _look(self, kind: str) -> list[int]:
-        """The steps that there are. The first process looks, whatever number of processes there is."""
+        """The existing steps. Only the first process lists them."""
         found: list[int] = []
         problem = None
         if jax.process_index() == 0:
@@ -265,7 +264,7 @@ class Checkpointer:
         return tell_all_of(found)
 
     def _find_whole(self) -> tuple[int, list[int]]:
-        """The newest step that is whole, and all that are there when the damaged ones before it are in quarantine."""
+        """The newest intact step, and all steps that remain when newer damaged ones are in quarantine."""
         if self.config.verify == "off":
             return max(self._steps.all_steps(), default=_NONE), self._steps.all_steps()
         damaged: dict[int, list[str]] = {}
@@ -282,7 +281,7 @@ class Checkpointer:
                 for number, found in damaged.items():
                     place = files.quarantine(self._steps.directory / str(number), found)
                     self.warn(f"the checkpoint of step {number} is damaged, and is in {place} now:"
-                               f" {files.say_damage(found)}; going on from step {step}")
+                               f" {files.say_damage(found)}; continuing from step {step}")
                 return step, [number for number in self._steps.all_steps() if number not in damaged]
             damaged[step] = problems
         if damaged:
@@ -295,20 +294,20 @@ class Checkpointer:
         return _NONE, []
 
     def _say_none_whole(self, damaged: dict[int, list[str]]) -> str:
-        """Every step is damaged: the last copies stay where they are, and a person decides."""
+        """Every step is damaged: the last copies are not moved, and the user decides."""
         lines = [f"no checkpoint of {self.run_dir} is whole; none was moved or removed:",
                  *(f"  step {step}: {files.say_damage(problems)}" for step, problems in damaged.items())]
         same = {problem.partition(": ")[0] for problems in damaged.values() for problem in problems}
         if len(damaged) > 1 and len(same) == 1:
-            lines.append(f"Only {same.pop()} is damaged, and in every step. A disk seldom does that: look for a program"
-                         " that writes into these folders, or for a copy that is not complete.")
+            lines.append(f"Only {same.pop()} is damaged, and in every step. A disk fault is unlikely: look for a"
+                         " program that writes into these folders, or for a copy that is not complete.")
         lines.append(f"checkpoint.verify=off resumes from step {max(damaged)} without looking at its files. A copy of a"
                      " step can take its place. To begin again, give another run.dir (init=RUN@STEP takes the weights"
                      " of a milestone), or remove the steps.")
         return "\n".join(lines)
 
     def warn(self, text: str) -> None:
-        """Warn of something before the run has its console; `listen` records it later."""
+        """Log a warning before the run has its console; `listen` records it later."""
         self._warnings.append(text)
         log.warning(text)
 
@@ -328,7 +327,7 @@ class Checkpointer:
             self._background.submit(objects.quietly, retain, what="removing old checkpoints")
 
     def _check_room(self, step: int, saves: list[ocp.args.Composite]) -> None:
-        """Better before than in the middle of writing; the other processes write to the same disk."""
+        """Check before writing starts; all processes write to the same disk."""
         if self._remote:
             return
         arrays = [item.item for items in saves for name, item in items.items() if name != "meta"]
@@ -340,7 +339,8 @@ class Checkpointer:
 
     @contextmanager
     def _disk_errors_told(self) -> Iterator[None]:
-        """A disk's errors in a user's words. What is half written goes at once: it would keep the disk full."""
+        """Convert disk errors to user errors. Incomplete files are removed at once, because they would keep the disk
+        full."""
         try:
             yield
         except Exception as error:
@@ -373,14 +373,14 @@ class Checkpointer:
 
 
 def _disk_reason(error: BaseException) -> str | None:
-    """What the system says of a disk's error, and None of any other; TensorStore has the number in a ValueError's
+    """The system's description of a disk error, None for other errors; TensorStore puts the number into a ValueError's
     text."""
     number = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(number[1])) if number else getattr(error, "strerror", None)
 
 
 def write_weights(run_dir: Path, params: Any, *, meta: dict[str, Any]) -> None:
-    """Keep weights for good, as a milestone at `meta["step"]`."""
+    """Save weights permanently, as a milestone at `meta["step"]`."""
     manager = Manager(run_dir / MILESTONES, None)
     manager.save(meta["step"], ocp.args.Composite(params=ocp.args.StandardSave(params),
                                                   meta=ocp.args.JsonSave({**meta, "format": FORMAT})))
@@ -396,5 +396,5 @@ def _items(state: State, meta: dict[str, Any], *, trainer: bool) -> ocp.args.Com
 
 
 def _trainer(state: State) -> dict[str, Any]:
-    """All of a state but what is trained."""
+    """The state without its trained parameters."""
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "params"}

@@ -1,11 +1,11 @@
-"""The files of a checkpoint: what they must be (the manifest), what is wrong with them, and how a step goes away.
+"""The files of a checkpoint: the manifest, the check against it, quarantine, and the removal of steps.
 
-RUN/checkpoints/STEP/manifest.json and RUN/milestones/STEP/manifest.json hold the size and the crc32 (on an object
-store the MD5) of every file beside them. Each process measures the files that it wrote, and the first one joins the
-results. RUN/quarantine/ holds steps that are damaged, each with the reason in a text beside it. A step is removed by
-renaming it into a folder `trash`, which is then emptied: one that is half removed is never taken for a whole one. On an
-object store nothing is renamed: see `checkpoint_objects`.
-No jax here: files are looked at where nothing computes.
+RUN/checkpoints/STEP/manifest.json and RUN/milestones/STEP/manifest.json hold the size and the crc32 (on an object store
+the MD5) of every file of the step. Each process computes them for the files that it wrote, and the first process merges
+the results. RUN/quarantine/ holds damaged steps, each with the reason in a text file next to it. A step is removed by
+renaming it into a folder `trash`, which is then emptied, so an incompletely removed step is never read as a complete
+one. On an object store nothing is renamed: see `objects`.
+No jax, because commands without devices check files, too.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ CHECKPOINTS, MILESTONES = "checkpoints", "milestones"
 TRASH, QUARANTINE = "trash", "quarantine"
 MANIFEST = "manifest.json"
 STEP_METADATA = "_CHECKPOINT_METADATA"
-"""Orbax's list of what a step consists of."""
+"""Orbax's list of the parts of a step."""
 _TEMPORARY = re.compile(r"\.orbax-checkpoint-tmp[^/]*")
 _CRC32, _MD5 = "crc32", "md5"
 _BLOCK = 4 << 20
 _MOST_THREADS = 4
 _SUMS = ".sums-"
-"""What a process measured, in a file of this name and its number, until it is in the manifest."""
+"""File name, followed by the process number, with the results of one process until they are in the manifest."""
 
 
 def write_sums(folder: Path, *, process: int) -> None:
-    """Measure the files of a step that this process wrote, when all of them are safe from a power cut.
+    """Flush the files of a step that this process wrote to the disk, and record their sizes and checksums.
 
-    Only the machine that wrote a file can make sure of that, and it reads the file from its own memory. The first
-    process measures itself what no other one has measured.
+    Only the machine that wrote a file can flush it, and it reads the file from its page cache. The first process
+    handles the files that no other process has handled.
     """
     mine = [path for item in folder.glob(f"*/ocdbt.process_{process}") for path in item.rglob("*") if path.is_file()]
     mine += folder.glob(f"*/array_metadatas/process_{process}")
     try:
         measured = _over_files(lambda path: _measure(path, sync=True), mine)
-        # An item gets its name when all processes have written.
+        # An item gets its final name after all processes have written.
         names = [_TEMPORARY.sub("", path.relative_to(folder).as_posix()) for path in mine]
         text = json.dumps(dict(zip(names, measured, strict=True)))
         (folder / f"{_SUMS}{process}").write_text(text, encoding="utf-8")
@@ -65,12 +65,12 @@ def write_sums(folder: Path, *, process: int) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write down the size and checksum of every file below `folder`, when all of them are safe from a power cut.
+    """Flush every file below `folder`, and write the manifest with their sizes and checksums.
 
-    Nothing may write there any more. A GiB takes 0.3 seconds of a processor, and zlib lets go of the interpreter.
+    Nothing may write there any more. A GiB takes 0.3 CPU seconds; zlib releases the interpreter lock.
 
     Raises:
-      OSError: a file cannot be read, or the manifest not be written.
+      OSError: a file cannot be read, or the manifest cannot be written.
     """
     if storage.is_remote(folder):
         text = _manifest_text({name: [entry.size, entry.md5] if entry.md5 else _measure(folder / name)
@@ -91,10 +91,10 @@ def write_manifest(folder: Path) -> None:
 
 
 def _take_sums(folder: Path) -> dict[str, list[Any]]:
-    """What the processes have measured; their files of it are removed."""
+    """Merge the results of all processes, and remove their files."""
     files: dict[str, list[Any]] = {}
     for path in folder.glob(f"{_SUMS}*"):
-        with suppress(ValueError):  # cut off: its files are measured here
+        with suppress(ValueError):  # truncated: its files are handled here
             files |= json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
     return files
@@ -107,15 +107,15 @@ def _manifest_text(files: dict[str, list[Any]], *, checksum: str) -> str:
 
 def find_damage(folder: Path, *, level: Literal["full", "size"] = "full",
                 parts: Sequence[str] | None = None) -> list[str] | None:
-    """What is wrong with the files of a step, a line each that begins with the file; None: it has no manifest.
+    """Return the problems of the files of a step, one line each that begins with the file; None: it has no manifest.
 
     Args:
       level: full compares sizes and checksums, size only sizes.
-      parts: only what is below these folders (`params`, `meta`, `trainer`); None: everything.
+      parts: check only these folders (`params`, `meta`, `trainer`); None: everything.
 
     Raises:
-      UserError: a file may not be read, which says nothing about what is in it.
-      FileNotFoundError: the step is not there any more.
+      UserError: a file cannot be read for lack of permission, so its content is unknown.
+      FileNotFoundError: the step does not exist any more.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -162,8 +162,8 @@ def find_damage(folder: Path, *, level: Literal["full", "size"] = "full",
 
 
 def _judge_parts(path: Path, *, names: Iterable[str]) -> str | None:
-    """What is wrong with Orbax's list of a step's parts, where the manifest has size 0 for it: an earlier version wrote
-    that, while Orbax could still change the file, so that its checksum may be of something else than what is there.
+    """Return the problem of Orbax's list of a step's parts, if the manifest has size 0 for it. An earlier version wrote
+    that while Orbax could still change the file, so its checksum may not match.
     """
     listed = json.loads(path.read_text(encoding="utf-8")).get("item_handlers") or {}
     missing = {name.partition("/")[0] for name in names if "/" in name}.difference(listed)
@@ -171,13 +171,13 @@ def _judge_parts(path: Path, *, names: Iterable[str]) -> str | None:
 
 
 def say_damage(problems: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
+    """The first problem, and the number of others."""
     more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
     return problems[0] + more
 
 
 def quarantine(folder: Path, problems: Sequence[str]) -> Path:
-    """Move a damaged step out of the way, with what is wrong in a text beside it; returns where it is now."""
+    """Move a damaged step to quarantine, with its problems in a text file next to it; returns its new path."""
     shelf = folder.parent.parent / QUARANTINE
     if not storage.is_remote(shelf):
         shelf.mkdir(exist_ok=True)
@@ -194,7 +194,7 @@ def quarantine(folder: Path, problems: Sequence[str]) -> Path:
 
 
 def quarantined(run_dir: Path) -> dict[str, list[str]]:
-    """The steps in quarantine, by their folders' names, and what is wrong with each."""
+    """The steps in quarantine, by their folders' names, with the problems of each."""
     found = {}
     for path in sorted((run_dir / QUARANTINE).glob("*")):
         if path.is_dir():
@@ -206,7 +206,7 @@ def quarantined(run_dir: Path) -> dict[str, list[str]]:
 
 
 def discard(folder: Path) -> None:
-    """Remove a step: renamed into the trash first, so that being killed leaves it whole or gone."""
+    """Remove a step: it is first renamed into the trash, so that a kill leaves it complete or gone."""
     if storage.is_remote(folder):
         objects.discard(folder)
         return
@@ -218,15 +218,15 @@ def discard(folder: Path) -> None:
 
 
 def empty_trash(directory: Path) -> None:
-    """Remove what was renamed into the trash of a folder of steps, also by a process that was killed since."""
+    """Empty the trash of a folder of steps, including steps from a process that was killed since."""
     if not storage.is_remote(directory):
         shutil.rmtree(directory / TRASH, ignore_errors=True)
 
 
 def remove_half_written(run_dir: Path) -> None:
-    """Remove the folders of a failed save, until they have stayed away for a second (at most ten).
+    """Remove the folders of a failed save, repeatedly, until none has reappeared for a second (at most ten seconds).
 
-    TensorStore's threads may still be writing other arrays of it, and make a folder again that is gone.
+    TensorStore's threads may still write other arrays of it, and recreate a removed folder.
     """
     if storage.is_remote(run_dir):
         for kind in (CHECKPOINTS, MILESTONES):
@@ -252,7 +252,7 @@ def list_steps(run_dir: Path, kind: str) -> list[Path]:
 
 
 def measure_size(step: Path) -> int:
-    """The bytes of all files of a step; 0 where a run that is going has just removed it."""
+    """Total bytes of all files of a step; 0 if a running run has just removed it."""
     if storage.is_remote(step):
         return sum(entry.size for entry in storage.list_objects(step).values())
     with suppress(FileNotFoundError):
@@ -261,7 +261,7 @@ def measure_size(step: Path) -> int:
 
 
 def written_at(step: Path) -> float:
-    """When a step was finished, in seconds since 1970."""
+    """Time at which a step was finished, in seconds since 1970."""
     return (step / COMMITTED).stat().mtime if storage.is_remote(step) else step.stat().st_mtime
 
 
@@ -280,7 +280,7 @@ def _measure(path: Path, *, checksum: str = "", sync: bool = False) -> list[Any]
 
 
 def _read_through(path: Path, *, checksum: str) -> list[Any]:
-    """As `_measure`, for what has moved between a disk and an object store, with any checksum."""
+    """As `_measure`, for files that were copied between a disk and an object store, with either checksum."""
     md5, crc, size = hashlib.md5(usedforsecurity=False), 0, 0
     blocks = storage.read_blocks(path) if storage.is_remote(path) else iter([path.read_bytes()])
     for block in blocks:
@@ -297,7 +297,7 @@ def _own_checksum(files: dict[str, list[Any]]) -> str:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """The files below a folder, by their paths from it."""
+    """The files below a folder, by their relative paths."""
     for root, _, names in os.walk(folder):
         yield from (os.path.relpath(os.path.join(root, name), folder).replace(os.sep, "/") for name in names)
 

@@ -1,4 +1,4 @@
-"""What a resumed run must share with its beginning."""
+"""The values that a resumed run must share with its start."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ctllm_jax.config.types import fill_absent
 
 
 def make_fingerprint(config: PretrainConfig, data: dict[str, Any]) -> dict[str, Any]:
-    """What a resumed run must share with its beginning: data, and every key that is not marked changeable."""
+    """The values that a resumed run must share with its start: data, and every key that is not marked changeable."""
     return {"config": _fixed_keys(type(config), config.model_dump(mode="json")), "data": data}
 
 
@@ -28,13 +28,13 @@ def _fixed_keys(schema: type[PretrainConfig], values: dict[str, Any]) -> dict[st
                 if prefix + name not in changeable}
 
     kept = fixed(values)
-    # Paths may move; the data's own fingerprint identifies the content.
+    # Paths may change; the data's own fingerprint identifies the content.
     kept["data"] = {name: entry for name, entry in kept.get("data", {}).items() if name not in ("sources", "tokenizer")}
     return kept
 
 
 def describe_data(data: Any) -> dict[str, Any]:
-    """What the processes of a run must have in common of their data: its order, its content, what was read."""
+    """The data properties that all processes of a run must share: order, content, and what was read."""
     return {"data": data.fingerprint, "read": getattr(data, "report", None)}
 
 
@@ -45,20 +45,20 @@ def compare_fingerprints(kept: dict[str, Any], now: dict[str, Any], *, schema: t
     A key of `schema` that did not exist when the checkpoint was written has the value that `fill_absent` gives it.
 
     Raises:
-      UserError: every difference, with both values.
+      UserError: lists every difference, with both values.
     """
     kept = {**kept, "config": _fixed_keys(schema, fill_absent(schema, kept["config"]))}
     kept, now = flatten(json.loads(json.dumps(kept))), flatten(json.loads(json.dumps(now)))
     differing = [f"{key}: {kept.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now"
                  for key in sorted({*kept, *now}) if kept.get(key) != now.get(key)]
     if differing:
-        raise UserError("\n  ".join([f"{run_dir} cannot be resumed: it was begun with other values than it is to go on"
-                                     " with:", *differing])
+        raise UserError("\n  ".join([f"{run_dir} cannot be resumed: its keys had other values when it was started"
+                                     ":", *differing])
                         + "\ntake these back, or give another run.dir (init=MODEL takes its weights along)")
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one: `a.b.c` -> what stands there."""
+    """Flatten nested dicts: `a.b.c` -> value."""
     if isinstance(tree, dict):
         flat = {}
         for name, entry in tree.items():

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint in and out, one parameter at a time: conversions never hold a whole model."""
+"""Read and write the weights of a checkpoint one parameter at a time, so that conversions never hold a whole model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _CHUNK = 64 << 20
 
 @dataclass(frozen=True)
 class Lazy:
-    """An array that is made when it is written, and forgotten after."""
+    """An array that is made when it is written, and released afterwards."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -41,13 +41,13 @@ class Lazy:
 
 
 def stream_parameters(checkpoint: Kept, *, base: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """`(path, array)` of every parameter, in the dtype it is kept in; adapters are merged into their base in float32.
+    """Yield `(path, array)` of every parameter, in its stored dtype; adapters are merged into their base in float32.
 
     Args:
-      base: MODEL that adapters belong to, if it is not where it was.
+      base: MODEL that adapters belong to, if it has moved.
 
     Raises:
-      UserError: the base is not there, or files are damaged.
+      UserError: the base is missing, or files are damaged.
     """
     refuse_damage(checkpoint)
     if checkpoint.meta.get("lora") is None:
@@ -68,7 +68,7 @@ def stream_parameters(checkpoint: Kept, *, base: str | None = None) -> Iterator[
 
 
 def parameter_dtypes(checkpoint: Kept, *, base: str | None = None) -> dict[str, np.dtype]:
-    """The dtype of each parameter that `stream_parameters` gives, in its order."""
+    """The dtype of each parameter from `stream_parameters`, in its order."""
     if checkpoint.meta.get("lora") is not None:
         adapted = {f"blocks/{name}" for name in load_adapters(checkpoint)}
         found = find_base(checkpoint.meta["init"], run_dir=checkpoint.run_dir, model=base)
@@ -81,7 +81,7 @@ def parameter_dtypes(checkpoint: Kept, *, base: str | None = None) -> dict[str, 
 
 
 def read_parameter(checkpoint: Kept, path: str) -> np.ndarray:
-    """One parameter of a checkpoint, in the dtype it is kept in."""
+    """Read one parameter of a checkpoint in its stored dtype."""
     def nest(leaf: Any) -> Any:
         for name in reversed(path.split("/")):
             leaf = {name: leaf}
@@ -94,9 +94,9 @@ def read_parameter(checkpoint: Kept, path: str) -> np.ndarray:
 
 
 def write_streamed(run_dir: Path, params: dict[str, Any], *, meta: dict[str, Any]) -> None:
-    """Keep weights for good, as a milestone at `meta["step"]`; the leaves of `params` are `Lazy`.
+    """Save weights permanently, as a milestone at `meta["step"]`; the leaves of `params` are `Lazy`.
 
-    What is kept is what `checkpointer.write_weights` keeps of the same arrays.
+    The result equals that of `checkpointer.write_weights` for the same arrays.
     """
     registry = ocp.type_handlers.create_type_handler_registry(
         (Lazy, LazyHandler()), (jax.Array, ocp.type_handlers.ArrayHandler()))
@@ -104,7 +104,7 @@ def write_streamed(run_dir: Path, params: dict[str, Any], *, meta: dict[str, Any
     handler = ocp.CompositeCheckpointHandler(
         params=ocp.PyTreeCheckpointHandler(type_handler_registry=registry), meta=ocp.JsonCheckpointHandler())
     with ocp.Checkpointer(handler) as checkpointer:
-        # Chunked, so that a process reads little more than its own part.
+        # Chunked, so that a process reads little more than its own part of an array.
         chunked = jax.tree.map(lambda lazy: ocp.SaveArgs(
             chunk_byte_size=_CHUNK, shard_axes=(0,) if len(lazy.shape) > 2 else ()), params)
         checkpointer.save(path, args=ocp.args.Composite(
@@ -113,7 +113,7 @@ def write_streamed(run_dir: Path, params: dict[str, Any], *, meta: dict[str, Any
 
 
 class LazyHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `Lazy` leaves as arrays of numpy, each after the other."""
+    """Writes `Lazy` leaves as numpy arrays, one after the other."""
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
@@ -127,7 +127,7 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
         return []
 
     async def _open_and_write(self, value, tspec, ts_context):
-        """Chunk after chunk along the first dim: written at once, all of them would be copied first."""
+        """Write chunk by chunk along the first dim; a single write would first copy all of them."""
         stored = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
         rows = stored.chunk_layout.write_chunk.shape[0]
         for start in range(0, len(value), rows):

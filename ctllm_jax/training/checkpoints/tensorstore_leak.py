@@ -1,10 +1,10 @@
-"""What TensorStore would lose of memory in each save, left out.
+"""Avoid a memory leak of TensorStore in each save.
 
-Its Python side (0.1.86) never frees the keys and values of a dict that it gives out as JSON: it hands PyDict_SetItem
-references that it counts as its own, and that function takes none. Orbax asks for such dicts in each save: four times
-for all of TensorStore's counters, to log how many bytes were written, and once per array for the spec of the folder, of
-which only the driver and the path come back, as they went in. A save of the debug model lost 770 objects, some 55 KB,
-for as long as the process lived. On an object store the specs are still asked for.
+TensorStore 0.1.86 never frees the keys and values of a dict that it returns to Python as JSON: it gives up references
+to PyDict_SetItem, which does not take them over. Orbax requests such dicts in each save: four times for all of
+TensorStore's counters, to log the number of bytes written, and once per array for the spec of the folder, from which it
+needs only the given driver and path. A save of the debug model leaked 770 objects, about 55 KB, until the end of the
+process. On an object store the specs are still requested.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tensorstore as ts
 
 
 class _Instead:
-    """Something with some of its attributes exchanged."""
+    """An object with some of its attributes replaced."""
 
     def __init__(self, whole: Any, **exchanged: Any):
         self._whole = whole
@@ -27,7 +27,7 @@ class _Instead:
 
 
 def leave_out() -> None:
-    """Let Orbax work without those dicts, in this process; an Orbax that has none of this stays as it is."""
+    """Make Orbax work without those dicts in this process; an Orbax without these calls is not changed."""
     try:
         from orbax.checkpoint._src.serialization import tensorstore_utils as theirs
     except ImportError:
@@ -38,7 +38,7 @@ def leave_out() -> None:
 
 
 def _spec(given: Any) -> Any:
-    """As `ts.KvStore.Spec(given)`, of which Orbax wants nothing but the JSON where it is a folder's."""
+    """As `ts.KvStore.Spec(given)`; for a folder, Orbax uses only its JSON."""
     if isinstance(given, dict) and set(given) == {"driver", "path"} and given["driver"] == "file":
         return SimpleNamespace(to_json=lambda: dict(given))
     return ts.KvStore.Spec(given)

@@ -1,4 +1,4 @@
-"""Where the wall time of a run goes: at any moment the main thread is in one phase, so that the phases add up to it."""
+"""Wall time of a run by phase: the main thread is always in exactly one phase, so the phases sum to the total."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 STEPPING = ("step", "data_wait")
-"""Phases of the loop itself; all others are slow ones, in which no step is made."""
+"""Phases of the loop itself; all others are slow phases, in which no step is made."""
 INTERVAL = 30.0
-"""Seconds between two events that keep the sums: what a killed attempt can lose of them."""
+"""Seconds between two events that record the sums; a killed attempt loses at most this much."""
 
 
 class Ledger:
-    """Seconds of this attempt by phase; read by any thread, moved by the main one.
+    """Seconds of this attempt by phase; any thread may read them, the main thread changes the phase.
 
-    `began`: when it began, by `time.perf_counter`, such as `process_began()`; None: now.
+    `began`: start time by `time.perf_counter`, such as `process_began()`; None: now.
     """
 
     def __init__(self, *, began: float | None = None):
         self.current = "init"
         self.turned = time.monotonic()
-        """When a slow phase last began or ended: a sign of life."""
+        """Time at which a slow phase last began or ended, as a sign of progress."""
         self._seconds: dict[str, float] = {}
         self._told = time.perf_counter()
         self._since = self._told if began is None else began
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Inside of it time counts as `name`; behind it, as what it was before."""
+        """Inside the context, time counts as `name`; afterwards, as the previous phase."""
         before = self.current
         self._move(name)
         try:
@@ -43,11 +43,11 @@ class Ledger:
         return dict(self._seconds)
 
     def due(self) -> bool:
-        """Whether the sums should be written down again."""
+        """Whether the sums should be recorded again."""
         return time.perf_counter() - self._told >= INTERVAL
 
     def told(self) -> dict[str, float]:
-        """`read`, to be written down now."""
+        """`read`, for a record written now."""
         self._told = time.perf_counter()
         return {name: round(seconds, 4) for name, seconds in self.read().items()}
 
@@ -61,11 +61,12 @@ class Ledger:
 
 
 def process_began() -> float:
-    """When this process was started, by `time.perf_counter`; now, where the system does not say."""
+    """Start time of this process by `time.perf_counter`; now, if the system does not report it."""
     now = time.perf_counter()
     try:
         with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
-            # Behind the name in parentheses, which may hold anything, the twentieth: clock ticks since boot.
+            # The twentieth field after the name, which is in parentheses and may contain anything: clock ticks since
+            # boot.
             ticks = int(file.read().rpartition(")")[2].split()[19])
         return now - max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
     except (OSError, ValueError, IndexError, AttributeError):

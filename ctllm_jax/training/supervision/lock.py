@@ -1,10 +1,10 @@
-"""One owner for a run directory: a second trainer of the same run is refused, and told who has it.
+"""The lock of a run directory: a second trainer of the same run is refused, with the name of the owner.
 
-RUN/lock is a JSON text of the owner: host, process, since when, job, and a heartbeat that a thread counts up. It is
-made by a hard link (where there are none, by an exclusive create), of which exactly one succeeds, on NFS too. Who finds
-it there takes it over when its owner is dead: on the same machine, when the process is gone; else when the heartbeat
-has stood still for `run.stale_after` seconds, which is watched, so that no two clocks are compared. The owner is the
-first process of a run; the others go by its word.
+RUN/lock is a JSON text of the owner: host, process, start time, job, and a heartbeat that a thread increments. It is
+created by a hard link (or an exclusive create if hard links are not supported), of which exactly one succeeds, also on
+NFS. A process that finds a lock takes it over if its owner is dead: on the same machine, if the process has ended;
+otherwise, if the heartbeat did not change for `run.stale_after` seconds. The heartbeat is watched, so clocks of
+different machines are never compared. The owner is the first process of a run; the others follow its decision.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from ctllm_jax.training.supervision.owner import is_gone, parse_owner, refusal, 
 log = logging.getLogger(__name__)
 LOCK, _TAKEOVER = "lock", "lock.takeover"
 _BEATS = 6
-"""Heartbeats in the time after which an owner without one counts as dead."""
+"""Number of heartbeats within `stale_after`."""
 _LINE = 1000
-"""Bytes of the text: always as many, so that a heartbeat is one write in place."""
+"""Size of the text in bytes. It is constant, so that a heartbeat is one write in place."""
 _UNREADABLE = 5.0
-"""Seconds that an exclusive create may take to get its text; and a takeover in all."""
+"""Seconds until the text must follow an exclusive create; also the limit of a whole takeover."""
 
 
 class Lock:
     """The lock of one run directory.
 
     Args:
-      run_dir: made if it is not there.
+      run_dir: made if it does not exist.
       stale_after: seconds without a heartbeat after which an owner on another machine counts as dead.
-      what: the command, for whoever is refused.
+      what: the command, for the message to a refused process.
     """
 
     def __init__(self, run_dir: Path, *, stale_after: float, what: str = ""):
@@ -56,11 +56,10 @@ class Lock:
         self._thread: threading.Thread | None = None
 
     def attempt(self) -> dict[str, Any] | None:
-        """Try to become the owner; returns None, or an owner of whom it is not known yet whether it lives: to be asked
-        again.
+        """Try to become the owner. Returns None on success, or an owner whose state is not known yet; then call again.
 
         Raises:
-          UserError: it lives (who, where, since when, and what can be done), or the directory cannot be written.
+          UserError: the owner is alive (the message says who it is and what to do), or the directory is not writable.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +68,7 @@ class Lock:
             raise UserError(f"{self.path.parent} cannot be written: {error.strerror}") from error
 
     def release(self) -> None:
-        """Give it back, if it is still this process's."""
+        """Release the lock, if this process still holds it."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -101,7 +100,7 @@ class Lock:
         return self._take(owner) if dead or self._stands_still(owner) else owner
 
     def _stands_still(self, owner: dict[str, Any]) -> bool:
-        """Whether a heartbeat did not move for long enough; one that is seen to move is that of a living owner."""
+        """Whether a heartbeat did not change for long enough; a change shows that the owner is alive."""
         now, seen = time.monotonic(), (owner.get("id"), owner.get("beat"))
         if self._watched is None or self._watched[0] != seen:
             if owner and self._watched is not None and self._watched[0][0] == owner["id"]:
@@ -110,7 +109,7 @@ class Lock:
         return now - self._watched[1] > (owner.get("stale_after", self._stale_after) if owner else _UNREADABLE)
 
     def _age(self, path: Path) -> float:
-        """Seconds since a file was written, by the clock that dates the files there; 0 when it is gone."""
+        """Seconds since a file was written, by the file server's clock; 0 if it does not exist."""
         probe = self.path.with_name(f".lock.{self._mine['id']}")
         try:
             probe.touch()
@@ -121,20 +120,20 @@ class Lock:
             probe.unlink(missing_ok=True)
 
     def _take(self, owner: dict[str, Any]) -> dict[str, Any] | None:
-        """Put this process in the place of a dead one: of several that want to, one does."""
+        """Replace a dead owner by this process; of several processes that try, exactly one succeeds."""
         with self._alone() as alone:
             if not alone or _read(self.path).get("id") != owner.get("id"):
                 return owner
             self.path.unlink(missing_ok=True)
             if not self._make(self.path):
-                return owner  # somebody came in between, as if nothing had been there
+                return owner  # another process came first, as if there had been no lock
         if owner:
             log.warning("%s was held by %s, which is gone: taken over", self.path, say_owner(owner))
         self._begin()
         return None
 
     def _make(self, path: Path) -> bool:
-        """Make the file, with its text in it, unless it is there."""
+        """Create the file with its text, unless it exists."""
         candidate = path.with_name(f".{path.name}.{self._mine['id']}")
         text = self._text()
         try:
@@ -159,7 +158,7 @@ class Lock:
 
     @contextmanager
     def _alone(self) -> Iterator[bool]:
-        """Whether this process alone may change who the owner is; a crash inside leaves that to nobody, for a while."""
+        """Whether this process alone may change the owner; after a crash inside, nobody may for a while."""
         guard = self.path.with_name(_TAKEOVER)
         try:
             os.close(os.open(guard, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
@@ -174,7 +173,7 @@ class Lock:
             guard.unlink(missing_ok=True)
 
     def _begin(self) -> None:
-        # Heartbeats go through this opened file: should another process replace it, they never reach the other's.
+        # Heartbeats use this open file, so if another process replaces the lock, they never reach the new file.
         self._file = os.open(self.path, os.O_RDWR)
         self._ended.clear()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
@@ -185,7 +184,7 @@ class Lock:
             try:
                 owner = _read(self.path)
                 if owner and owner["id"] != self._mine["id"]:
-                    # Suspended for so long that it counted as dead. Nothing more may be written there.
+                    # This process was suspended for so long that it counted as dead. It must not write there any more.
                     log.critical("%s has another owner now, %s: ending at once", self.path.parent, say_owner(owner))
                     os._exit(FAILED)
                 if not self.path.exists() and self._make(self.path):
@@ -194,7 +193,7 @@ class Lock:
                 self._mine["beat"] += 1
                 os.pwrite(self._file, self._text(), 0)
                 os.fsync(self._file)
-            except Exception as error:  # of whatever kind: without heartbeats another would take over
+            except Exception as error:  # any error, because without heartbeats another process would take over
                 log.warning("the heartbeat of %s failed (%s)", self.path, error)
 
     def _text(self) -> bytes:
@@ -203,14 +202,14 @@ class Lock:
 
 @contextmanager
 def own(run: RunConfig, *, what: str, free: bool = False) -> Iterator[None]:
-    """Be the one owner of a run directory while inside; all processes of a run call this, at the same point.
+    """Own a run directory inside the context; all processes of a run call this at the same point.
 
     Args:
       what: the command.
-      free: nothing will be written there; no owner is needed.
+      free: nothing will be written there, so no owner is needed.
 
     Raises:
-      UserError: somebody else is; says who.
+      UserError: another process is the owner; the message names it.
     """
     if free:
         yield
@@ -246,7 +245,7 @@ def own(run: RunConfig, *, what: str, free: bool = False) -> Iterator[None]:
 
 
 def read_owner(run_dir: Path) -> dict[str, Any] | None:
-    """Who has a run directory, by its own word; None: nobody."""
+    """The owner of a run directory, from its lock; None: nobody."""
     return _read(run_dir / LOCK) or None
 
 
@@ -260,7 +259,7 @@ def make_lock(run_dir: Path, *, stale_after: float, what: str) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The owner; empty where there is none, or where its text is not there yet."""
+    """The owner; empty if there is none, or its text is not written yet."""
     try:
         return parse_owner(path.read_bytes())
     except FileNotFoundError:

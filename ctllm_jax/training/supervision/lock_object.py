@@ -1,8 +1,8 @@
-"""One owner for a run directory on an object store: `lock`, as on a disk, by conditional writes.
+"""The lock of a run directory on an object store, by conditional writes.
 
-An object RUN/lock is made only where there is none, and replaced, heartbeat by heartbeat, only in the version that this
-process wrote last. So of several that find a dead owner's object exactly one takes its place, and an owner that was
-taken for dead learns it at its next heartbeat, and ends.
+An object RUN/lock is created only if it does not exist. Each heartbeat replaces it only in the version that this
+process wrote last. So if several processes find a dead owner's object, exactly one takes it over; an owner that was
+mistaken for dead notices this at its next heartbeat, and ends.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ctllm_jax.training.supervision.owner import is_gone, parse_owner, refusal, 
 
 log = logging.getLogger(__name__)
 _LAST = 10.0
-"""Seconds that a last heartbeat may take."""
+"""Time limit of the last heartbeat in seconds."""
 _BEATS = 6
-"""Heartbeats in the time after which an owner without one counts as dead."""
+"""Number of heartbeats within `stale_after`."""
 
 
 class ObjectLock:
@@ -51,7 +51,7 @@ class ObjectLock:
             raise told from error
 
     def release(self) -> None:
-        """Give it back, if it is still this process's."""
+        """Release the lock, if this process still holds it."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join(timeout=_LAST)
@@ -83,7 +83,7 @@ class ObjectLock:
     def _put(self, *, version: bytes | None) -> dict[str, Any] | None:
         self._version = self._object.write(self._text(), version=version)
         if self._version is None:
-            found = self._object.read()  # somebody was first; or it was this process, whose answer was lost
+            found = self._object.read()  # another process was first; or this one was, and the answer was lost
             if found is None or parse_owner(found[0]).get("id") != self._mine["id"]:
                 return parse_owner(found[0]) if found else {}
             self._version = found[1]
@@ -93,7 +93,7 @@ class ObjectLock:
         return None
 
     def _stands_still(self, owner: dict[str, Any], version: bytes) -> bool:
-        """Whether it was not rewritten for long enough, which is watched: no two clocks are compared."""
+        """Whether it was not rewritten for long enough, by watching it, so that no two clocks are compared."""
         now = time.monotonic()
         if self._watched is None or self._watched[0] != version:
             if owner and self._watched is not None:
@@ -109,18 +109,18 @@ class ObjectLock:
                 if written is None:
                     written = self._after_conflict()
                 self._version = written
-            except Exception as error:  # of whatever kind: without heartbeats another would take over
+            except Exception as error:  # any error, because without heartbeats another process would take over
                 log.warning("the heartbeat of %s failed (%s)", self._run_dir, error)
 
     def _after_conflict(self) -> bytes | None:
-        """An answer that was lost on its way leaves a version of our own; anything else is another owner."""
+        """After a lost answer, the object is our own new version; anything else is another owner."""
         found = self._object.read()
         if found is None:
             return self._object.write(self._text(), version=None)
         owner = parse_owner(found[0])
         if owner.get("id") == self._mine["id"]:
             return found[1]
-        # Suspended for so long that it counted as dead. Nothing more may be written there.
+        # This process was suspended for so long that it counted as dead. It must not write there any more.
         log.critical("%s has another owner now, %s: ending at once", self._run_dir,
                      say_owner(owner) if owner else "unknown")
         os._exit(FAILED)

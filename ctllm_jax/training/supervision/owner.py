@@ -1,4 +1,4 @@
-"""Who owns a run directory, in the words of its lock: a process, its machine, and whether it still lives."""
+"""The owner of a run directory, as recorded in its lock: a process, its machine, and whether it is alive."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ctllm_jax.storage import is_remote
 
 
 def whoami() -> dict[str, Any]:
-    """This process, as a lock names its owner."""
+    """The lock entry of this process."""
     pid = os.getpid()
     return {"host": socket.gethostname(), "place": _place(), "pid": pid, "started": _started(pid),
             "job": os.environ.get("SLURM_JOB_ID")}
 
 
 def _place() -> str:
-    """Where a process id means something: one boot of one machine, one namespace of it."""
+    """The scope of a process id: one boot and one PID namespace of one machine."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -30,7 +30,7 @@ def _place() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks: a number that is used again does not pass for the same process."""
+    """Start time of a process in the kernel's ticks, which distinguishes processes that reuse an id."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -39,7 +39,7 @@ def _started(pid: int) -> str | None:
 
 
 def is_gone(owner: dict[str, Any]) -> bool | None:
-    """Whether an owner on this machine has ended; None: it is on another one."""
+    """Whether an owner on this machine has ended; None: it is on another machine."""
     if owner.get("place") != _place():
         return None
     if Path("/proc/self/stat").exists():
@@ -62,7 +62,7 @@ def say_owner(owner: dict[str, Any]) -> str:
 
 
 def parse_owner(content: bytes) -> dict[str, Any]:
-    """The owner in a lock's text; empty where it is not there yet."""
+    """The owner in a lock's text; empty if it is not written yet."""
     try:
         owner = json.loads(content)
         return owner if {"id", "host", "pid", "beat", "since"} <= owner.keys() else {}
@@ -71,14 +71,14 @@ def parse_owner(content: bytes) -> dict[str, Any]:
 
 
 def refusal(owner: dict[str, Any], mine: dict[str, Any], directory: Path) -> str:
-    """What is told to `mine`, who finds a living owner."""
+    """The message for the process `mine`, which found a living owner."""
     here = owner.get("place") == mine["place"]
     stop = f"kill {owner['pid']}" if here else f"on {owner['host']}: kill {owner['pid']}"
     limit = owner.get("stale_after", mine["stale_after"])
     file = shlex.quote(f"{directory}/STOP")
     ask = f"gcloud storage cp /dev/null {file}" if is_remote(directory) else f"touch {file}"
     lines = [f"{directory} is in use by {say_owner(owner)}",
-             f"to stop that one behind a step, which is kept: {ask}  (or {stop})",
+             f"to stop that one after a step, which is saved: {ask}  (or {stop})",
              "to take it over: give the same command again when that one has ended; if its machine is dead, that is"
              f" seen after {limit:g} s (its run.stale_after)", "to train something else: give another run.dir"]
     return "\n  ".join(lines)

@@ -1,8 +1,8 @@
-"""Back to the last good checkpoint where steps stay bad, and on behind the data that hurt.
+"""If steps stay bad, return to the last good checkpoint and skip the data that caused them.
 
-Every process reads the same metrics of a step when the next one is on its way, and so decides the same. What the
-decision rests on (skipped steps in a row, rollbacks so far) lies in each checkpoint's meta: a run that is killed and
-goes on decides as if nothing had happened. With `bad_steps.rollback_after` null nothing is read.
+Every process reads the same metrics of a step while the next one runs, and so takes the same decision. The decision
+depends on counters (consecutive skipped steps, rollbacks so far) that are stored in each checkpoint's meta, so a run
+that is killed and resumed repeats it. If `bad_steps.rollback_after` is null, nothing is read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ctllm_jax.training.state import Spikes, State, init_spikes
 
 
 class Diverged(SystemExit):
-    """Steps stay bad, and no rollback is left; `code` is the exit status, `message` says what to do."""
+    """Steps stay bad, and no rollback is left; `code` is the exit status, `message` states what to do."""
 
     def __init__(self, message: str):
         super().__init__(DIVERGED)
@@ -32,7 +32,8 @@ class Diverged(SystemExit):
 
 
 class Rollback(NamedTuple):
-    """What was done: from behind `step` back to step `to`, and on at `data_step`; the number of rollbacks so far."""
+    """A rollback: after `step`, the run returned to step `to` and continues at `data_step`; and the number of rollbacks
+    so far."""
 
     step: int
     to: int
@@ -41,12 +42,12 @@ class Rollback(NamedTuple):
 
 
 class Recovery:
-    """Counts skipped steps in a row, and says when to go back.
+    """Counts consecutive skipped steps, and decides when to roll back.
 
     Args:
-      config: after how many, how often.
-      meta: of the run's checkpoints; what is counted is kept in it.
-      known: `recovery` of the checkpoint that the run goes on from, if any.
+      config: the limits.
+      meta: the meta of the run's checkpoints, which stores the counters.
+      known: `recovery` of the checkpoint that the run resumes from, if any.
     """
 
     def __init__(self, config: BadStepsConfig, *, meta: dict[str, Any], known: dict[str, int] | None = None):
@@ -58,16 +59,16 @@ class Recovery:
 
     @property
     def watches(self) -> bool:
-        """Whether `judge` is to be asked."""
+        """Whether to call `judge`."""
         return self._config.rollback_after is not None
 
     @property
     def due(self) -> bool:
-        """Whether to go back now."""
+        """Whether to roll back now."""
         return self.watches and self.in_a_row >= self._config.rollback_after
 
     def judge(self, step: int, metrics: dict[str, Any]) -> bool:
-        """Whether to go back behind this step; its metrics are on the devices."""
+        """Whether to roll back after this step; its metrics are on the devices."""
         self.at, self.in_a_row = step, (self.in_a_row + 1 if int(metrics["skipped"]) else 0)
         self._note()
         if self.due:
@@ -76,17 +77,18 @@ class Recovery:
 
     def go_back(self, checkpointer: Checkpointer, abstract: State, *,
                 data_step: int) -> tuple[Rollback, State, Checkpointer]:
-        """Back from behind the step judged last, whose batch was the one before `data_step`, to the newest whole
-        checkpoint from before the skipped ones.
+        """Return from the last judged step, whose batch preceded `data_step`, to the newest intact checkpoint before
+        the skipped steps.
 
-        What is kept of later steps is removed. The counts of skipped steps are those of the end, not of the checkpoint.
+        Checkpoints of later steps are removed. Counters of skipped steps keep their latest values, not those of the
+        checkpoint.
 
         Returns:
-          What was done, the state to go on with, and a checkpointer that does not know what was given up.
+          The rollback, the state to continue with, and a checkpointer without the discarded steps.
 
         Raises:
-          Diverged: no rollback is left, or no checkpoint is there from before.
-          UserError: those from before are damaged.
+          Diverged: no rollback is left, or there is no earlier checkpoint.
+          UserError: the earlier checkpoints are damaged.
         """
         run_dir, before = checkpointer.run_dir, self.at - self.in_a_row
         where = f"{self.in_a_row} steps in a row were skipped, up to step {self.at}"
@@ -95,7 +97,7 @@ class Recovery:
                            " data of these steps and at grad_norm before them, or take a smaller optimizer.lr in"
                            f" another run.dir with init={run_dir}")
         checkpointer.close()
-        # What a disk shows may differ between hosts for a moment: the first process decides.
+        # Hosts may see different states of a disk for a moment, so the first process decides.
         first = jax.process_index() == 0
         kept = [path for kind in (CHECKPOINTS, MILESTONES) for path in list_steps(run_dir, kind)] if first else []
         if not tell_all(int(any(path.parent.name == CHECKPOINTS and int(path.name) <= before for path in kept))):
@@ -104,7 +106,7 @@ class Recovery:
         for path in kept:
             if int(path.name) > before:
                 discard(path)
-        tell_all(0)  # the others wait until it is gone
+        tell_all(0)  # the others wait until it is removed
         checkpointer = Checkpointer(run_dir, checkpointer.config, tokens_per_step=checkpointer.tokens_per_step,
                                     meta=checkpointer.meta, tokens_at=checkpointer.tokens_at)
         step = checkpointer.latest()
@@ -130,9 +132,9 @@ class Recovery:
 
 
 def restore_state(checkpointer: Checkpointer, abstract: State, *, step: int) -> State:
-    """The state of a step, whether or not the guard against spikes was on when it was kept.
+    """Restore the state of a step, whether or not the spike guard was enabled when it was saved.
 
-    Where it is turned on, it has seen nothing yet; where it is turned off, only the count of bad steps stays.
+    If the guard is newly enabled, its statistics are empty; if it is disabled, only the count of bad steps is kept.
     """
     kept, wanted = bool(checkpointer.read_meta(step).get("spikes")), isinstance(abstract.bad_steps, Spikes)
     if kept == wanted:

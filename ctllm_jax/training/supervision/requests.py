@@ -1,14 +1,14 @@
-"""What is asked of a run while it goes: signals, and files in its directory. Every process decides the same.
+"""Requests to a running run: signals, and files in its directory. All processes take the same decision.
 
 | file | what happens |
 |---|---|
-| STOP | the run is kept at this step, and ends with status 0 |
-| SAVE | a resumable checkpoint of this step, and the run goes on |
+| STOP | the run saves this step, and ends with status 0 |
+| SAVE | the run saves a resumable checkpoint of this step, and continues |
 | PROFILE | a trace of the next five steps of the first process, in RUN/profile |
 
-A file is removed when it is obeyed. Signals reach any of the processes, files are seen by the first one; about once a
-second they tell each other, by a collective of three numbers that is read one step later, so that no device waits for
-a host. On an object store a thread looks, every few seconds: a request to it takes tens of milliseconds.
+A file is removed when the run obeys it. Signals can reach any process, and the first process checks for files. About
+once a second they exchange requests by a collective of three numbers, which is read one step later, so that no device
+waits for a host. On an object store, a thread polls every few seconds, because a request takes tens of milliseconds.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ PROFILED_STEPS = 5
 _NUMBERS = {None: 0, **{reason: number for number, reason in enumerate(REASONS, 1)}}
 _NAMES = {number: reason for reason, number in _NUMBERS.items()}
 _SECONDS = 1.0
-"""About so often the files are looked for, and the processes tell each other."""
+"""Approximate seconds between two checks for files and exchanges between the processes."""
 _MOST_STEPS = 1000
 _REMOTE_SECONDS = 5.0
 
 
 class Requests:
-    """Asked at every step what to do behind it.
+    """Decides at every step what to do after it.
 
     Args:
       directory: the run directory.
-      signals: of this process.
-      tell: `(step, what)`, told once of everything that is obeyed, on every process.
+      signals: the signals of this process.
+      tell: `(step, what)`, called once for every obeyed request, on every process.
     """
 
     def __init__(self, directory: Path, signals: Signals, *, tell: Callable[[int, str], None]):
@@ -64,7 +64,7 @@ class Requests:
         self._traces: Path | None = None
 
     def stop_due(self, step: int) -> bool:
-        """Whether the run ends behind this step; called once for each, when it is on its way to the devices."""
+        """Whether the run ends after this step; called once per step, after its dispatch."""
         if self._agreement is None:
             reason, save = _NUMBERS[self._signals.reason], False
             if time.monotonic() - self._looked >= _SECONDS:
@@ -85,17 +85,18 @@ class Requests:
         return self.reason is not None
 
     def save_due(self, step: int) -> bool:
-        """Whether a checkpoint of this step was asked for."""
+        """Whether a checkpoint of this step was requested."""
         return self._save_at == step
 
     def trace_hooks(self) -> tuple[Hook, Hook]:
-        """The hooks that begin and end a trace; the one that ends it comes before all others, the other behind them."""
+        """The hooks that start and stop a trace; the stopping hook runs before all others, the starting hook after
+        them."""
         return (Hook(lambda step, state: self._start(step),
                      lambda step: self._trace_until == step + PROFILED_STEPS and not self._tracing),
                 Hook(lambda step, state: self.end_trace(step), lambda step: self._trace_until == step))
 
     def end_trace(self, step: int) -> None:
-        """End a trace that was begun."""
+        """Stop a running trace."""
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
@@ -109,7 +110,7 @@ class Requests:
             self._tell(step, f"the trace is in {place} (tensorboard, xprof or ui.perfetto.dev)")
 
     def close(self, step: int) -> None:
-        """End what was begun: a trace, and the thread that looks for files."""
+        """Stop a running trace, and the thread that checks for files."""
         try:
             self.end_trace(step)
         finally:
@@ -124,8 +125,8 @@ class Requests:
         if reason:
             self.reason = _NAMES[reason]
             self._remove(STOP)
-            why = {"stopped": STOP, "interrupted": "Ctrl-C", "preempted": "told to make way"}[self.reason]
-            self._tell(step, f"{why}: stopping behind step {step:,}, and keeping it")
+            why = {"stopped": STOP, "interrupted": "Ctrl-C", "preempted": "preempted"}[self.reason]
+            self._tell(step, f"{why}: stopping after step {step:,}, and saving it")
 
     def _start(self, step: int) -> None:
         options = jax.profiler.ProfileOptions()
@@ -152,7 +153,7 @@ class Requests:
         try:
             found, self._failing = (self._directory / name).exists(), False
             return found
-        except OSError as error:  # a file server that is away for a moment
+        except OSError as error:  # a file server that is briefly unavailable
             if not self._failing:
                 log.warning("%s cannot be looked for (%s); this is tried again", self._directory / name, error.strerror)
             self._failing = True
@@ -172,7 +173,7 @@ class Requests:
                         error.strerror)
 
     def _steps_to_wait(self, step: int) -> int:
-        """How many steps a second takes here."""
+        """Number of steps per second."""
         now = time.monotonic()
         rate = (step - self._looked_at) / max(now - self._looked, 1e-6) if self._looked_at else 0.0
         self._looked, self._looked_at = now, step
@@ -180,9 +181,9 @@ class Requests:
 
 
 class _Watch:
-    """What lies in a directory of an object store, as a thread saw it last.
+    """The latest listing of a directory of an object store, made by a thread.
 
-    No error ends the thread, or a STOP that comes later would never be seen. The first of errors in a row is told.
+    No error ends the thread, because a later STOP would then never be seen. Of consecutive errors, the first is logged.
     """
 
     def __init__(self, directory: Path):
@@ -192,7 +193,7 @@ class _Watch:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread, before Python takes from it what it asks with."""
+        """End the thread, before Python's shutdown removes the client that it uses."""
         self._ended.set()
         self._thread.join()
 
@@ -212,9 +213,9 @@ class _Watch:
 
 
 class Agreement:
-    """A few numbers of each process, of which all learn the same: asked at a step, read at the next one.
+    """An exchange of a few numbers between all processes: sent at one step, read at the next one.
 
-    All processes ask and read at the same steps. One device of each takes part.
+    All processes send and read at the same steps. One device of each process takes part.
     """
 
     def __init__(self) -> None:
@@ -226,16 +227,16 @@ class Agreement:
         self._in = NamedSharding(mesh, PartitionSpec("process"))
         self._largest = jax.jit(lambda x: x.max(0), out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._asked: jax.Array | None = None
-        self.ask(0, False, 1)  # compiles it, before the first step
+        self.ask(0, False, 1)  # compile it before the first step
         self.read()
 
     def ask(self, reason: int, save: bool, wait: int) -> None:
-        """Tell this process's numbers; returns at once."""
+        """Send this process's numbers; returns at once."""
         mine = np.array([[reason, save, -wait]], np.int32)
         self._asked = self._largest(jax.make_array_from_process_local_data(self._in, mine, self._shape))
 
     def read(self) -> tuple[int, int, int] | None:
-        """The largest reason, whether any wants to save, the shortest wait; None where nothing was asked."""
+        """The largest reason, whether any process requests a save, the shortest wait; None if nothing was sent."""
         if self._asked is None:
             return None
         reason, save, wait = np.asarray(self._asked).tolist()

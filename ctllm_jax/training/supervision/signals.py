@@ -1,4 +1,4 @@
-"""Signals to a run: the first one stops it behind a step, which is kept; a second one ends the process at once."""
+"""Signals to a run: the first one stops it after a step, which is saved; a second one ends the process at once."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from ctllm_jax.config.statuses import DONE, INTERRUPTED, REQUEUE
 
 log = logging.getLogger(__name__)
 REASONS = {"stopped": DONE, "interrupted": INTERRUPTED, "preempted": REQUEUE}
-"""Why a run ended before its last step, and its exit status; of several reasons the last counts."""
+"""Reasons why a run ends before its last step, with the exit status; of several reasons, the last in this order
+counts."""
 _NUMBERS = {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted", signal.SIGUSR1: "preempted"}
 _ONE_NOTICE = 2.0
-"""Seconds within which a second SIGTERM or SIGUSR1 is the first one again: a scheduler tells a job and its steps."""
+"""Seconds within which a second SIGTERM or SIGUSR1 counts as a repetition, because a scheduler signals a job and its
+steps."""
 _AT_ONCE = 3.0
-"""Seconds until a process that is to end at once does, whatever it waits for."""
+"""Seconds after which a process that must end at once is killed, even if it waits."""
 
 
 class Stopped(SystemExit):
@@ -35,10 +37,10 @@ class Stopped(SystemExit):
 class Signals:
     """Ctrl-C, SIGTERM and SIGUSR1, as a context manager; entered after `jax.distributed.initialize`.
 
-    From `begin` on the first one is only noted; before, there is nothing to keep, and it ends the process at once. So
-    does the second in any case. At once: `Stopped` (Ctrl-C: KeyboardInterrupt) is raised in the main thread, and where
-    that is waiting, for a compiler or for a peer that is gone, another thread ends the process. One of several
-    processes notes SIGTERM and SIGUSR1 from the start: the others would wait for it, and not know why.
+    After `begin`, the first signal is only noted. Before, there is nothing to save, and a signal ends the process at
+    once. A second signal always ends it at once: `Stopped` (Ctrl-C: KeyboardInterrupt) is raised in the main thread,
+    and if that waits for a compiler or a lost peer, another thread ends the process. With several processes, SIGTERM
+    and SIGUSR1 are only noted from the start, because the others would wait for an ended process without a reason.
     """
 
     def __init__(self) -> None:
@@ -51,7 +53,7 @@ class Signals:
         self._fd_before = -1
 
     def begin(self, message: Callable[[str], None]) -> None:
-        """From now on a signal stops the run behind a step; `message` tells a person."""
+        """From now on a signal stops the run after a step; `message` informs the user."""
         self._message, self._noted = message, set(_NUMBERS)
 
     def __enter__(self) -> Signals:
@@ -62,7 +64,7 @@ class Signals:
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         self._fd_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        # What is ignored stays so: a script's & ignores Ctrl-C.
+        # Ignored signals stay ignored: a script's & ignores Ctrl-C.
         self._before = {number: signal.signal(number, self._handle) for number in _NUMBERS
                         if signal.getsignal(number) is not signal.SIG_IGN}
         threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True, name="signals").start()
@@ -70,7 +72,7 @@ class Signals:
 
     def __exit__(self, *exception: object) -> None:
         for number, before in self._before.items():
-            # None: it was not Python's, but that of the distributed runtime; nothing is left for it to do.
+            # None: the handler was not Python's, but that of the distributed runtime, which is not needed any more.
             signal.signal(number, before if before is not None else signal.SIG_DFL)
         if self._pipe is not None:
             signal.set_wakeup_fd(self._fd_before)
@@ -78,7 +80,7 @@ class Signals:
             self._pipe = None
 
     def _handle(self, number: int, frame: Any) -> None:
-        """In the main thread, when it next runs Python."""
+        """Runs in the main thread, when it next executes Python code."""
         now, first = time.monotonic(), not self._first
         if not first and number != signal.SIGINT and now - self._first < _ONE_NOTICE:
             return
@@ -87,15 +89,15 @@ class Signals:
         self.reason = max(filter(None, (self.reason, reason)), key=list(REASONS).index)
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if first and number in self._noted:
-            self._message(f"{name}: the run stops behind a step, and keeps it; a second {name} stops it at once")
+            self._message(f"{name}: the run stops after a step, and saves it; a second {name} stops it at once")
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         else:
-            self._message(f"{name}: ending at once; the same command goes on from what is kept")
+            self._message(f"{name}: ending at once; the same command continues from the last checkpoint")
             raise Stopped(reason)
 
     def _watch(self, pipe: int) -> None:
-        """In a thread of its own: ends the process when the main thread cannot, because it waits."""
+        """Runs in a separate thread; ends the process if the main thread cannot because it waits."""
         first = 0.0
         with open(pipe, "rb", buffering=0) as numbers:
             while number := numbers.read(1):

@@ -1,10 +1,9 @@
-"""Ends a run that hangs, or whose peer is gone: with a message, every thread's stack, and the status that requeues.
+"""End a run that hangs or has lost a process: with a message, every thread's stack, and the exit status for a requeue.
 
-Two threads look on, and neither waits for a device, for a peer or for the other one. The first asks whether the
-metrics of the steps that are on their way are there, which blocks nobody. The second gives signs of life, by the time
-of a file in RUN/processes. When no step is made it looks for the sign of the next process alone, and reads
-RUN/processes/lost, where the process that misses its neighbor writes what it found: what one process does there does
-not grow with their number.
+Two threads watch, and neither waits for a device, a peer or the other thread. The first polls whether the metrics of
+running steps are ready, which never blocks. The second touches a file in RUN/processes as a heartbeat. While no step
+finishes, it checks only the heartbeat of the next process, and reads RUN/processes/lost, where a process that misses
+its neighbor writes its findings. So the work per process does not grow with the number of processes.
 """
 
 from __future__ import annotations
@@ -36,30 +35,31 @@ from ctllm_jax.training.supervision.goodput import STEPPING, Ledger
 log = logging.getLogger(__name__)
 PROCESSES = "processes"
 LOST = "lost"
-"""In that folder: JSON of what the first process that missed another one found."""
+"""File in that folder: JSON with the findings of the first process that missed another one."""
 _OF_RUNTIME = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
-"""What the text of an error begins with that comes from JAX's runtime: where it is not JAX that asked for a result,
-such as numpy, it is a ValueError."""
+"""Beginnings of error texts from JAX's runtime. If a library other than JAX, such as numpy, requested the result, such
+an error is a ValueError."""
 _LEAST_SECONDS, _MEDIANS = 300.0, 10
 _POLL = 0.5
 _NOTICED = 0.75
-"""Of `distributed.heartbeat_seconds`: when a silent process is named, so that all have ended when they are over."""
+"""Share of `distributed.heartbeat_seconds` after which a silent process is named, so that all processes end within that
+time."""
 _MARGIN = 5.0
 _LAST_WORDS = 30.0
-"""Seconds that writing down the end may take; what it is written to may be what hangs."""
+"""Time limit in seconds for recording the end, because the disk itself may hang."""
 _LAST_OUT = 3.0
-"""Seconds that the first process stays behind the others: with it goes JAX's coordinator, without which they abort."""
+"""Seconds that the first process waits for the others to end, because they abort without its JAX coordinator."""
 
 
 class Watchdog:
-    """Looks on from `__enter__` to `__exit__`; everything may be called from the main thread at any time.
+    """Watches from `__enter__` to `__exit__`; all methods may be called from the main thread at any time.
 
     Args:
-      config: how long is too long.
-      heartbeat_seconds: after which a silent peer is gone.
+      config: the time limits.
+      heartbeat_seconds: time after which a silent peer counts as lost.
       directory: the run directory.
-      ledger: knows what the main thread is doing.
-      tell: `(reason, message)`, told on the thread that ends the process: reason `hung` or `lost a process`.
+      ledger: the current phase of the main thread.
+      tell: `(reason, message)`, called on the thread that ends the process, with the reason `hung` or `lost a process`.
     """
 
     def __init__(self, config: WatchdogConfig, *, heartbeat_seconds: float, directory: Path, ledger: Ledger,
@@ -79,7 +79,8 @@ class Watchdog:
         self._sign = time.monotonic()
         if self._config.seconds != 0:
             self._start(self._watch_steps, "watchdog")
-        # On an object store times are no heartbeat; JAX's own ends a run there, and does not say who is gone.
+        # File times on an object store cannot serve as heartbeats; there JAX's own heartbeat ends a run, without naming
+        # the lost process.
         if self._count > 1 and not is_remote(self._directory):
             self._start(self._watch_peers, "heartbeat")
         return self
@@ -90,7 +91,7 @@ class Watchdog:
             thread.join()
 
     def dispatched(self, step: int, metrics: dict[str, Any]) -> None:
-        """A step is on its way to the devices."""
+        """Note that a step was dispatched to the devices."""
         self._on_their_way.append((step, metrics["loss"]))
 
     def beat(self) -> None:
@@ -98,13 +99,13 @@ class Watchdog:
         self._sign = time.monotonic()
 
     def leave(self, status: int) -> None:
-        """This process ends by itself, with this status; the others, which miss it, end with the same."""
+        """Note that this process ends by itself with this status; the others then end with the same status."""
         if self._count > 1 and not is_remote(self._directory):
             with suppress(OSError):
                 self._write_sign(ended=status)
 
     def await_verdict(self, error: BaseException) -> None:
-        """After an error that a lost peer may have caused: wait until it would be missed, in which case the process
+        """After an error that a lost peer may have caused, wait until the loss would be detected; if so, the process
         ends here."""
         if self._count > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or _OF_RUNTIME.match(str(error))):
             log.error("%s: waiting for %.0f s to see whether another process is gone", str(error).splitlines()[0],
@@ -180,7 +181,7 @@ class Watchdog:
         return mine
 
     def _lost(self, folder: Path, mine: Path, *, began: float) -> list[str]:
-        """What to say of lost processes: what another process found, or what this one finds when the next process,
+        """The message about lost processes: from another process's findings, or from this one's when the next process,
         of which it alone looks for signs, gives none. Only then does it look at all of them."""
         with suppress(FileNotFoundError, ValueError), open(folder / LOST, encoding="utf-8") as file:
             text = file.read()
@@ -196,7 +197,7 @@ class Watchdog:
         return gone
 
     def _is_silent(self, path: Path, *, now: float, began: float) -> bool:
-        """Whether a process gave a sign of life in this attempt, and none for too long."""
+        """Whether a process gave a heartbeat in this attempt, but none for too long."""
         try:
             sign = path.stat().st_mtime
         except FileNotFoundError:
@@ -204,8 +205,8 @@ class Watchdog:
         return sign >= began and now - sign > _NOTICED * self._heartbeat
 
     def _silent(self, folder: Path, mine: Path, *, began: float) -> list[str]:
-        """What to say of each process that is silent. Times are those of the disk, which has one clock; a file from
-        before `began` is of an earlier attempt, whose process has not begun yet."""
+        """Describe each silent process. Times are those of the disk, which has one clock. A file from before `began`
+        belongs to an earlier attempt; its process has not started yet."""
         now, found = mine.stat().st_mtime, []
         for index in range(self._count):
             path = folder / str(index)
@@ -213,22 +214,22 @@ class Watchdog:
                 silent = now - path.stat().st_mtime
                 known = json.loads(path.read_text() or "{}")
                 if known.get("ended") not in (None, REQUEUE):
-                    self._status = known["ended"]  # what it cannot mend by going on, nobody can
+                    self._status = known["ended"]  # a status that the process chose itself counts for all
                 found.append(f"process {index} (of {self._count}, on {known.get('host')}, pid {known.get('pid')}) has"
                              f" given no sign of life for {silent:.0f} s")
         return found
 
     def _end(self, reason: str, what: str) -> None:
-        """The end of this process, on whatever thread noticed first."""
+        """End this process, on the thread that noticed first."""
         with self._ending:
             if self._done.is_set():
                 return
-            # Whatever hangs, a disk included, this process ends.
+            # This process ends even if something hangs, including the disk.
             last = threading.Timer(_LAST_WORDS, os._exit, (self._status,))
             last.daemon = True
             last.start()
             message = f"process {self._index} on {socket.gethostname()}: {what}"
-            # Not on an object store: it may be what hangs.
+            # Not on an object store, which may itself hang.
             folder = Path(tempfile.mkdtemp(prefix="ctllm-")) if is_remote(self._directory) else self._directory
             path = folder / f"stacks-{self._index}.txt"
             sys.stderr.write(f"{message}; every thread's stack follows, and is in {path}\n")
