@@ -29,18 +29,18 @@ COMMANDS = {
     "data": "look at a dataset (inspect), check its sums (verify)",
     **{stage.name: stage.summary for stage in STAGES.values()},
     "pairs": "preference pairs for dpo, from good answers and a weaker model or an endpoint",
-    "sweep": "several runs of a stage in turn, and what they come to beside each other",
+    "sweep": "several runs of a stage one after the other, and a comparison of their results",
     "lora": "trained adapters: merge them into their base",
     "import-hf": "a run directory from a Hugging Face model (Llama, Mistral, Qwen2)",
     "export-hf": "a Hugging Face model from a run, or its adapters for PEFT",
     "evaluate": "benchmarks on a model (mmlu, cmmlu, ceval, …), with lm-eval's own tasks",
     "judge": "CHC-Bench, MT-Bench or questions of your own, answered by models and rated by another",
-    "tables": "the paper's tables, with the figures of your runs beside its own",
+    "tables": "the paper's tables, with the figures of your runs next to its own",
     "generate": "text from a trained model",
-    "serve": "a model behind OpenAI's interface, and a page to chat with it",
+    "serve": "an OpenAI-compatible server for a model, with a chat page",
     "chat": "talk to a model that was taught to answer",
     "plan": "the run that a budget of hours or tokens buys",
-    "doctor": "what would stop a run here: versions, devices, network, data, room; each with its fix",
+    "doctor": "problems that would stop a run here: versions, devices, network, data, space; each with its fix",
     "compile": "compile a run's step for hardware that is not here: does it fit, how fast at most",
     "job": "a training run as a job of a cluster (slurm, gke), to read before it is submitted",
     "checkpoint": "a run's checkpoints: list them (ls), check them (verify), compare two (diff), delete some (prune)",
@@ -63,7 +63,7 @@ class _Plainly(logging.Formatter):
 
 @dataclass
 class Context:
-    """What a command is given."""
+    """The context of a command."""
 
     command: str
     console: Console
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
-    except SystemExit as stopped:  # a run that was told to end
+    except SystemExit as stopped:  # a run that was asked to end
         return stopped.code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -141,10 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def entry() -> NoReturn:
-    """What `launch.py` and the console script call: `main`, and out."""
+    """The entry point of `launch.py` and the console script: run `main`, then exit."""
     status = main()
     if status == INTERRUPTED and "daft" in sys.modules:
-        # Daft's threads, interrupted, abort the process when the interpreter ends; nothing of ours is left to do.
+        # Interrupted Daft threads abort the process when the interpreter ends; all our work is done by then.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -265,7 +265,7 @@ def _overview() -> str:
     return (f"{__doc__.splitlines()[0]}\n\ncommands:\n{rows}\n\n"
             "  COMMAND --help          every key of a command: type, default, range, meaning\n"
             "  COMMAND … --print-config  the resolved config\n"
-            "  COMMAND … --dry-run       what would happen: steps, tokens, memory, disk, hours\n\n"
+            "    COMMAND … --dry-run       show what would happen: steps, tokens, memory, disk, hours\n\n"
             "start here: python launch.py quickstart")
 
 

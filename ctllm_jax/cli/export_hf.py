@@ -26,7 +26,7 @@ DIR gets safetensors, config.json, generation_config.json, the tokenizer and its
 
 
 def run(context: Context) -> int:
-    """Write it, and say what it is."""
+    """Write the export, and print its summary."""
     from rich.text import Text
 
     from ctllm_jax.cli.progress import stage_bars

@@ -1,4 +1,5 @@
-"""What each command may name on an object store (gs://); everything else is refused by name before jax is imported."""
+"""The keys and targets of each command that can be on an object store (gs://); others are refused by name before jax is
+imported."""
 
 from __future__ import annotations
 
@@ -19,14 +20,14 @@ ALLOWED = {
     # They read the config alone; `job gke` mounts the buckets.
     "plan": _EVERYTHING, "compile": _EVERYTHING, "doctor": _EVERYTHING, "job": _EVERYTHING,
 }
-"""By command, what may lie on an object store: keys, and TARGET for what is named without one (a RUN, a MODEL)."""
+"""By command, the paths that can be on an object store: keys, and TARGET for words without a key (a RUN, a MODEL)."""
 
 
 def refuse_unsupported(command: str, config: Any, targets: list[str]) -> None:
-    """Refuse what the command cannot do on gs://.
+    """Refuse gs:// paths that the command does not support.
 
     Raises:
-      UserError: every such key or target, and what can be done.
+      UserError: lists every such key or target, and what to do.
     """
     named = [(TARGET, target) for target in targets if is_remote(target)]
     named += [(key, text) for key, text in _texts(config.model_dump() if config is not None else {})
@@ -40,18 +41,18 @@ def refuse_unsupported(command: str, config: Any, targets: list[str]) -> None:
             problems.append(f"log.tensorboard=true: its files are appended to, which {run.dir} cannot (report draws the"
                             " same curves)")
         if config.log.wandb_project is not None:
-            problems.append(f"log.wandb_project={config.log.wandb_project}: it keeps its state in the run directory,"
-                            f" and {run.dir} is none on a disk")
+            problems.append(f"log.wandb_project={config.log.wandb_project}: it needs a run directory on a disk,"
+                            f" and {run.dir} is not on a disk")
     if problems:
         raise UserError("\n  ".join([f"{command} needs a disk of this machine for:", *problems])
                         + "\ncopy it there (gcloud storage cp), or mount the bucket and give that path")
     if command != "prepare" and allowed != _EVERYTHING:
         for _, text in named:
-            open_path(text.rpartition("@")[0] or text)  # a name, and what it needs is installed
+            open_path(text.rpartition("@")[0] or text)  # checks the name, and that the required packages are installed
 
 
 def refuse_everything(command: str, words: list[str]) -> None:
-    """The same for a command that reads its words itself: all of it, or nothing, may lie on gs://."""
+    """The same for a command that reads its words itself: either all or none of its paths can be on gs://."""
     if ALLOWED.get(command) != _EVERYTHING and (stores := [word for word in words if "gs://" in word]):
         raise UserError("\n  ".join([f"{command} needs a disk of this machine for:", *stores])
                         + "\ncopy it there (gcloud storage cp), or mount the bucket and give that path")

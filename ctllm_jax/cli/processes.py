@@ -37,7 +37,7 @@ _LINES = 60
 
 
 def run_in_processes(context: Context) -> int | None:
-    """The exit status of all processes of the command; None where it goes on in this one.
+    """The exit status of all processes of the command; None if the command continues in this process.
 
     Raises:
       UserError: somebody else started several processes already, or the devices cannot be shared so.
@@ -57,7 +57,7 @@ def run_in_processes(context: Context) -> int | None:
 
 
 def share_devices(environment: Mapping[str, str], processes: int) -> list[dict[str, str]]:
-    """What differs in the environment of each process: who it is, and which devices are its own.
+    """The environment variables of each process: its rank, and its devices.
 
     Raises:
       UserError: more processes than GPUs, CPU devices that the number does not divide, or TPUs.
@@ -85,9 +85,9 @@ def share_devices(environment: Mapping[str, str], processes: int) -> list[dict[s
 
 def start_child(words: Sequence[str], *, environment: Mapping[str, str] | None = None,
                 **options: Any) -> subprocess.Popen:
-    """A command of ours in a process group of its own, so that a terminal's Ctrl-C reaches it once, from here.
+    """Start a command in its own process group, so that a terminal's Ctrl-C reaches it only once, through this process.
 
-    `environment` is what differs in it; other options are Popen's.
+    `environment` has additional variables; other options are Popen's.
     """
     root = str(Path(__file__).resolve().parent.parent.parent)
     environment = {**os.environ, _PROGRAM: sys.argv[0], **(environment or {})}
@@ -97,7 +97,7 @@ def start_child(words: Sequence[str], *, environment: Mapping[str, str] | None =
 
 
 def be_child() -> None:
-    """In a process of its own: the command whose words stand behind the parent's process id.
+    """In the child process: run the command whose words follow the parent's process id.
 
     Should the parent be killed, the command ends as with Ctrl-C (on Linux), so that the same one again does not meet
     it.
@@ -156,7 +156,7 @@ class Processes:
             signal.signal(number, before)
 
     def wait(self) -> int:
-        """Until all have ended; the status of the first that ended with another than 0, after what it said."""
+        """Wait until all have ended; print the output of the first that failed, and return its status."""
         statuses: dict[int, int] = {}
         worst, grace = DONE, None
         while len(statuses) < len(self._processes):
@@ -174,7 +174,7 @@ class Processes:
             worst = worst or status
             grace = _GRACE if status in _AGREED else _SHORT_GRACE
         for index, status in statuses.items():
-            # What is wrong with the input, the first process said already.
+            # The first process has already reported wrong input.
             told = (DONE, DIVERGED, REQUEUE, INTERRUPTED, *[WRONG_INPUT] * (statuses[0] == WRONG_INPUT))
             if index and status not in told:
                 said = "".join(self._said[index]).rstrip()

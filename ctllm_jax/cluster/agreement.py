@@ -1,8 +1,8 @@
 """Whether all processes of a run are about to do the same, compared before they do it.
 
-Each process tells a hash and a text of what it has through the key-value store of JAX's coordinator, which needs no
-device: processes whose devices or versions of jax differ can still say so. Process 0 compares the hashes, reads the
-texts only where they differ, and writes the verdict that all processes take.
+Each process publishes a hash and a text of its values through the key-value store of JAX's coordinator. This needs no
+device, so it works even if devices or versions of jax differ. Process 0 compares the hashes, reads the texts only if
+they differ, and writes the result that all processes use.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def check_same(values: dict[str, Any], *, what: str) -> None:
 
     Args:
       values: of this process, as JSON.
-      what: what they are, for the message.
+      what: a description of the values, for the message.
 
     Raises:
       UserError: they differ; names each key, and which process has which value. Raised on every process.
@@ -69,7 +69,7 @@ def open_same(open_it: Callable[[], Opened], fingerprint: Callable[[Opened], dic
     try:
         opened = open_it()
         values = fingerprint(opened)
-    except Exception as failed:  # of whatever kind: the others would wait for this process
+    except Exception as failed:  # any error, because the others would wait for this process
         error, values = failed, {_ERROR: str(failed) or type(failed).__name__}
     problem = _exchange(values)
     if error is not None:
@@ -89,7 +89,7 @@ def hash_code() -> str:
 
 
 def describe_program() -> dict[str, Any]:
-    """What the program of this process consists of: versions, code, and the devices that it brings."""
+    """The program of this process: versions, code, and its devices."""
     import jax
 
     from ctllm_jax import __version__
@@ -100,7 +100,7 @@ def describe_program() -> dict[str, Any]:
 
 
 def _exchange(values: dict[str, Any]) -> str:
-    """What differs between the processes, in words; empty where nothing does."""
+    """A description of the differences between the processes; empty if there are none."""
     import jax
 
     number = next(_numbers)
@@ -133,7 +133,7 @@ def _exchange(values: dict[str, Any]) -> str:
 
 
 def _wait(look: Callable[[], list[tuple[str, str]]], *, count: int = 1) -> list[tuple[str, str]]:
-    """The entries of a directory, when there are so many. A look at a time, so that a signal can end it."""
+    """Wait until a directory has this many entries, in short polls, so that a signal can end the wait."""
     pause = _POLL
     while len(found := look()) < count:
         time.sleep(pause)

@@ -1,4 +1,4 @@
-"""`launch.py doctor [CONFIG]`: what would stop a run here."""
+"""`launch.py doctor [CONFIG]`: check for problems that would stop a run on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`launch.py data`: which rows are looked at, and how."""
+"""`launch.py data`: which rows are shown, and how."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class InspectConfig(Section):
     sequence_length: int | None = key(None, "length of a row (S); null: the dataset's own record length, 256 for text, 1024 for dialogues, 2048 for pairs", ge=1)
     rows: int = key(2, "rows to print", ge=1)
     start: int = key(0, "first row", ge=0)
-    show_tokens: int = key(400, "tokens printed of a row; 0: all. Of pairs: of an answer", ge=0)
-    ids: bool = key(False, "a table of ids, one token a line, instead of running text")
-    split: str = key("train", "split to read; of a run's rows anything but train is what the run holds out")
+    show_tokens: int = key(400, "number of tokens printed per row, or per answer of a pair; 0: all", ge=0)
+    ids: bool = key(False, "print a table of ids, one token per line, instead of running text")
+    split: str = key("train", "split to read; for the rows of a run, anything but train means its held-out rows")
     tokenizer: str | None = key(None, "tokenizer for a file that is not tokenized yet")
-    kind: Literal["text", "dialogues", "pairs"] | None = key(None, "what a file holds; null: seen from the fields of its first record")
+    kind: Literal["text", "dialogues", "pairs"] | None = key(None, "content of a file; null: detected from the fields of its first record")
     text_field: str = key("text", "text: field of a record that holds it")
     isolate_documents: bool = key(True, "text: show segment ids and positions as with isolation")
     mask_eod: bool = key(True, "text: show loss weights as with EOD masking")
-    template: TemplateConfig = section(TemplateConfig, "dialogues, pairs: how messages become ids")
-    loss_on: Literal["answers", "last_answer", "everything"] = key("answers", "dialogues: tokens that are learned")
-    over_length: Literal["drop", "truncate", "raise"] = key("drop", "dialogues, pairs: what becomes of one that is longer than a row")
-    max_bad: int = key(0, "dialogues, pairs: rows that cannot be read put aside before the command fails", ge=0)
+    template: TemplateConfig = section(TemplateConfig, "dialogues, pairs: chat template")
+    loss_on: Literal["answers", "last_answer", "everything"] = key("answers", "dialogues: trained tokens")
+    over_length: Literal["drop", "truncate", "raise"] = key("drop", "dialogues, pairs: handling of one that is longer than a row")
+    max_bad: int = key(0, "dialogues, pairs: rows that cannot be read set aside before the command fails", ge=0)
 
 
 class VerifyConfig(Section):
@@ -40,7 +40,7 @@ class VerifyConfig(Section):
 
 @dataclass(frozen=True)
 class Inspection:
-    """What to look at: a file or dataset by `keys`, or the rows of a run of a stage."""
+    """The input to inspect: a file or dataset by `keys`, or the rows of a run of a stage."""
 
     keys: InspectConfig
     stage: str | None = None
@@ -48,10 +48,10 @@ class Inspection:
 
 
 def plan_inspection(words: Sequence[str], overrides: Sequence[str]) -> Inspection:
-    """The keys of `data inspect`; after a stage and a config those that the stage does not know, which gets the rest.
+    """Split the words into keys of `data inspect` and, after a stage and a config, keys of that stage.
 
     Raises:
-      UserError: all that is wrong with either.
+      UserError: either has errors; all are listed.
     """
     if not words or words[0] not in STAGES:
         return Inspection(load(InspectConfig, overrides=overrides))

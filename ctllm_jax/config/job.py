@@ -1,7 +1,7 @@
-"""`launch.py job …`: the training command that a job runs, checked as the stage itself would check it. No jax here.
+"""`launch.py job …`: the training command of a job, checked as the stage itself would check it. No jax.
 
-The keys of the job stand below `job.` and come from the command line, or from a file for all jobs of a cluster
-(`job.site=FILE`); every other key is the run's.
+Keys of the job are below `job.` and come from the command line, or from a file for all jobs of a cluster
+(`job.site=FILE`). All other keys belong to the run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _STAGE = f"{PREFIX}stage="
 
 
 class JobConfig(Section):
-    """What jobs of every kind of cluster have in common."""
+    """Keys of jobs on any kind of cluster."""
 
     stage: StageName = key("pretrain", "the command that the job runs")
     site: str | None = key(None, "YAML file with keys of `job:` that are the same for all jobs of a cluster; the command line wins")
@@ -39,7 +39,7 @@ class TrainingCommand:
       stage: pretrain, sft or dpo.
       target: its CONFIG, as typed.
       overrides: its `key=value`, as typed.
-      config: what they come to; `config.run.dir` is set.
+      config: the resolved config; `config.run.dir` is set.
     """
 
     stage: str
@@ -49,7 +49,7 @@ class TrainingCommand:
 
     @property
     def words(self) -> list[str]:
-        """What follows `launch.py`."""
+        """The words after `launch.py`."""
         return [self.stage, self.target, *self.overrides]
 
 
@@ -75,7 +75,7 @@ def plan_job(schema: type[Section], words: Sequence[str], overrides: Sequence[st
       overrides: `job.KEY=value` of the job, `key=value` of the run.
 
     Raises:
-      UserError: all that is wrong with either.
+      UserError: either has errors; all are listed.
     """
     ours = [override for override in overrides if override.startswith(PREFIX)]
     theirs = tuple(override for override in overrides if not override.startswith(PREFIX))
@@ -99,7 +99,7 @@ def plan_job(schema: type[Section], words: Sequence[str], overrides: Sequence[st
 
 
 def _load(schema: type[Section], **what: Any) -> tuple[Any, list[str]]:
-    """(the config or None, what is wrong with it)."""
+    """Return (the config or None, its problems)."""
     try:
         return load(schema, **what), []
     except ConfigError as error:

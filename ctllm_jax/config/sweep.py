@@ -38,7 +38,7 @@ class SweepRun:
 
     @property
     def words(self) -> list[str]:
-        """What follows the stage on the command line."""
+        """The words after the stage on the command line."""
         return [self.target, *self.overrides, f"run.dir={self.config.run.dir}"]
 
 
@@ -154,7 +154,7 @@ def _sorted_out(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str
 
 
 def _stem(targets: Sequence[str], stage: str) -> str:
-    """What a sweep is called after: its config, or the folder of its configs and the stage."""
+    """The name of a sweep: that of its config, or of the folder of its configs and the stage."""
     shown = [target.removesuffix(".yaml").removeprefix("./").removeprefix("configs/") for target in targets]
     name = shown[0] if len(shown) == 1 else f"{Path(shown[0]).parent.name or 'configs'}/{stage}"
     return name.replace("/", "-").strip("-.")
@@ -182,7 +182,7 @@ def _run_names(targets: Sequence[str], choices: Sequence[dict[str, str]]) -> lis
 
 
 def _cut(text: str, size: int) -> str:
-    """The beginning of a text that takes at most so many bytes in UTF-8."""
+    """The beginning of a text with at most this many bytes in UTF-8."""
     return text.encode()[:size].decode(errors="ignore")
 
 
@@ -197,7 +197,7 @@ def _files(config: PretrainConfig) -> list[tuple[str, Path]]:
 
 
 def _absent_files(config: PretrainConfig) -> list[str]:
-    """What is said of files that are not there, so that no run begins before all could."""
+    """The errors of missing files, checked so that no run starts before all can."""
     said = [f"{key}={path}: does not exist" for key, path in _files(config) if not path.exists()]
     if config.init and "://" not in config.init and not any(
             Path(name).exists() for name in (config.init, config.init.rpartition("@")[0]) if name):

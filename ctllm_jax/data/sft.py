@@ -1,6 +1,6 @@
-"""Batches of supervised fine-tuning: files of dialogues in, a `BatchSource` out.
+"""Batches of supervised fine-tuning: from files of dialogues to a `BatchSource`.
 
-Every dialogue is tokenized at the start and fills part of one row. B rows of a batch, S tokens of a row, N dialogues,
+Every dialogue is tokenized at the start and becomes part of one row. B rows of a batch, S tokens of a row, N dialogues,
 R rows of an epoch, T tokens of a dialogue.
 """
 
@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 
 class Examples(NamedTuple):
-    """Tokenized dialogues, one after the other: ids int32 and weights float32 of all tokens, N + 1 offsets into them,
-    and the index of each one's source, int32 [N]."""
+    """Concatenated tokenized dialogues: ids int32 and weights float32 of all tokens, N + 1 offsets into them, and the
+    source index of each dialogue, int32 [N]."""
 
     ids: np.ndarray
     weights: np.ndarray
@@ -50,9 +50,9 @@ class SFTData:
     """Dialogues packed into rows, each its own segment. A `BatchSource`.
 
     Row r of data step t is row `t % steps_per_epoch * B + r` of epoch `t // steps_per_epoch`: the last batch of an
-    epoch is filled up with padding rows, and no batch spans two epochs. An epoch is a new draw of which dialogues of
-    equal length share rows, and of the order of the rows; all have the same number of rows. `report` tells what was
-    read, left out and kept, as JSON. `dialogues` are those that `examples` were made from, if they are to be kept.
+    epoch is filled up with padding rows, and no batch spans two epochs. Each epoch draws anew which dialogues of equal
+    length share rows, and the order of the rows; all epochs have the same number of rows. `report` describes what was
+    read, left out and kept, as JSON. `dialogues` are those that `examples` were made from, if requested.
     """
 
     def __init__(self, config: SFTDataConfig, *, tokenizer: Tokenizer, sequence_length: int, rows: int, seed: int,
@@ -115,7 +115,7 @@ class SFTData:
         return batches()
 
     def held_out(self, *, rows: int, split: str, max_tokens: int) -> dict[str, Iterable[Batch]]:
-        """The dialogues of `config.held_out`, or a sample of them, by source; `split` says nothing here."""
+        """The dialogues of `config.held_out`, or a sample of them, by source; `split` is ignored."""
         del split
         found: dict[str, Iterable[Batch]] = {}
         for index, name in enumerate(self._names):
@@ -137,13 +137,13 @@ class SFTData:
         return self._packed.tokens_at(steps)
 
     def epochs(self, steps: int) -> dict[str, float]:
-        """How often each source has been seen through after `steps` steps."""
+        """Number of epochs of each source after `steps` steps."""
         whole = {name: self.report["sources"][name]["tokens"] for name in self._names}
         return {name: tokens / max(1, whole[name]) for name, tokens in self.tokens_per_source(steps).items()}
 
 
 class PackedDialogues:
-    """Dialogues in rows, from the longest on: row by row a `Batch` of [S] arrays."""
+    """Dialogues packed into rows, longest first; each row is a `Batch` of [S] arrays."""
 
     def __init__(self, examples: Examples, sequence_length: int):
         self._examples, self._sequence_length = examples, sequence_length
@@ -159,7 +159,7 @@ class PackedDialogues:
 
 
 def pack_row(examples: Examples, chosen: Sequence[int], sequence_length: int) -> Batch:
-    """These dialogues one after the other, each a segment: a `Batch` of [S] arrays."""
+    """Concatenate these dialogues, each as a segment: a `Batch` of [S] arrays."""
     tokens_S, targets_S, segment_ids_S, positions_S = np.zeros((4, sequence_length), np.int32)
     loss_weights_S = np.zeros(sequence_length, np.float32)
     start = 0
@@ -177,19 +177,19 @@ def pack_row(examples: Examples, chosen: Sequence[int], sequence_length: int) ->
 
 
 def is_held_out(ids: np.ndarray, fraction: float) -> bool:
-    """Whether a hash of these int32 ids puts them among the held-out ones, which are about `fraction` of all.
+    """Whether a hash of these int32 ids selects them as held out; about `fraction` of all are.
 
-    Nothing but the ids decides: copies fall on one side, and so does the same text in another run's data.
+    Only the ids decide, so duplicates are on the same side, also in another run's data.
     """
     digest = hashlib.blake2b(ids.tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
 def draw_held_out(examples: Examples, items: np.ndarray, size: int, *, max_tokens: int, source: str) -> np.ndarray:
-    """As many of the items as have about `max_tokens` tokens on average, at least one, in their order.
+    """Sample as many items as have about `max_tokens` tokens on average, at least one, in their order.
 
-    Item i is `size` consecutive examples from the example `size * i` on. A hash of their ids draws them, so neither
-    length, nor order, nor the seed of the run decides. What is left out is logged.
+    Item i is `size` consecutive examples from the example `size * i` on. The sample is drawn by a hash of the ids, so
+    it depends neither on lengths and order nor on the seed of the run. The log states its size.
     """
     starts, ends = examples.offsets[size * items], examples.offsets[size * (items + 1)]
     total = int((ends - starts).sum())
@@ -205,7 +205,7 @@ def draw_held_out(examples: Examples, items: np.ndarray, size: int, *, max_token
 
 
 def joined(rendered: Sequence[Rendered], sources: Sequence[int]) -> Examples:
-    """Tokenized dialogues, and the index of each one's source, as `Examples`."""
+    """Convert tokenized dialogues with their source indices to `Examples`."""
     nothing = Rendered(np.empty(0, np.int32), np.empty(0, np.float32))
     return Examples(*(np.concatenate(arrays) for arrays in zip(*(rendered or [nothing]), strict=True)),
                     np.cumsum([0, *(len(each.ids) for each in rendered)], dtype=np.int64),
@@ -213,15 +213,14 @@ def joined(rendered: Sequence[Rendered], sources: Sequence[int]) -> Examples:
 
 
 def content_sha256(examples: Examples) -> str:
-    """A hash of tokenized dialogues, whatever their order and source."""
+    """A hash of tokenized dialogues that is independent of their order and source."""
     parts = sorted(hashlib.sha256(examples.ids[first:last].tobytes()).digest()
                    for first, last in itertools.pairwise(examples.offsets))
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 class Tokenized(NamedTuple):
-    """The dialogues of a config: those that are trained on, those that are held out, the report, and the texts of the
-    former."""
+    """The dialogues of a config: training and held-out ones, the report, and the texts of the training ones."""
 
     trained: Examples
     held_out: Examples
@@ -236,7 +235,7 @@ class _Kept(NamedTuple):
 
 
 def select(examples: Examples, chosen: np.ndarray) -> Examples:
-    """Some of the dialogues, in this order."""
+    """Select dialogues, in this order."""
     parts = [slice(*examples.offsets[index:index + 2]) for index in chosen]
     empty = slice(0, 0)
     return Examples(np.concatenate([examples.ids[part] for part in parts or [empty]]),
@@ -245,12 +244,12 @@ def select(examples: Examples, chosen: np.ndarray) -> Examples:
 
 
 def tokenize_sources(config: SFTDataConfig, template: ChatTemplate, *, sequence_length: int, seed: int) -> Tokenized:
-    """All dialogues of a config that are trained on, or held out, in the order of sources and rows.
+    """Read all training and held-out dialogues of a config, in the order of sources and rows.
 
-    Held-out ones are chosen before the ratio draws: every ratio is evaluated on the same. The report holds for each
-    source and group the rows (dialogues) that are trained on, their tokens and the learned ones, and for each source
-    how many were left out, by reason. UserError where a source cannot be read, a dialogue is too long with
-    over_length=raise, or a group is too small for the ratio.
+    Held-out dialogues are chosen before the ratio is applied, so every ratio is evaluated on the same ones. For each
+    source and group, the report has the number of training dialogues, their tokens and their trained tokens; for each
+    source, it has the number left out, by reason. Raises UserError if a source cannot be read, a dialogue is too long
+    with over_length=raise, or a group is too small for the ratio.
     """
     kept: dict[str, list[_Kept]] = {}
     apart: dict[str, list[Rendered]] = {}
@@ -311,8 +310,8 @@ def tokenize_sources(config: SFTDataConfig, template: ChatTemplate, *, sequence_
 
 def render_each(items: Sequence[Any], template: ChatTemplate, *, loss_on: str, dropped: dict[str, int],
                 dialogues_of: Callable[[Any], Sequence[Sequence[Message]]]) -> Iterator[tuple[Any, list[Rendered]]]:
-    """Each item with its dialogues as ids. Those that the template refuses are left out and counted in `dropped`; the
-    first of them is logged with its reason."""
+    """Yield each item with its dialogues as ids. Items that the template refuses are left out and counted in `dropped`;
+    the first of them is logged with its reason."""
     for start in range(0, len(items), _TOKENIZED_TOGETHER):
         together = [(item, dialogues_of(item)) for item in items[start:start + _TOKENIZED_TOGETHER]]
         try:
@@ -331,7 +330,7 @@ def render_each(items: Sequence[Any], template: ChatTemplate, *, loss_on: str, d
 
 
 def _draw(config: SFTDataConfig, kept: dict[str, list[_Kept]], sources: dict[str, dict[str, Any]]) -> None:
-    """Leaves of the drawn group the rows with the smallest keys: a smaller draw is part of a larger one."""
+    """Keep the rows of the drawn group with the smallest keys, so that a smaller draw is a subset of a larger one."""
     whole, drawn, parts, drawn_parts = config.parsed_ratio
     groups = config.groups
     wanted = sum(len(kept[name]) for name in kept if groups[name] == whole) * drawn_parts // parts
@@ -348,6 +347,6 @@ def _draw(config: SFTDataConfig, kept: dict[str, list[_Kept]], sources: dict[str
 
 
 def _draw_key(seed: int, name: str, dialogue: Dialogue) -> int:
-    """What a row is drawn by: its own content, so that other rows and sources do not matter."""
+    """The sort key of a row for the draw: a hash of its content, so other rows and sources do not matter."""
     said = json.dumps([seed, name, dialogue.messages], ensure_ascii=True).encode()
     return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little")

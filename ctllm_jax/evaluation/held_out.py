@@ -1,10 +1,9 @@
-"""Bits per byte of a model on held-out text: dataset directories as training reads them, or plain text by documents.
+"""Bits per byte of a model on held-out text: dataset directories, read as in training, or plain text by documents.
 
 Legend: B rows, S tokens of a row.
 
-Text is paid for document by document, behind the id that preceded documents in training, with the id that ends one
-where the model has it, in windows of the model's length. Its interval is over documents: 1.96 standard errors of a
-ratio of sums.
+Text is scored document by document, after the id that preceded documents in training, with the id that ends one if the
+model has it, in windows of the model's length. Its interval is over documents: 1.96 standard errors of a ratio of sums.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ from ctllm_jax.training.run import place_batch
 
 logger = logging.getLogger(__name__)
 _BYTES_A_TOKEN = 16
-"""More than a token has on average."""
+"""Upper estimate of the bytes per token."""
 _AT_ONCE = 65_536
-"""Tokens of documents that are scored together."""
+"""Number of tokens of documents that are scored together."""
 
 
 class HeldOut(NamedTuple):
-    """What is measured: text files by source, and the data config of those that are datasets."""
+    """The held-out data: text files by source, and the data config of datasets."""
 
     texts: dict[str, list[Path]]
     datasets: DataConfig | None
@@ -55,10 +54,10 @@ class HeldOut(NamedTuple):
 
 
 def open_held_out(model_name: str, config: HeldOutConfig, *, run_dir: Path, context_length: int) -> HeldOut:
-    """The sources of the config; without any, what the run held out of its own training data.
+    """The sources of the config; without any, the held-out part of the run's training data.
 
     Raises:
-      UserError: a source that is not there, or none for a model that is no pretraining run.
+      UserError: a source is missing, or there is none for a model that is not a pretraining run.
     """
     raw = read_values(path) if (path := run_dir / "config.yaml").is_file() else {}
     if not config.sources:
@@ -88,8 +87,8 @@ def open_held_out(model_name: str, config: HeldOutConfig, *, run_dir: Path, cont
 
 def measure_held_out(model: Model, held_out: HeldOut, config: HeldOutConfig, *, prefix_id: int, max_length: int | None,
                      batch_tokens: int) -> dict[str, dict[str, Any]]:
-    """Of each source `bits_per_byte`, `loss` (nats a token), `tokens`, `bytes`; of text also `documents`, `error` (the
-    standard error of `bits_per_byte`) and `sha256`.
+    """Return for each source `bits_per_byte`, `loss` (nats a token), `tokens`, `bytes`; of text also `documents`,
+    `error` (the standard error of `bits_per_byte`) and `sha256`.
 
     Raises:
       UserError: a dataset of another tokenizer, or text that cannot be read.
@@ -114,8 +113,8 @@ def measure_held_out(model: Model, held_out: HeldOut, config: HeldOutConfig, *, 
 
 def measure_text(scorer: Scorer, model: Model, texts: Iterable[str], *, prefix_id: int,
                  max_tokens: int) -> dict[str, Any]:
-    """Figures of documents, as of `measure_held_out`, and `of_documents`, how many there are. Where they have more than
-    about `max_tokens` tokens, a hash of the text draws whole documents."""
+    """Figures of documents, as in `measure_held_out`, and `of_documents`, the number of documents. If they have more
+    than about `max_tokens` tokens, whole documents are sampled by a hash of their text."""
     digest, total = hashlib.sha256(), 0
     paid: list[tuple[float, int]] = []
     drawn, of_documents = _draw(texts, model.tokenizer, max_tokens)
@@ -147,8 +146,8 @@ def measure_text(scorer: Scorer, model: Model, texts: Iterable[str], *, prefix_i
 
 
 def _draw(texts: Iterable[str], tokenizer: Any, max_tokens: int) -> tuple[list[str], int]:
-    """The texts of the smallest hashes that together have about `max_tokens` tokens, in their order; and how many texts
-    there are. Memory holds those of about that many tokens."""
+    """The texts with the smallest hashes that together have about `max_tokens` tokens, in their order, and the number
+    of all texts. Memory holds only about that many tokens."""
     kept: list[tuple[int, int, str]] = []  # a heap: the largest hash first
     size = count = 0
     for index, text in enumerate(filter(None, texts)):
@@ -168,7 +167,7 @@ def _draw(texts: Iterable[str], tokenizer: Any, max_tokens: int) -> tuple[list[s
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Documents in lists of about `_AT_ONCE` tokens, which have at most as many as the text has bytes."""
+    """Documents in lists of about `_AT_ONCE` tokens, assuming at most one token per byte."""
     batch, size = [], 0
     for text in texts:
         if text:

@@ -1,7 +1,7 @@
-"""Benchmarks asked of the weights as they train: choices by log-probability, on the mesh, every process alike.
+"""Benchmarks during training: multiple choice by log-probability, on the mesh, on every process.
 
-Nothing of it touches the state: a run is bit for bit the same with and without. Random numbers that tasks draw are
-their own, and Python's and numpy's generators are left as they were found.
+Evaluation does not change the training state: a run is bit for bit the same with and without it. Tasks draw their own
+random numbers, and the states of Python's and numpy's generators are restored.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from ctllm_jax.training.run import Run
 
 SEED = 1234
-"""Of drawn examples: lm-eval's own default, and that of `evaluate`."""
+"""Seed of sampled examples: the default of lm-eval and of `evaluate`."""
 _CHOOSING = ("multiple_choice", "loglikelihood")
 _FIELD = "evaluation.tasks"
 
 
 def open_loop_tasks(config: PretrainConfig) -> dict[str, Any] | None:
-    """The tasks of a run, opened before its model is compiled; None where it asks none.
+    """The tasks of a run, opened before its model is compiled; None if it has none.
 
     Raises:
-      UserError: lm-eval is not installed, a name that is unknown, questions that are not there, a task whose answers
-        are written, or a run without text.
+      UserError: lm-eval is not installed, a name is unknown, questions are missing, a task generates text, or the run
+        has no text.
     """
     wanted = config.evaluation.tasks
     if not wanted.every:
@@ -59,11 +59,11 @@ def open_loop_tasks(config: PretrainConfig) -> dict[str, Any] | None:
 
 def make_benchmarks(run: Run, opened: dict[str, Any], *,
                     beat: Callable[[], None] = lambda: None) -> Callable[[Any, int], dict[str, dict[str, Any]]]:
-    """`(params, step) -> task -> figure`, as `figures.to_event` has it.
+    """`(params, step) -> task -> figure`, in the form of `figures.to_event`.
 
     Args:
       opened: of `open_loop_tasks`.
-      beat: called for each answer, as a sign of life.
+      beat: called for each answer, as a heartbeat.
     """
     import lm_eval
 
@@ -103,7 +103,7 @@ def make_benchmarks(run: Run, opened: dict[str, Any], *,
 
 @contextlib.contextmanager
 def _own_generators() -> Iterator[None]:
-    """Python's and numpy's random numbers go on afterwards as if nothing had been drawn."""
+    """Restore the states of Python's and numpy's random generators afterwards."""
     before = random.getstate(), np.random.get_state()
     random.seed(SEED)
     np.random.seed(SEED)

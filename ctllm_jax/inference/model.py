@@ -1,4 +1,4 @@
-"""A MODEL as commands take it: its weights, decoder and tokenizer, ready to be asked."""
+"""A MODEL loaded for commands: its weights, decoder and tokenizer."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Model:
     """A trained model.
 
     Attributes:
-      prefix_id: id that preceded documents in training; None where none did.
+      prefix_id: id that preceded documents in training; None if there was none.
       stop_id: id that ends a document.
-      template: how it was taught to talk; None for a model that was not.
-      mesh: what `params` are split over; None: one device.
+      template: the chat template that it was trained with; None if it was trained without one.
+      mesh: the mesh that `params` are sharded over; None: one device.
       more_stop_ids: further ids that end a text: an imported model may have several.
-      drawing: how the model's own generation_config.json wants tokens to be drawn.
+      drawing: sampling defaults of the model's generation_config.json.
     """
 
     decoder: Decoder
@@ -62,21 +62,21 @@ class Model:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end what the model writes."""
+        """Ids that end generated text."""
         ends = [] if self.stop_id is None else [self.stop_id]
         return tuple(dict.fromkeys([*(self.template.stop_ids if self.template else ()), *ends, *self.more_stop_ids]))
 
     def drawn_as(self, config: Drawing) -> Drawing:
-        """A config of `generate` or `chat`, with the model's own way of drawing for the keys that were not given."""
+        """A config of `generate` or `chat`, with the model's sampling defaults for keys that were not given."""
         return config.model_copy(update={name: value for name, value in self.drawing.items()
                                          if name not in config.model_fields_set})
 
     def engine(self, **options: Any) -> Engine:
-        """An engine of this model; options as of `Engine`."""
+        """An engine of this model; options as for `Engine`."""
         return Engine(self.decoder, self.params, tokenizer=self.tokenizer, mesh=self.mesh, **options)
 
     def complete(self, prompts: Sequence[str], *, max_tokens: int, seed: int = 0, **drawing: Any) -> list[str]:
-        """What the model writes behind each prompt; `drawing`: further fields of `Request`, the same for all."""
+        """The model's continuation of each prompt; `drawing`: further fields of `Request`, the same for all."""
         ids = encode_prompts(self.tokenizer, prompts, prefix_id=self.prefix_id, stop_id=self.stop_id)
         requests = [Request(prompt=tuple(prompt), max_tokens=max_tokens, seed=seed, row=row,
                             stop_ids=self.stop_ids, **drawing) for row, prompt in enumerate(ids)]
@@ -85,10 +85,10 @@ class Model:
 
 
 def with_template(model: Model, config: TemplateConfig, *, name: str) -> Model:
-    """The model, asked through a template that it has not learned; `name` is the MODEL that it was loaded from.
+    """The model with a template that it was not trained with; `name` is the MODEL that it was loaded from.
 
     Raises:
-      UserError: it has learned another one, or the template has ids that the model has not.
+      UserError: it was trained with another one, or the model lacks ids of the template.
     """
     template = open_template(config, model.tokenizer)
     _, kept = find_checkpoint(name)
@@ -102,10 +102,10 @@ def with_template(model: Model, config: TemplateConfig, *, name: str) -> Model:
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], *, prefix_id: int | None,
                    stop_id: int | None) -> list[list[int]]:
-    """Ids of prompts as they would stand in training; an empty one starts behind the end of another document.
+    """Ids of prompts as in training; an empty prompt starts after the end of another document.
 
     Raises:
-      UserError: an empty prompt, where no id begins a document.
+      UserError: the prompt is empty, and no id begins a document.
     """
     rows = []
     for prompt in prompts:
@@ -118,21 +118,21 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], *, prefix_id: i
 
 
 def decode_completion(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
-    """The text of new tokens behind a prompt: a character begun by the prompt's last bytes is not cut."""
+    """The text of new tokens after a prompt; a character that the prompt's last bytes begin is kept whole."""
     before = tokenizer.decode(list(prompt))
     text = tokenizer.decode([*prompt, *new])
     return text[len(before):] if text.startswith(before) else tokenizer.decode(list(new))
 
 
 def load_model(model: str, *, dtype: str = "float32", mesh: MeshConfig | None = None) -> Model:
-    """A MODEL (a run directory, RUN@STEP, a Hugging Face folder), parameters in float32, adapters merged.
+    """Load a MODEL (a run directory, RUN@STEP, a Hugging Face folder), parameters in float32, adapters merged.
 
     Args:
-      dtype: what it computes in.
-      mesh: devices that it is split over; None: it lies on the first one.
+      dtype: dtype of computation.
+      mesh: devices that it is sharded over; None: the first device.
 
     Raises:
-      UserError: no such run, step or tokenizer.
+      UserError: there is no such run, step or tokenizer.
     """
     run_dir, kept = find_checkpoint(model)
     config = read_model_config(run_dir)

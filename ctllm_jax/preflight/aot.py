@@ -1,4 +1,4 @@
-"""A config's real train step, compiled by the compilers of hardware that is not here, and what that tells.
+"""Compile a config's real train step for hardware that is not present, and report the results.
 
 TPU: the package libtpu (extra `tpu`); GPU: JAX's CUDA plugin and CUDA's compiler (extra `cuda13`). Both run on a
 machine that has neither.
@@ -30,22 +30,22 @@ from ctllm_jax.training.run import plan_step
 RESERVED = 0.25 * 2**30
 """Bytes of a TPU's memory that its runtime keeps for itself (libtpu has 15.75 of 16 GiB on v5e)."""
 GPU_FRACTION = 0.92
-"""Share of a GPU's memory for XLA, where XLA_PYTHON_CLIENT_MEM_FRACTION says so; CUDA and NCCL need the rest."""
+"""Share of a GPU's memory for XLA, set by XLA_PYTHON_CLIENT_MEM_FRACTION; CUDA and NCCL need the rest."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What compiling said. Bytes are those of one device.
+    """The result of a compilation. Bytes are those of one device.
 
     Attributes:
       fits: whether the program runs in the memory there.
       memory: bytes by kind: parameters, optimizer, batch, temporaries (or `needed`, where the compiler refused).
       capacity: bytes there are.
       estimate: of the temporaries, by arithmetic: gradients, activations, logits.
-      collectives: None where this compiler gives no text.
+      collectives: None if this compiler gives no text.
       reason: why it does not fit, or gives no text.
       seconds: of compiling.
-      flags: of XLA, that it was compiled with beside the environment's.
+      flags: XLA flags of the compilation, in addition to the environment's.
     """
 
     topology: Topology
@@ -72,7 +72,7 @@ class Report:
 
 
 def open_devices(topology: Topology) -> list[Any]:
-    """Devices to compile for. UserError where their compiler is not installed, with what to install."""
+    """Devices to compile for. Raises UserError if their compiler is not installed, with the package to install."""
     from jax.experimental import topologies
 
     if topology.is_tpu:
@@ -98,7 +98,7 @@ def open_devices(topology: Topology) -> list[Any]:
 
 
 def compile_step(config: PretrainConfig, topology: Topology, devices: list[Any]) -> Report:
-    """Compile the step for these devices. UserError where the mesh does not fit them, as at a run's start."""
+    """Compile the step for these devices. Raises UserError if the mesh does not fit them, as at a run's start."""
     mesh = sharding.make_mesh(config.mesh.model_dump(), devices, nodes=topology.slices)
     implementations = choose_implementations(config, mesh)
     plan = plan_step(config, mesh)
@@ -138,7 +138,7 @@ def compile_step(config: PretrainConfig, topology: Topology, devices: list[Any])
 
 
 def changes(config: PretrainConfig, rows: int) -> Iterable[tuple[str, PretrainConfig]]:
-    """Configs that take less memory and train the same, cheapest first, each with what was changed."""
+    """Equivalent configs that need less memory, cheapest first, each with its changes."""
     order = ("none", "ffn", "attention", "block")
     ladder: list[tuple[str, PretrainConfig]] = []
     remat, chunk = config.compute.remat, config.compute.loss_chunk
@@ -155,7 +155,7 @@ def changes(config: PretrainConfig, rows: int) -> Iterable[tuple[str, PretrainCo
 
 
 def candidates(config: PretrainConfig, rows: int) -> list[tuple[str, PretrainConfig]]:
-    """What a search tries: rows at once x remat x loss chunk, all of which train the same."""
+    """The candidates of a search: rows per device x remat x loss chunk; all give the same training."""
     counts = sorted({count for count in (1, 2, 4, 8, 16, rows) if count <= max(rows, 16)}, reverse=True)
     return [altered(config, rows=count, remat=remat, chunk=chunk)
             for remat in ("none", "ffn", "attention", "block") for count in counts for chunk in (8192, 4096, 2048)]
@@ -182,9 +182,9 @@ def _per_device(tree: Any) -> int:
 
 
 def _temporaries(analysis: Any, memory: dict[str, int]) -> int:
-    """What a program needs beside its arguments: outputs that take no argument's place, temporaries, its code.
+    """Memory of a program besides its arguments: outputs without a donated argument, temporaries, its code.
 
-    Padding of arguments to tiles, which shapes do not tell, counts here too.
+    Padding of arguments to tiles, which shapes do not show, counts here, too.
     """
     padding = max(0, analysis.argument_size_in_bytes - sum(memory.values()))
     return (analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
@@ -192,7 +192,7 @@ def _temporaries(analysis: Any, memory: dict[str, int]) -> int:
 
 
 def _needed(message: str) -> int:
-    """Bytes that the compiler says a program would need; 0 where it gives none."""
+    """The compiler's estimate of a program's memory in bytes; 0 if it gives none."""
     found = re.search(r"\(([\d.]+)([GM])\) exceeds|Used ([\d.]+)([GM]) of", message)
     if found is None:
         return 0

@@ -74,7 +74,7 @@ def _dataset_fix(message: str) -> str:
 
 
 def check_tokenizer(subject: Subject) -> list[Finding]:
-    """The tokenizer of the config, where it names one."""
+    """The tokenizer of the config, if it names one."""
     path = None if subject.config is None else subject.config.data.tokenizer if hasattr(
         subject.config.data, "tokenizer") else None
     if path is None:

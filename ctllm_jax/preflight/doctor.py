@@ -1,6 +1,6 @@
-"""What would stop a run on this machine, found before it starts: checks that end, whatever hangs.
+"""Find problems that would stop a run on this machine before it starts; every check has a time limit.
 
-A check (ctllm_jax/preflight/checks.py) is run in a thread that is left behind when its time is up, or, where it imports
+A check (ctllm_jax/preflight/checks.py) runs in a thread that is abandoned when its time is up, or, if it imports
 jax, in a process of its own, which is killed then: a flag that XLA does not know ends a process, with nothing to catch.
 """
 
@@ -27,7 +27,7 @@ _CHILD = "from ctllm_jax.preflight.doctor import be_child; be_child()"
 def examine(subject: Subject, *, seconds: float, tell: Callable[[str], None] = lambda name: None) -> Iterator[Finding]:
     """All findings, in the order of the checks; none takes longer than `seconds`.
 
-    The processes run beside the threads, two at a time. `tell` is given the name of what is waited for.
+    The processes run in parallel with the threads, two at a time. `tell` is called with the name of the awaited check.
     """
     with ThreadPoolExecutor(2) as pool:
         started: dict[str, Future] = {name: pool.submit(_in_process, name, subject, seconds)
@@ -62,7 +62,7 @@ def _safely(name: str, check: Callable[[Subject], list[Finding]], subject: Subje
 def _in_process(name: str, subject: Subject, seconds: float) -> list[Finding]:
     """The check in a process of its own; what it said last, where it died."""
     config = None if subject.config is None else subject.config.model_dump(mode="json")
-    # A session of its own, so that what it started ends with it.
+    # A new session, so that its child processes end with it.
     with subprocess.Popen([sys.executable, "-c", _CHILD, name, subject.stage], text=True, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(subject.environment),
                           start_new_session=True) as child:

@@ -1,7 +1,7 @@
-"""A run that is resumed with another number of steps: what that does to its learning rate, and what is better.
+"""Resume with another number of steps: the effect on the learning rate, and a better way.
 
-The schedule is a function of the step and of the number of steps. A finished cosine or WSD run that gets more steps
-jumps from its lowest learning rate back up; its decay is lost.
+The schedule is a function of the step and the number of steps. If a finished cosine or WSD run gets more steps, its
+learning rate jumps up again from the minimum, and the decay is lost.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ctllm_jax.training.checkpoints.files import CHECKPOINTS, list_steps
 from ctllm_jax.training.optimizer import make_schedule
 
 SMOOTH = 0.01
-"""Share of the peak learning rate up to which a change is no jump."""
+"""Share of the peak learning rate up to which a change does not count as a jump."""
 
 
 class Rates(NamedTuple):
-    """Learning rates at a step: of the last update made, and of the next one with the old and the new schedule."""
+    """Learning rates at a step: of the last update, and of the next one with the old and the new schedule."""
 
     last: float
     expected: float
@@ -32,19 +32,19 @@ class Rates(NamedTuple):
 
     @property
     def jump(self) -> float:
-        """How far the next learning rate is from what would have come, or from what was, whichever is nearer."""
+        """Distance of the next learning rate from the expected or the last one, whichever is nearer."""
         return min(abs(self.following - self.expected), abs(self.following - self.last))
 
 
 def rates_at(config: OptimizerConfig, *, step: int, before: int, steps: int) -> Rates:
-    """The learning rates where a run of `before` steps goes on at `step` as one of `steps`."""
+    """The learning rates if a run of `before` steps continues at `step` as one of `steps`."""
     old, new = make_schedule(config, steps=before), make_schedule(config, steps=steps)
     return Rates(*(float(rate(np.int32(at))) for rate, at in ((old, max(step - 1, 0)), (old, step), (new, step))))
 
 
 def describe_jump(config: PretrainConfig, *, run_dir: Path, step: int, before: int) -> str | None:
-    """What to tell of a run that goes on at `step` and had `before` steps; None where its learning rate goes on
-    smoothly."""
+    """The warning for a run that continues at `step` and had `before` steps; None if its learning rate is
+    continuous."""
     optimizer, steps = config.optimizer, config.steps
 
     def jump(at: int) -> float:
@@ -57,7 +57,7 @@ def describe_jump(config: PretrainConfig, *, run_dir: Path, step: int, before: i
             f" have {rates.following:.3g}, because steps={steps} replaces steps={before} and"
             f" optimizer.schedule={optimizer.schedule} follows it (with steps={before} it would have"
             f" {rates.expected:.3g})"]
-    # Of the steps that are kept, the newest at which both schedules agree; else the one where they differ least.
+    # Of the saved steps, the newest at which both schedules agree; else the one where they differ least.
     kept = [number for path in list_steps(run_dir, CHECKPOINTS) if (number := int(path.name)) < step]
     best = max((each for each in kept if jump(each) <= SMOOTH * optimizer.lr), default=None)
     best = best if best is not None else min(kept, key=jump, default=None)

@@ -1,4 +1,5 @@
-"""Whether weights and what they are joined with compute one function; a difference is listed, and refused."""
+"""Check that weights match the config, tokenizer or base that they are used with; differences are listed and
+refused."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from ctllm_jax.training.checkpoints.streaming import stream_parameters
 Data = TypeVar("Data", bound=BatchSource | None)
 KEY = "allow_mismatch"
 _NO_FUNCTION = {"vocab_multiple", "init_std", "context_length"}
-"""Fields of ModelConfig that decide no output: padding, how weights began, and the length that is meant."""
+"""Fields of ModelConfig that do not affect outputs: padding, initialization, and the intended length."""
 logger = logging.getLogger(__name__)
 
 
@@ -42,7 +43,7 @@ class Mismatch(UserError):
 def refuse(differences: Sequence[str], *, what: str, allow: bool | None) -> None:
     """`Mismatch` with these differences, or a warning with them where the key `allow_mismatch` allows them.
 
-    `allow` is its value; None for a command that has no such key.
+    `allow` is its value; None for a command without this key.
     """
     if not differences:
         return
@@ -60,7 +61,7 @@ def model_differences(there: ModelConfig, here: ModelConfig) -> list[str]:
 
 
 def tokenizer_differences(there: Tokenizer, here: Tokenizer) -> list[str]:
-    """What two tokenizers do differently. Files that differ may still give the same ids, as a model and its JSON do."""
+    """Differences of two tokenizers. Different files may still give the same ids, as a model and its JSON do."""
     if there.sha256 == here.sha256:
         return []
     theirs, ours = Vocabulary(there).pieces, Vocabulary(here).pieces
@@ -75,14 +76,14 @@ def tokenizer_differences(there: Tokenizer, here: Tokenizer) -> list[str]:
 
 def check_origin(config: PretrainConfig, model: ModelConfig, *, tokenizer: Path | str | None,
                  eod_id: int | None = None) -> Kept:
-    """The checkpoint that `config.init` names, which `model` computes as its own run did, with its tokenizer's ids.
+    """Return the checkpoint that `config.init` names, after checking that `model` and tokenizer match its run.
 
     Args:
-      tokenizer: that of the data; None: it has none.
+      tokenizer: the data's tokenizer; None: it has none.
       eod_id: id that ends a document of the data; None: it has no documents.
 
     Raises:
-      UserError: no such MODEL, or one that differs, unless `config.allow_mismatch`.
+      UserError: there is no such MODEL, or it differs, unless `config.allow_mismatch`.
     """
     run_dir, kept = find_checkpoint(config.init)
     differences = model_differences(read_model_config(run_dir), model)
@@ -106,14 +107,14 @@ def checked_start(config: PretrainConfig, data: Data) -> Data:
 
 
 def check_base_model(kept: Kept, name: str, *, base: str | None, allow: bool) -> None:
-    """Compare the base model that PEFT is to find with the one that a run's adapters belong to.
+    """Compare the base model that PEFT will load with the one that a run's adapters belong to.
 
     Args:
       name: a Hugging Face folder, or a name in the cache of `huggingface_hub`.
-      base: MODEL that the adapters belong to, if it is not where it was.
+      base: MODEL that the adapters belong to, if it has moved.
 
     Raises:
-      UserError: another model, or one that is not here, unless `allow`.
+      UserError: it is another model, or not on this machine, unless `allow`.
     """
     folder = _local_folder(name)
     what = f"base_model={name} is not known to be the model that the adapters of {kept.run_dir} belong to"
@@ -151,7 +152,8 @@ def _local_folder(name: str) -> Path | None:
 
 
 def _weight_differences(belongs: Kept, folder: Path) -> list[str]:
-    """The first parameter that differs, in the narrower of both dtypes: an export may have rounded it."""
+    """The first parameter that differs, compared in the narrower of both dtypes, because an export may have rounded
+    it."""
     weights = open_weights(folder)
     for path, there in stream_parameters(belongs):
         here = weights.read(path)

@@ -1,4 +1,4 @@
-"""What a run says of itself: at its start, and of its steps."""
+"""Records of a run: at its start, and for its steps."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from ctllm_jax.training.run import Run
 
 _FULL = 0.99
-"""Rows of which so large a share is tokens count as full."""
+"""Rows with at least this share of tokens count as full."""
 
 
 def describe_run(run: Run) -> dict[str, Any]:
-    """The start of a run, for the banner and for metrics.jsonl."""
+    """The "start" record of a run, for the banner and for metrics.jsonl."""
     config = run.config
     flops = flops_per_token(config.model, sequence_length=config.batch.sequence_length, lora=config.lora)
     devices = jax.devices()
@@ -39,7 +39,7 @@ def describe_run(run: Run) -> dict[str, Any]:
 
 
 def is_padded(run: Run) -> bool:
-    """Whether a good part of the run's rows is padding, which its tokens do not count."""
+    """Whether a considerable part of the run's rows is padding, which token counts exclude."""
     return run.data.tokens_at(run.config.steps) < _FULL * run.config.tokens_at(run.config.steps)
 
 

@@ -1,6 +1,7 @@
-"""Log-probabilities of all answers under the model that training starts from: computed once, kept, and checked.
+"""Log-probabilities of all answers under the reference model: computed once, stored, and checked.
 
-The weights are on the devices for this pass alone, before the run's state is there: never two models at a time.
+The weights are on the devices only for this pass, before the run's state exists, so there are never two models in
+memory.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from ctllm_jax.training.objective import Objective
 from ctllm_jax.training.run import make_decoder, place_batch, plan_step
 
 FOLDER = ".reference"
-"""Ending of the folder beside the pairs that keeps a file for each reference, tokenizer, template and length."""
+"""Suffix of the folder next to the pairs that stores a file for each reference, tokenizer, template and length."""
 TOLERANCE = 1e-4
-"""Nats a token, in float32: other packings and meshes stay below a tenth of it."""
-_CHECKED = 8  # rows, computed anew at each start
-_MEASURED = 16  # pairs whose rows are computed alone, to see what packing changes
+"""Tolerance in nats per token, in float32; other packings and meshes differ by less than a tenth of it."""
+_CHECKED = 8  # number of rows that are recomputed at each start
+_MEASURED = 16  # number of pairs that are computed separately, to measure the effect of packing
 logger = logging.getLogger(__name__)
 
 
@@ -59,33 +60,33 @@ def answer_logps(decoder: Decoder, params: Any, batch: Batch, *, config: DPOConf
 def attach_reference(config: DPOConfig, data: PreferenceData, objective: Objective, *, directory: Path,
                      stage: Callable[[str], None] = logger.info,
                      beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Give `data` its reference log-probabilities: those that are kept, once some are computed anew, or new ones.
+    """Set the reference log-probabilities of `data`: stored ones, after some are recomputed as a check, or new ones.
 
     Args:
       config: with its model; `config.init` is the reference.
-      directory: of the run: a run of another reference is not gone on with, and they are kept there where nothing can
-        be written beside the pairs.
+      directory: the run directory. A run with another reference is not resumed. The file is stored there if the folder
+        of the pairs is not writable.
       stage: called with a line that says what is being done.
       beat: called for each batch, as a sign of life.
 
     Returns:
-      What was found: `file`, `how` ("computed" or "kept"), `answers`, `tolerance` and the largest `difference` seen,
+      A summary: `file`, `how` ("computed" or "kept"), `answers`, `tolerance` and the largest `difference` seen,
       both in nats a token.
 
     Raises:
-      UserError: the file is of another reference, tokenizer, template, length or data, which are named, is damaged, or
-        says other than the model does; or the run was begun with another reference.
+      UserError: the file belongs to another reference, tokenizer, template, length or data (the message names them), is
+        damaged, or contradicts the model; or the run was started with another reference.
     """
     _, checkpoint = find_checkpoint(config.init)
     identity = identify(config, data, checkpoint)
     data.reference_identity = identity["reference"]
     begun = [kept for kept in list_checkpoints(directory) if kept.kind == "resumable" and kept.meta] if _is_run(
         directory) else []
-    if begun:  # before anything is computed
+    if begun:  # before any computation
         compare_fingerprints(begun[-1].meta["fingerprint"], make_fingerprint(config, data.fingerprint),
                              schema=type(config), run_dir=directory)
     places = reference_files(config, identity, directory)
-    # All processes must do the same: a file counts if all of them see it.
+    # All processes must decide alike: a file is used only if all of them see it.
     seen = multihost_utils.process_allgather(np.array([path.exists() for path in places])).reshape(-1, len(places))
     path = next((path for path, by_all in zip(places, seen.all(axis=0), strict=True) if by_all), None)
     kept = read_reference(path, identity) if path else None
@@ -123,10 +124,10 @@ def attach_reference(config: DPOConfig, data: PreferenceData, objective: Objecti
 
 
 def reference_files(config: DPOConfig, identity: dict[str, Any], directory: Path) -> list[Path]:
-    """Where the log-probabilities of this identity may lie, the best place first.
+    """Possible files of the log-probabilities with this identity, in order of preference.
 
-    `config.data.reference` alone if it is given; else a file named by a hash of `identity` in the folder
-    NAME.reference beside the pairs (beside the first source), which all runs share, or of that name in `directory`.
+    Only `config.data.reference` if it is given; else a file named by a hash of `identity` in the folder NAME.reference
+    next to the first source of pairs, which all runs share, or in `directory`.
     """
     if config.data.reference:
         return [Path(config.data.reference)]
@@ -140,19 +141,20 @@ def _is_run(directory: Path) -> bool:
 
 
 def identify(config: DPOConfig, data: PreferenceData, checkpoint: Kept) -> dict[str, Any]:
-    """What the log-probabilities depend on, as JSON. The reference is named by its step and what its run was."""
-    # With allow_mismatch the architecture need not be that of the checkpoint.
+    """What the log-probabilities depend on, as JSON. The reference is identified by its step and a hash of its run."""
+    # With allow_mismatch the architecture may differ from that of the checkpoint.
     other = {"model": config.model.model_dump(mode="json")} if config.allow_mismatch else {}
     return {"reference": identify_model(checkpoint), **data.identity, "dtype": config.compute.dtype, **other}
 
 
 def read_reference(path: Path, identity: dict[str, Any]) -> tuple[np.ndarray, float]:
-    """(log-probabilities float32 [2N], tolerance in nats a token) of a file. UserError as `attach_reference` says."""
+    """Read (log-probabilities float32 [2N], tolerance in nats per token) from a file. Raises UserError as in
+    `attach_reference`."""
     try:
         with np.load(path, allow_pickle=False) as file:
             logps, found = file["logps"], json.loads(str(file["identity"]))
             tolerance = float(file["tolerance"])
-    except Exception as error:  # zipfile, zlib, numpy and json each have their own
+    except Exception as error:  # zipfile, zlib, numpy and json each raise their own errors
         raise UserError(f"{path}: the reference log-probabilities cannot be read ({error}); remove the file, and they"
                         " are computed anew") from None
     differing = [f"{_flat(name)}: {found.get(name)} in the file, {value} now" for name, value in identity.items()
@@ -168,7 +170,7 @@ def _flat(name: str) -> str:
 
 
 def _write(places: Sequence[Path], logps: np.ndarray, identity: dict[str, Any], tolerance: float) -> Path:
-    """Keep them in the first of `places` that can be written; gives it."""
+    """Store them in the first of `places` that is writable, and return that path."""
     for path in places:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -187,7 +189,8 @@ def _write(places: Sequence[Path], logps: np.ndarray, identity: dict[str, Any], 
 
 def _make_compute(config: DPOConfig, mesh: jax.sharding.Mesh, params: Any, *,
                   rows: int, beat: Callable[[], None]) -> Callable[[list[Batch]], np.ndarray]:
-    """`rows of [S] arrays -> log p of their answers [n, M]`, `rows` at once over all devices."""
+    """Return `rows of [S] arrays -> log p of their answers [n, M]`, which computes `rows` rows at once on all
+    devices."""
     decoder = make_decoder(config, mesh).clone(remat="none")
     step = jax.jit(lambda params, batch: answer_logps(decoder, params, batch, config=config, mesh=mesh)[0],
                    out_shardings=sharding.replicated(mesh))
@@ -219,7 +222,7 @@ def _logps_of(data: PreferenceData, compute: Callable, rows: Sequence[Sequence[i
 
 def _largest_difference(data: PreferenceData, compute: Callable, rows: Sequence[Sequence[int]], logps: np.ndarray,
                         lengths: np.ndarray) -> float:
-    """The largest difference, in nats a token, of these log-probabilities from those computed in these rows."""
+    """The largest difference, in nats per token, between these log-probabilities and those computed from these rows."""
     again = _logps_of(data, compute, rows)
     differences = np.abs(again - logps)[~np.isnan(again)] / lengths[~np.isnan(again)]
     return float(differences.max())
