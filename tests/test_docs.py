@@ -54,7 +54,7 @@ COMPLAINTS = {
         "pretrain quickstart/pretrain data=data/corpus model.vocab_size=8000 batch.sequence_length=96 batch.tokens=960",
     "were made with different tokenizers":
         "pretrain quickstart/pretrain data=data/corpus model.vocab_size=8000 data.sources.b.path=data/other",
-    "cannot be resumed: it was begun with other values than it is to go on with":
+    "cannot be resumed: its keys had other values when it was started":
         "pretrain debug/pretrain run.dir=runs/mesh seed=7",
     "would compute something else here than in its own run":
         "pretrain debug/pretrain init=runs/corpus run.dir=runs/other",

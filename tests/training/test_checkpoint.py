@@ -364,7 +364,7 @@ def test_another_number_of_processors_is_told(kept_run, prepare, caplog):
     assert "processors" not in caplog.text
     (directory / "environment.json").write_text(json.dumps({**environment, "cpu_count": 999}))
     prepare(directory)
-    assert "was begun on 999 processors and goes on on" in caplog.text
+    assert "was started on 999 processors and continues on" in caplog.text
 
 
 @pytest.mark.parametrize(("text", "message"), [

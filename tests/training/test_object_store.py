@@ -292,7 +292,7 @@ def test_a_store_that_fails(store, cache):
     assert store.failed > 3
     store.write("shaky/STOP", b"")
     done = process.wait_for_text()
-    assert done.returncode == 0 and "STOP: stopping behind step" in done.stdout, done.stdout
+    assert done.returncode == 0 and "STOP: stopping after step" in done.stdout, done.stdout
     reached = json.loads(store.read("shaky/status.json"))["step"]
     assert steps_at(url)[-1] == str(reached) and "shaky/STOP" not in store.names()
     run = read_run(url)
