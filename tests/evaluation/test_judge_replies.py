@@ -73,6 +73,16 @@ def test_a_long_gap_is_one_space():
     assert read_rating("评分：" + " " * 100_000 + "x") is None
 
 
+@pytest.mark.parametrize(("reply", "rating"), [
+    ("“" * 500_000 + "\n评分：8", 8), ("「" * 500_000 + "\n评分：8", 8), ("“[[3]]” 和 “" * 20_000 + "\n评分：8", 8),
+    ("x" + "\n" * 500_000 + "评分：8", 8), ("很好，评分：" + "1" * 200_000 + "x1", None),
+    ("很好，" + "评分为8x" * 20_000, 8), ("很好，评分：8" + "x" * 500_000, 8)],
+    ids=["unclosed", "unclosed corner", "closed", "empty lines", "digits", "ratings", "letters"])
+def test_a_long_reply_takes_no_more_than_its_length(reply, rating):
+    """Each would take minutes if the time grew with the square of the length."""
+    assert read_rating(reply) == rating
+
+
 @pytest.mark.parametrize(("reply", "rating"), [case for cases in RATINGS.values() for case in cases])
 def test_a_rating_is_read(reply, rating):
     assert read_rating(reply) == rating

@@ -30,7 +30,7 @@ _FINAL = r"(?P<final>(?:最终|最后|综合|总体|总的?|整体|final|overall
 _IS = r"\s*[\"']?\s*(?::|为|是|\bis\b|=)\s*[\"']?\s*"
 _VALUE = rf"(?P<value>[-+]?\d+(?:\.\d+)?|[{_HAN}]+(?:点[{_HAN}]+)?)"
 _OF = r"(?:\s*分)?(?:\s*(?:/|out\s+of)\s*(?P<of>\d+(?:\.\d+)?)(?:\s*分)?)?"
-_END = rf"(?![\w.]*\d|[{_HAN}]|分?[\u4e00-\u9fff]|\s*[-–—~/至到]\s*[\d{_HAN}])"
+_END = rf"(?![\w.]{{0,99}}\d|[{_HAN}]|分?[\u4e00-\u9fff]|\s*[-–—~/至到]\s*[\d{_HAN}])"
 _OPEN, _CLOSE = r"(?:\[\[|【【)\s*", r"\s*(?:\]\]|】】)"
 _NUMBER = re.compile(_VALUE + _OF)
 _LOOKS_NUMERIC = re.compile(rf"[-+]?[\d{_HAN}][\d{_HAN}.点分半/~–—到至\s-]*(?:out of \d+)?")
@@ -72,7 +72,7 @@ def read_rating(reply: str) -> float | None:
             found.append((0 if match["final"] else 1, rating))
         else:
             sentences.append(line)
-    rest = _QUOTED.sub("", "\n".join(sentences))
+    rest = _without_quotations("\n".join(sentences))
     for match in _spoken(_BRACKETS, rest):
         if _LOOKS_NUMERIC.fullmatch(match["number"]):
             found.append((0 if match["final"] else 2 if match["label"] else 3, _rating(match["number"])))
@@ -90,7 +90,7 @@ def read_verdict(reply: str) -> str | None:
             found.append((0 if match["final"] else 1, match["letter"]))
         else:
             sentences.append(line)
-    found += [(2, match["letter"]) for match in _spoken(_VERDICT, _QUOTED.sub("", "\n".join(sentences)))]
+    found += [(2, match["letter"]) for match in _spoken(_VERDICT, _without_quotations("\n".join(sentences)))]
     return _certain([(rank, letter if letter in ("A", "B", "C") else None) for rank, letter in found])
 
 
@@ -109,10 +109,18 @@ def _lines(text: str) -> list[str]:
 def _json(text: str) -> dict | None:
     """The reply as a JSON object, with or without a code block; None if it is not one."""
     try:
-        found = json.loads(re.sub(r"\A```(?:json)?\s*|\s*```\Z", "", text))
+        found = json.loads(re.sub(r"\A```(?:json)?", "", text).removesuffix("```"))
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _without_quotations(text: str) -> str:
+    for opening, closing in ("“”", "‘’", "「」", "『』"):
+        # The search for the end of a quotation that has none takes the square of the time.
+        end = text.rfind(closing) + 1
+        text = text[:end] + text[end:].replace(opening, "\0")
+    return _QUOTED.sub("", text)
 
 
 def _spoken(pattern: re.Pattern, text: str) -> Iterator[re.Match]:
