@@ -10,6 +10,7 @@ import codecs
 import io
 import json
 import logging
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ def read_json_lines(file: Path, quarantine: Quarantine) -> Iterator[tuple[int, o
                     continue
                 yield line, values, data, raw.tell()
         except broken_stream_errors() as error:
-            quarantine.put(file, line + 1, f"the compressed data is damaged or ends early: {error}")
+            quarantine.put(file, line + 1, describe_damage(error))
 
 
 def unicode_codec(start: bytes) -> str | None:
@@ -329,14 +330,15 @@ class _FrameReader(io.RawIOBase):
 
 def broken_stream_errors() -> tuple[type[Exception], ...]:
     """The exceptions raised by reading a damaged compressed stream."""
-    errors: list[type[Exception]] = [EOFError, zlib.error]
-    try:
-        import zstandard
+    zstandard = sys.modules.get("zstandard")
+    return (EOFError, zlib.error, *((zstandard.ZstdError,) if zstandard else ()))
 
-        errors.append(zstandard.ZstdError)
-    except ImportError:
-        pass
-    return tuple(errors)
+
+def describe_damage(error: Exception) -> str:
+    """What is wrong with a compressed stream, from the error of its decompressor."""
+    if "too much memory" in str(error):
+        return "its zstd window is larger than 128 MiB; compress it with zstd --long=27 or less"
+    return f"the compressed data is damaged or ends early: {error}"
 
 
 def _read_text(file: Path, text_field: str, quarantine: Quarantine) -> Iterator[tuple[int, str, int]]:

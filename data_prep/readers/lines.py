@@ -11,6 +11,7 @@ from ctllm_jax.dataset.text import (
     broken_stream_errors,
     checked_value,
     decompressed,
+    describe_damage,
     parse_json,
     read_line,
 )
@@ -85,7 +86,7 @@ def read_lines(unit: InputUnit, largest: int, quarantine: Quarantine, tally: Tal
                 yield Record(own or f"{name}#{line}", as_label(values.get(url_field)) if url_field else None, text,
                              source, as_label(values.get(time_field)) if time_field else None, file, line)
         except broken_stream_errors() as error:
-            quarantine.put(file, line + 1, f"the compressed data is damaged or ends early: {error}")
+            quarantine.put(file, line + 1, describe_damage(error))
 
 
 def _text(values: object, text_field: str) -> str:
@@ -104,7 +105,7 @@ def read_text(unit: InputUnit, largest: int, quarantine: Quarantine, tally: Tall
         try:
             data = stream.read(largest + 1).removeprefix(BOM)
         except broken_stream_errors() as error:
-            quarantine.put(file, 1, f"the compressed data is damaged or ends early: {error}")
+            quarantine.put(file, 1, describe_damage(error))
             return
     try:
         check_size(len(data), largest, "the file")

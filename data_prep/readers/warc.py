@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from ctllm_jax.dataset.text import Codec, codec
+from ctllm_jax.dataset.text import Codec, codec, describe_damage
 
 LARGEST = 2**26
 """Bytes of the largest record that is held; longer ones are no web pages."""
@@ -209,7 +209,7 @@ def _expanded(raw: BinaryIO, compression: str | None, file: str) -> Iterator[byt
         try:
             piece = member.decompress(data) if data else b""
         except form.error as error:
-            piece, damage = b"", f"the compressed data is damaged: {error}"
+            piece, damage = b"", describe_damage(error)
         if piece:
             yield piece
         if damage:
@@ -229,8 +229,7 @@ def _expanded(raw: BinaryIO, compression: str | None, file: str) -> Iterator[byt
 def _from_next_member(data: bytes, raw: BinaryIO, form: Codec) -> bytes:
     """The bytes from where a compressed member may begin, or none at the end of the file."""
     while (at := data.find(form.magic)) < 0:
-        chunk = raw.read(_CHUNK)
-        if not chunk:
+        if not (chunk := raw.read(_CHUNK)):
             return b""
         data = data[-len(form.magic) + 1:] + chunk
     return data[at:]

@@ -81,6 +81,16 @@ def test_damaged_compression_costs_the_rest_of_its_file(tmp_path, read, as_lines
     assert bad.position == count + 1 and bad.reason.startswith("the compressed data is damaged or ends early")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.txt.zst", "a.warc.zst"])
+def test_a_zstd_window_that_is_too_large_is_named(tmp_path, read, as_lines, name):
+    settings = zstandard.ZstdCompressionParameters.from_level(3, window_log=28)
+    packer = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    (tmp_path / name).write_bytes(packer.compress(as_lines("one")) + packer.flush())
+    (tmp_path / "b.jsonl").write_bytes(as_lines("two"))
+    reading = read([tmp_path])
+    assert reading.texts == ["two"] and "its zstd window is larger than 128 MiB" in reading.bad[0].reason
+
+
 def test_an_own_id_that_is_no_label_gives_way_to_the_place(tmp_path, read, as_lines):
     own = ["x", None, "", [1], 5]
     (tmp_path / "a.jsonl").write_bytes(as_lines(*({"id": label, "text": "t"} for label in own)))
