@@ -8,15 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ctllm_jax.report.readable import compact, duration
 
@@ -25,9 +17,9 @@ _LINE_SECONDS = 30.0  # between the lines of a log
 
 @contextlib.contextmanager
 def stage_bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A function (stage, bytes done, bytes in all) that moves the bar of its stage. Nothing is drawn in a pipe."""
-    columns = (TextColumn("{task.description:>10}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-               TimeRemainingColumn())
+    """A function (stage, done, in all) that moves the bar of its stage: of bytes, units or bands, and so in percent.
+    Nothing is drawn in a pipe."""
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         tasks = {}
 

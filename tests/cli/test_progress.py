@@ -30,3 +30,11 @@ def test_a_terminal_gets_a_bar(monkeypatch):
         for _ in range(3):
             advance()
     assert "3/3" in out.getvalue() and "/s | eta 0.0s" in out.getvalue()
+
+
+def test_a_stage_is_shown_in_percent():
+    """Some stages count units, and not bytes."""
+    out = io.StringIO()
+    with progress.stage_bars(Console(file=out, force_terminal=True, width=100)) as report:
+        report("clusters", 3, 4)
+    assert "clusters" in out.getvalue() and "75%" in out.getvalue() and "bytes" not in out.getvalue()
