@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,12 +82,15 @@ def prepare(context: Context, inputs: list) -> int:
     show_funnel(report, console)
     if report["datasets"]:
         show_datasets(report, console)
-    console.print(f"{time.monotonic() - began:.1f} s; report: {escape(str(page))}")
+    rules = ", ".join(dict.fromkeys(row["name"] for row in report["rule_sets"]))
+    bad = sum(row["quarantined"] for row in report["funnel"])
+    aside = f"; {bad:,} record{'s' * (bad > 1)} set aside: {page.with_name('quarantine.jsonl')}" if bad else ""
+    console.print(escape(f"{time.monotonic() - began:.1f} s; rules: {rules}; report: {page}{aside}"))
     several = f"/{next(iter(ran.manifests), '')}" if len(ran.manifests) > 1 else ""
-    console.print("next: [bold]" + escape(
-        f"python launch.py data inspect {config.output}{several}" if ran.manifests else
-        f"python launch.py tokenizer input={config.output}/clean output=tokenizer.model vocab_size=32000"
-        if config.tokenizer is None else f"less {page}") + "[/]")
+    words = (["python", "launch.py", "data", "inspect", config.output + several] if ran.manifests else
+             ["python", "launch.py", "tokenizer", f"input={config.output}/clean", "output=tokenizer.model",
+              "vocab_size=32000"] if config.tokenizer is None else ["less", str(page)])
+    console.print(f"next: [bold]{escape(shlex.join(words))}[/]")
     return 0
 
 
@@ -115,11 +119,9 @@ def show_funnel(report: dict, console) -> None:
         table.add_column(column, justify="left" if column in ("source", "stage", "most dropped by") else "right")
     for row in sorted(report["funnel"], key=lambda row: list(report["removed"]).index(row["source"])
                       if row["source"] in report["removed"] else -1):
-        why = ""
-        if row["stage"] == "filter":
-            rules = sorted((rule for rule in report["rules"] if rule["source"] == row["source"] and rule["failed"]),
-                           key=lambda rule: -rule["failed"])
-            why = ", ".join(f"{rule['name']} {rule['failed']:,}" for rule in rules[:3])
+        rules = sorted((rule for rule in report["rules"] if rule["source"] == row["source"] and rule["failed"]
+                        and row["stage"] == "filter"), key=lambda rule: -rule["failed"])
+        why = ", ".join(f"{rule['name']} {rule['failed']:,}" for rule in rules[:3])
         table.add_row(row["source"], row["stage"], f"{row['in']:,}", f"{row['kept']:,}", f"{row['dropped']:,}",
                       f"{row['quarantined']:,}", f"{row['kept_bytes'] / 1e6:,.2f}", why)
     console.print(table)

@@ -43,6 +43,17 @@ def test_prepare_tells_what_became_of_the_documents(corpus, tmp_path, capsys):
     assert any("validation" in line.split() for line in printed.splitlines())
 
 
+def test_prepare_names_its_rules_and_what_was_set_aside(corpus, tmp_path, capsys):
+    """The next command can be pasted into a shell, where a space ends a word."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    assert main(["prepare", f"input={tmp_path}/a.jsonl", f"output={tmp_path}/the output", "rules=light",
+                 "max_bad=1"]) == 0
+    printed = capsys.readouterr().out.replace("\n", "")
+    assert f"rules: light; report: {tmp_path}/the output/report.html; 1 record set aside: {tmp_path}/the output/" \
+        "quarantine.jsonl" in printed
+    assert f"next: python launch.py tokenizer 'input={tmp_path}/the output/clean' output=tokenizer.model" in printed
+
+
 def test_a_dry_run_writes_nothing(corpus, tmp_path, capsys):
     assert main(["prepare", f"input={corpus}/text.jsonl", f"tokenizer={corpus}/t.model", f"output={tmp_path}/out",
                  "--dry-run"]) == 0
