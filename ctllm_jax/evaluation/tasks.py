@@ -5,6 +5,7 @@ Stock tasks are unchanged, prompt for prompt; only the source of their rows is o
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 import logging
@@ -146,9 +147,8 @@ class Catalog:
         """The reason why a name cannot be opened, or None."""
         if find_benchmark(name) is not None and self._entry(name) is not None:
             return None
-        import difflib
-
-        near = difflib.get_close_matches(name, BENCHMARKS, n=3, cutoff=0.5)
+        known = {*BENCHMARKS, *(member for each in BENCHMARKS.values() for member in each.members)}
+        near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
         return (f"no task {name}" + (f"; did you mean {' or '.join(near)}?" if near else "")
                 + " (python launch.py evaluate list shows all)")
 

@@ -289,6 +289,8 @@ def test_what_is_missing_is_said_with_a_cure(tmp_path):
         f"tasks=hellaswag,humaneval,cmmlu data={tmp_path}"]
     with pytest.raises(UserError, match="no task hellaswg; did you mean hellaswag.*no task mmlu_alchemy"):
         open_tasks(["hellaswg", "mmlu_alchemy"], data=tmp_path)
+    with pytest.raises(UserError, match="no task ceval_law; did you mean ceval-valid_law or"):
+        open_tasks(["ceval_law"], data=tmp_path)
 
 
 def test_code_is_run_and_counted(data, cache):

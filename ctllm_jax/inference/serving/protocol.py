@@ -331,7 +331,8 @@ def _parse(schema: type[_Common], served: Served, body: bytes) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = [str(part) for part in first["loc"]]
-        words = {"extra_forbidden": "is not supported"}.get(first["type"], first["msg"])
+        refused = first["type"] in ("extra_forbidden", "none_required") or first.get("ctx", {}).get("max_length") == 0
+        words = "is not supported" if refused else first["msg"]
         raise ProtocolError(400, f"{'.'.join(place) or 'body'}: {words}", param=place[0] if place else None) from None
     if asked.model != served.name:
         raise ProtocolError(404, f"no model {asked.model!r}: there is {served.name!r}", param="model",
