@@ -32,14 +32,14 @@ FIGURES = ("distinct", "commonest", "distinct_bigrams", "characters", "ended", "
 
 def measure(base: Path, seeds: list[int]) -> dict[int, dict[str, Any]]:
     """The verdict for each seed."""
-    import yaml
     from rich.console import Console
 
     from ctllm_jax.cli.quickstart import HELD_OUT, show_verdict
     from ctllm_jax.cli.quickstart_alignment import align
     from ctllm_jax.cli.stages import Stages
+    from ctllm_jax.config.load import read_values
 
-    sources = yaml.safe_load((base / "config.yaml").read_text(encoding="utf-8"))["data"]["sources"]
+    sources = read_values(base / "config.yaml")["data"]["sources"]
     console = Console()
     verdicts = {}
     for seed in seeds:

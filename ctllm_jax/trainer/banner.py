@@ -62,8 +62,6 @@ def print_parameter_groups(run: Run, console: Console) -> None:
 
 def print_goodput(directory: Path, console: Console) -> None:
     """Where the time went, over all attempts, in one line."""
-
-
     if line := goodput_line(read_run(directory)):
         console.print(Text(line), soft_wrap=True)
 

@@ -73,9 +73,6 @@ def make_evaluation(run: Run, *, beat: Any) -> Any:
     """`params -> {"sources": {source: figures}, …}` on what is held out of each; None where nothing is.
 
     `beat` is called for each batch."""
-
-
-
     config = run.config
     rows = config.evaluation.rows_per_device * sharding.axis_size(run.mesh, sharding.BATCH_AXES)
     sources = run.data.held_out(rows=rows, split=config.evaluation.split, max_tokens=config.evaluation.max_tokens)

@@ -23,7 +23,6 @@ from data_prep.readers.unit import InputUnit
 UNIT_BYTES = 2**26
 _THREADS = 8
 _SAMPLES = 32
-_SHOWN = 200
 _MADE = (*RESERVED_NAMES, "quarantine.jsonl", "report.json", "report.html")
 logger = logging.getLogger(__name__)
 
