@@ -62,7 +62,14 @@ def store(object_store):
     object_store.heal()
 
 
+# Folders and files whose tests take longest come first, so that at the end both workers still have something to do.
+LONGEST_FIRST = ("tests/training/", "tests/test_docs.py", "tests/test_faults.py", "tests/cli/", "tests/kernels/",
+                 "tests/inference/", "tests/model/")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: next((place for place, start in enumerate(LONGEST_FIRST)
+                                      if item.nodeid.startswith(start)), len(LONGEST_FIRST)))
     missing = {marker: [name for name in names if importlib.util.find_spec(name) is None]
                for marker, names in NEEDS.items()}
     for item in items:

@@ -238,10 +238,21 @@ def _context(command: str, action: str | None, targets: list[str], overrides: li
     from ctllm_jax.report.terminal import SafeConsole
 
     console = SafeConsole(soft_wrap=not sys.stdout.isatty(), highlight=False)
-    from ctllm_jax.training.supervision.goodput import process_began
-
     return Context(command, console, action=action, targets=targets, overrides=overrides,
                    dry_run="--dry-run" in options, options=frozenset(options), config=config, began=process_began())
+
+
+def process_began() -> float:
+    """Start time of this process by `time.perf_counter`; now, if the system does not report it."""
+    now = time.perf_counter()
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            # The twentieth field after the name, which is in parentheses and may contain anything: clock ticks since
+            # boot.
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        return now - max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError, AttributeError):
+        return now
 
 
 def _complain(message: str, *, status: int = WRONG_INPUT) -> int:

@@ -73,6 +73,7 @@ def test_weights_are_gathered_and_gradients_go_around_the_ring(devices):
     assert sum(each.payload * each.times for each in around) == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.slow
 def test_above_16_chips_of_v5e_gradients_go_around_by_remote_copies():
     """Where XLA would wait for whole gradients: the first ring's hops have matmuls beside them, nothing is copied under
     way, and each send is followed by its own receive."""

@@ -137,7 +137,7 @@ def test_no_step_is_whole(run_dir):
     for _ in range(2):
         checkpointer = open_run(run_dir)
         with pytest.raises(UserError, match=rf"no checkpoint of {run_dir} is whole; none was moved or removed:"
-                                            r"\n  step 2: meta/metadata: has 20 bytes, and 40 were written"):
+                                            r"\n  step 2: meta/metadata: has 26 bytes, and 53 were written"):
             checkpointer.latest()
         checkpointer.close()
         assert steps_in(run_dir / "checkpoints") == [1, 2]

@@ -4,11 +4,12 @@ import time
 
 import pytest
 
+from ctllm_jax.cli import process_began
 from ctllm_jax.report.goodput import add_up, goodput_line
 from ctllm_jax.report.page import render
 from ctllm_jax.report.run import Run, read_run
 from ctllm_jax.training.supervision import goodput
-from ctllm_jax.training.supervision.goodput import Ledger, process_began
+from ctllm_jax.training.supervision.goodput import Ledger
 from tests.runs import DEBUG, REPOSITORY, cached, launch, start
 
 

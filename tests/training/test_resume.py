@@ -82,7 +82,7 @@ def test_killed_at_every_step(tmp_path, uninterrupted, cache):
     assert {start["how"] for start in run.starts[2:]} == {"resume"}
 
 
-@pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("rounds", [5, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_killed_at_any_moment(tmp_path, uninterrupted, cache, rounds):
     """Whenever it is killed while it steps, saves and deletes: every run ends as the one that was left alone."""
     done = start("rounds", rounds, rounds, tmp_path, *OVERRIDES, script=SCRIPT, devices=2, **cache).wait_for_text(1500)

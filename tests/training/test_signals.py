@@ -13,7 +13,7 @@ import pytest
 from ctllm_jax.report.run import read_run
 from tests.runs import DEBUG, assert_same_bits, cached, environment, launch, read_arrays, start
 
-STEPS = 300
+STEPS = 120
 # Few lines: nobody reads them before the end, and a pipe that is full stops a run.
 SHARED = ("checkpoint.every=100000", "log.every=20")
 

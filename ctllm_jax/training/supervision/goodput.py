@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ INTERVAL = 30.0
 class Ledger:
     """Seconds of this attempt by phase; any thread may read them, the main thread changes the phase.
 
-    `began`: start time by `time.perf_counter`, such as `process_began()`; None: now.
+    `began`: start time by `time.perf_counter`; None: now.
     """
 
     def __init__(self, *, began: float | None = None):
@@ -58,16 +57,3 @@ class Ledger:
         if name != self.current and not (name in STEPPING and self.current in STEPPING):
             self.turned = time.monotonic()
         self.current = name
-
-
-def process_began() -> float:
-    """Start time of this process by `time.perf_counter`; now, if the system does not report it."""
-    now = time.perf_counter()
-    try:
-        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
-            # The twentieth field after the name, which is in parentheses and may contain anything: clock ticks since
-            # boot.
-            ticks = int(file.read().rpartition(")")[2].split()[19])
-        return now - max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
-    except (OSError, ValueError, IndexError, AttributeError):
-        return now
